@@ -1,0 +1,242 @@
+//! One server's load in one 64-bit word: active connections, reservations, and their age.
+//!
+//! `epoch 12 | current 16 | previous 16 | active 20`. One compare-and-swap checks a limit and
+//! takes a place, so a limit holds whatever else happens at the same time. A reservation is
+//! made when a server is selected and ends when the handshake completes; if it never does, it
+//! ages from `current` to `previous` to nothing, one to two epochs after it was made. No timer
+//! and no sweep: whoever reads a word rolls it to the present epoch first.
+#![forbid(unsafe_code)]
+
+use crate::bit::{below, either};
+
+const ACTIVE_BITS: u32 = 20;
+const RESERVED_BITS: u32 = 16;
+const EPOCH_BITS: u32 = 12;
+
+/// The largest number of active connections a word can hold.
+pub const ACTIVE_MAX: u64 = (1 << ACTIVE_BITS) - 1;
+/// The largest number of reservations of one epoch a word can hold.
+pub const RESERVED_MAX: u64 = (1 << RESERVED_BITS) - 1;
+const EPOCHS: u64 = 1 << EPOCH_BITS;
+
+const PREVIOUS_SHIFT: u32 = ACTIVE_BITS;
+const CURRENT_SHIFT: u32 = PREVIOUS_SHIFT + RESERVED_BITS;
+const EPOCH_SHIFT: u32 = CURRENT_SHIFT + RESERVED_BITS;
+
+/// Which kind of place a connection takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Its handshake has begun.
+    Reserved,
+    /// It is established.
+    Active,
+}
+
+/// The epoch of a monotonic time in nanoseconds. An epoch lasts 2^30 ns, about 1.07 s.
+#[inline(always)]
+pub const fn epoch(nanoseconds: u64) -> u64 {
+    (nanoseconds >> 30) & (EPOCHS - 1)
+}
+
+/// Established connections in a word.
+#[inline(always)]
+pub const fn active(word: u64) -> u64 {
+    word & ACTIVE_MAX
+}
+
+/// Reservations in a word, of both epochs. Roll it first.
+#[inline(always)]
+pub const fn reserved(word: u64) -> u64 {
+    ((word >> PREVIOUS_SHIFT) & RESERVED_MAX) + ((word >> CURRENT_SHIFT) & RESERVED_MAX)
+}
+
+/// Places taken: established connections and reservations. Roll it first.
+#[inline(always)]
+pub const fn used(word: u64) -> u64 {
+    active(word) + reserved(word)
+}
+
+/// The word as it is in `now`, an epoch: reservations that are too old are gone.
+///
+/// A word from one or two epochs ahead is left as it is: the clocks of two CPUs differ by
+/// less. Any other distance is age. (Taking more than two for skew would freeze a word's
+/// reservations for ever once it is older than half the ring of epochs.)
+#[inline(always)]
+pub fn roll(word: u64, now: u64) -> u64 {
+    // Without branches: this stands in the loop over all slots, where each branch doubles
+    // the paths that the verifier has to follow.
+    let distance = now.wrapping_sub(word >> EPOCH_SHIFT) & (EPOCHS - 1);
+    let same = below(distance, 1) | below(EPOCHS - 3, distance);
+    let next = below(distance, 2);
+    let current = (word >> CURRENT_SHIFT) & RESERVED_MAX;
+    let aged = (now << EPOCH_SHIFT) | ((current << PREVIOUS_SHIFT) * next) | active(word);
+    either(same, word, aged)
+}
+
+/// The word with one more place taken, or `None` if that would exceed a bound.
+///
+/// `limit` bounds all places, `reservable` the reservations among them.
+#[inline(always)]
+pub fn take(word: u64, now: u64, place: Place, limit: u64, reservable: u64) -> Option<u64> {
+    let word = roll(word, now);
+    if used(word) >= limit {
+        return None;
+    }
+    match place {
+        Place::Active => Some(word + 1),
+        Place::Reserved => {
+            let current = (word >> CURRENT_SHIFT) & RESERVED_MAX;
+            if reserved(word) >= reservable || current == RESERVED_MAX {
+                return None;
+            }
+            Some(word + (1 << CURRENT_SHIFT))
+        }
+    }
+}
+
+/// The word with the place given back that [`take`] took a moment ago.
+#[inline(always)]
+pub fn give_back(word: u64, now: u64, place: Place) -> u64 {
+    let word = roll(word, now);
+    match place {
+        Place::Active => down(word),
+        Place::Reserved if (word >> CURRENT_SHIFT) & RESERVED_MAX > 0 => word - (1 << CURRENT_SHIFT),
+        Place::Reserved if (word >> PREVIOUS_SHIFT) & RESERVED_MAX > 0 => word - (1 << PREVIOUS_SHIFT),
+        // It expired meanwhile.
+        Place::Reserved => word,
+    }
+}
+
+/// The word after a handshake completed: one more active, one reservation less.
+///
+/// The older reservation is consumed first. A handshake that outlived its reservation counts
+/// all the same: the connection is there.
+#[inline(always)]
+pub fn establish(word: u64, now: u64) -> u64 {
+    let word = roll(word, now);
+    let word = if (word >> PREVIOUS_SHIFT) & RESERVED_MAX > 0 {
+        word - (1 << PREVIOUS_SHIFT)
+    } else if (word >> CURRENT_SHIFT) & RESERVED_MAX > 0 {
+        word - (1 << CURRENT_SHIFT)
+    } else {
+        word
+    };
+    // Full at 1,048,575: more sockets than one listener's server can hold descriptors for.
+    if active(word) == ACTIVE_MAX { word } else { word + 1 }
+}
+
+/// The word after a connection closed.
+#[inline(always)]
+pub fn close(word: u64, now: u64) -> u64 {
+    down(roll(word, now))
+}
+
+const fn down(word: u64) -> u64 {
+    // A count of 0 cannot close one; staying at 0 is better than borrowing from the fields above.
+    if active(word) == 0 { word } else { word - 1 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn word(active: u64, previous: u64, current: u64, epoch: u64) -> u64 {
+        (epoch << EPOCH_SHIFT) | (current << CURRENT_SHIFT) | (previous << PREVIOUS_SHIFT) | active
+    }
+
+    #[test]
+    fn a_reservation_lives_one_to_two_epochs() {
+        let taken = take(0, 7, Place::Reserved, 10, 10).unwrap();
+        assert_eq!(used(roll(taken, 7)), 1);
+        assert_eq!(used(roll(taken, 8)), 1);
+        assert_eq!(used(roll(taken, 9)), 0);
+    }
+
+    #[test]
+    fn an_idle_word_forgets_its_reservations_whatever_its_age() {
+        for age in 2..EPOCHS - 2 {
+            assert_eq!(roll(word(5, 3, 4, 0), age), word(5, 0, 0, age), "age {age}");
+        }
+    }
+
+    #[test]
+    fn a_clock_one_or_two_epochs_behind_changes_nothing() {
+        for behind in [1, 2] {
+            let word = word(5, 3, 4, 10);
+            assert_eq!(roll(word, 10 - behind), word);
+        }
+    }
+
+    #[test]
+    fn the_ring_of_epochs_wraps() {
+        assert_eq!(roll(word(1, 2, 3, EPOCHS - 1), 0), word(1, 3, 0, 0));
+    }
+
+    #[test]
+    fn reservations_stop_at_their_own_bound() {
+        let one = take(0, 0, Place::Reserved, 4, 2).unwrap();
+        let two = take(one, 0, Place::Reserved, 4, 2).unwrap();
+        assert_eq!(take(two, 0, Place::Reserved, 4, 2), None);
+        assert!(take(two, 0, Place::Active, 4, 2).is_some());
+    }
+
+    #[test]
+    fn a_reservation_field_never_overflows_into_its_neighbour() {
+        let full = word(0, 0, RESERVED_MAX, 3);
+        assert_eq!(take(full, 3, Place::Reserved, u64::MAX, u64::MAX), None);
+    }
+
+    #[test]
+    fn a_late_handshake_is_counted_without_a_reservation() {
+        assert_eq!(establish(word(3, 0, 0, 5), 5), word(4, 0, 0, 5));
+    }
+
+    #[test]
+    fn closing_nothing_leaves_zero() {
+        assert_eq!(close(word(0, 2, 1, 5), 5), word(0, 2, 1, 5));
+    }
+
+    proptest! {
+        #[test]
+        fn every_count_that_is_taken_comes_back(
+            start in 0u64..1000, epoch in 0u64..EPOCHS, later in 0u64..2, handshakes in 1u64..50,
+        ) {
+            let mut now = word(start, 0, 0, epoch);
+            for _ in 0..handshakes { now = take(now, epoch, Place::Reserved, 1 << 19, 1 << 15).unwrap(); }
+            let later = (epoch + later) % EPOCHS;
+            for _ in 0..handshakes { now = establish(now, later); }
+            prop_assert_eq!(active(now), start + handshakes);
+            prop_assert_eq!(reserved(now), 0);
+            for _ in 0..start + handshakes { now = close(now, later); }
+            prop_assert_eq!(used(now), 0);
+        }
+
+        #[test]
+        fn used_never_exceeds_the_limit(
+            limit in 1u64..40, steps in prop::collection::vec((0u8..4, 0u64..3), 1..200),
+        ) {
+            let (mut now, mut epoch, mut half_open) = (0, 0, 0u64);
+            for (step, passed) in steps {
+                epoch = (epoch + passed) % EPOCHS;
+                half_open = half_open.min(reserved(roll(now, epoch)));
+                match step {
+                    0 => if let Some(next) = take(now, epoch, Place::Reserved, limit, limit) { now = next; half_open += 1; },
+                    1 => if let Some(next) = take(now, epoch, Place::Active, limit, limit) { now = next; },
+                    2 => if half_open > 0 { now = establish(now, epoch); half_open -= 1; },
+                    _ => now = close(now, epoch),
+                }
+                prop_assert!(used(roll(now, epoch)) <= limit);
+            }
+        }
+
+        #[test]
+        fn give_back_undoes_take(active in 0u64..100, previous in 0u64..9, current in 0u64..9, epoch in 0u64..EPOCHS) {
+            let before = word(active, previous, current, epoch);
+            for place in [Place::Reserved, Place::Active] {
+                let taken = take(before, epoch, place, 1000, 1000).unwrap();
+                prop_assert_eq!(give_back(taken, epoch, place), before);
+            }
+        }
+    }
+}

@@ -1,0 +1,160 @@
+//! A directory of the cgroup v2 hierarchy: who is in it, killing them, removing it.
+//!
+//! Takes paths, gives sentences. Knows nothing of servers or BPF.
+#![forbid(unsafe_code)]
+
+use std::{
+    fs, io,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, anyhow};
+
+/// One cgroup.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cgroup(PathBuf);
+
+/// Where cgroup v2 is mounted: /sys/fs/cgroup, or /sys/fs/cgroup/unified on hybrid systems.
+///
+/// # Errors
+/// It is mounted nowhere.
+pub fn mount_point() -> anyhow::Result<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").context("read /proc/self/mountinfo")?;
+    find_mount(&mounts).ok_or_else(|| {
+        anyhow!(
+            "cgroup v2 is not mounted here, and connections are counted by cgroup: run \
+             mount -t cgroup2 none /sys/fs/cgroup, or boot with systemd.unified_cgroup_hierarchy=1"
+        )
+    })
+}
+
+/// The mount point of the first cgroup2 line of a mountinfo file (proc_pid_mountinfo(5)).
+fn find_mount(mounts: &str) -> Option<PathBuf> {
+    mounts.lines().find_map(|line| {
+        let (before, after) = line.split_once(" - ")?;
+        let mount_point = before.split(' ').nth(4)?;
+        after.starts_with("cgroup2 ").then(|| PathBuf::from(unescape(mount_point)))
+    })
+}
+
+/// Undoes the octal escapes of mountinfo: `\040` is a space.
+fn unescape(text: &str) -> String {
+    let mut parts = text.split('\\');
+    let mut out = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        match part.get(..3).and_then(|octal| u8::from_str_radix(octal, 8).ok()) {
+            Some(byte) => {
+                out.push(char::from(byte));
+                out.push_str(&part[3..]);
+            }
+            None => {
+                out.push('\\');
+                out.push_str(part);
+            }
+        }
+    }
+    out
+}
+
+impl Cgroup {
+    /// The cgroup at this path, which need not exist.
+    pub fn at(path: impl Into<PathBuf>) -> Self {
+        Self(path.into())
+    }
+
+    /// A cgroup below this one.
+    pub fn child(&self, name: &str) -> Self {
+        Self(self.0.join(name))
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Makes it, and those above it, unless they exist.
+    pub fn create(&self) -> anyhow::Result<()> {
+        fs::create_dir_all(&self.0).with_context(|| format!("create the cgroup {}", self.0.display()))
+    }
+
+    pub fn exists(&self) -> bool {
+        self.0.is_dir()
+    }
+
+    /// Its number: what `bpf_get_current_cgroup_id` gives for processes in it.
+    pub fn id(&self) -> io::Result<u64> {
+        Ok(fs::metadata(&self.0)?.ino())
+    }
+
+    /// The processes in it and below it. None if it does not exist.
+    pub fn processes(&self) -> Vec<u32> {
+        let mut processes: Vec<u32> = fs::read_to_string(self.0.join("cgroup.procs"))
+            .unwrap_or_default()
+            .lines()
+            .filter_map(|line| line.parse().ok())
+            .collect();
+        for child in self.children() {
+            processes.extend(child.processes());
+        }
+        processes
+    }
+
+    /// Kills every process in it and below it, also such as fork meanwhile (cgroup.kill,
+    /// Linux 5.14). One that does not exist holds none.
+    pub fn kill(&self) -> anyhow::Result<()> {
+        match fs::write(self.0.join("cgroup.kill"), "1") {
+            Err(error) if self.exists() => {
+                Err(error).with_context(|| format!("kill what runs in {}", self.0.display()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes it and those below it.
+    ///
+    /// # Errors
+    /// Something still runs there (EBUSY).
+    pub fn remove(&self) -> anyhow::Result<()> {
+        for child in self.children() {
+            child.remove()?;
+        }
+        match fs::remove_dir(&self.0) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(error).with_context(|| format!("remove the cgroup {}", self.0.display()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The cgroups directly below it.
+    pub fn children(&self) -> Vec<Self> {
+        let Ok(entries) = fs::read_dir(&self.0) else { return Vec::new() };
+        entries
+            .flatten()
+            .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+            .map(|entry| Self(entry.path()))
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finds_both_layouts() {
+        let unified = "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate\n";
+        let hybrid = "31 23 0:27 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n\
+                      32 31 0:28 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
+                      33 31 0:29 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n";
+        assert_eq!(find_mount(unified), Some(PathBuf::from("/sys/fs/cgroup")));
+        assert_eq!(find_mount(hybrid), Some(PathBuf::from("/sys/fs/cgroup/unified")));
+        assert_eq!(find_mount("31 23 0:27 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n"), None);
+    }
+
+    #[test]
+    fn reads_escaped_mount_points() {
+        let line = "30 23 0:26 / /a\\040b\\134c rw - cgroup2 cgroup2 rw\n";
+        assert_eq!(find_mount(line), Some(PathBuf::from("/a b\\c")));
+    }
+}

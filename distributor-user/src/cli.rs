@@ -1,0 +1,782 @@
+//! The command line: as typed, and as meant.
+//!
+//! Takes the arguments of the process, gives an [`Invocation`]. clap reads what is typed;
+//! what its rules cannot say is said in `Source::new`, and both refuse in the same form and
+//! with exit code 2. Opens no file and asks nobody: `up` hands the configuration's own text
+//! on, for the distributor to read.
+#![forbid(unsafe_code)]
+
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+};
+
+use clap::{
+    Args, CommandFactory as _, Parser, Subcommand,
+    error::{ContextKind, ContextValue, Error, ErrorKind},
+};
+use distributor_ebpf::contract::{LIMIT_MAX, WEIGHT_MAX};
+
+use crate::{
+    address::ListenAddress,
+    config::{CommandForm, Config, DEFAULT_FILE, is_name},
+    control,
+    error::UserError,
+    logging::Verbosity,
+};
+
+/// What the process is asked to do.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Invocation {
+    /// Absolute. Which instance is meant.
+    pub runtime_dir: PathBuf,
+    /// How much it says.
+    pub verbosity: Verbosity,
+    /// What it does.
+    pub command: Command,
+}
+
+/// One of the things it can do.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Command {
+    /// Run services, as their monitor.
+    Up(Source),
+    /// Show a running instance.
+    Status(Form),
+    /// Change a running instance.
+    Change(control::Command),
+    /// Stop a running instance.
+    Down,
+    /// Read a configuration and say what was understood.
+    Check(PathBuf),
+    /// Steer and supervise; the monitor starts this.
+    Distributor(Source),
+    /// Become a server; the monitor starts this.
+    Launch,
+    /// Be a small server to try dist-ctl with.
+    Demo {
+        /// Where it listens. Empty: what its environment says.
+        listen: Vec<ListenAddress>,
+        /// Who it says it is. `None`: what its environment says.
+        name: Option<String>,
+    },
+}
+
+/// Where the configuration comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// This file.
+    File(PathBuf),
+    /// The command line itself.
+    Command(CommandForm),
+}
+
+/// How status is shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// For people.
+    Table,
+    /// For programs.
+    Json,
+}
+
+impl Invocation {
+    /// Understands the arguments, the program's name first. The error may as well be a help
+    /// text; its `exit` prints it where it belongs and exits with 0 or 2.
+    pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Self, Error> {
+        let Arguments { runtime_dir, verbose, quiet, verb } =
+            Arguments::try_parse_from(arguments).map_err(without_internals)?;
+        let runtime_dir = std::path::absolute(&runtime_dir).map_err(|why| {
+            let sentence = format!("--runtime-dir: {} is no path: {why}", runtime_dir.display());
+            refusal(None, ErrorKind::InvalidValue, &sentence)
+        })?;
+        let command = match verb {
+            Verb::Up(up) => Command::Up(Source::new(up)?),
+            Verb::Status { json } => Command::Status(if json { Form::Json } else { Form::Table }),
+            Verb::Weight { server, weight } => Command::Change(control::Command::Weight { server, weight }),
+            Verb::Limit { server, limit: Limit(limit) } => {
+                Command::Change(control::Command::Limit { server, limit })
+            }
+            Verb::Resume { server } => Command::Change(control::Command::Resume { server }),
+            Verb::Down => Command::Down,
+            Verb::Check { file } => Command::Check(file),
+            Verb::Distributor(up) => Command::Distributor(Source::new(up)?),
+            Verb::Launch => Command::Launch,
+            Verb::Demo { listen, name } => Command::Demo { listen, name },
+        };
+        Ok(Self {
+            // Two spellings of one directory must not be two instances: /run/x and /run/x/.
+            runtime_dir: runtime_dir.components().collect(),
+            verbosity: match (quiet, verbose) {
+                (true, _) => Verbosity::Quiet,
+                (false, true) => Verbosity::Verbose,
+                (false, false) => Verbosity::Normal,
+            },
+            command,
+        })
+    }
+
+    /// The arguments with which `dist-ctl distributor` understands the same, wherever this
+    /// invocation got it from (its environment, for one).
+    pub fn distributor_arguments(&self, source: &Source) -> Vec<OsString> {
+        let mut arguments = vec!["--runtime-dir".into(), self.runtime_dir.clone().into()];
+        match self.verbosity {
+            Verbosity::Quiet => arguments.push("--quiet".into()),
+            Verbosity::Normal => {}
+            Verbosity::Verbose => arguments.push("--verbose".into()),
+        }
+        // In one word with its option, so that no value can be taken for an option.
+        let mut option = |name: &str, value: &str| arguments.push(format!("--{name}={value}").into());
+        match source {
+            Source::File(path) => {
+                let mut word = OsString::from("--file=");
+                word.push(path);
+                arguments.push(word);
+            }
+            Source::Command(form) => {
+                let CommandForm { name, listen, servers, policy, limit, weight, socket, user, command } =
+                    form;
+                option("name", name);
+                for address in listen {
+                    option("listen", address);
+                }
+                option("servers", &servers.to_string());
+                let texts = [("policy", policy), ("socket", socket), ("user", user)];
+                for (name, value) in texts {
+                    if let Some(value) = value {
+                        option(name, value);
+                    }
+                }
+                for (name, value) in [("limit", limit), ("weight", weight)] {
+                    if let Some(value) = value {
+                        option(name, &value.to_string());
+                    }
+                }
+                arguments.push("--".into());
+                arguments.extend(command.iter().map(OsString::from));
+            }
+        }
+        arguments
+    }
+}
+
+impl Source {
+    /// Reads the configuration.
+    pub fn read(&self) -> Result<Config, UserError> {
+        match self {
+            Self::File(path) => Config::read(path),
+            Self::Command(form) => Config::from_command(form),
+        }
+    }
+
+    fn new(typed: Up) -> Result<Self, Error> {
+        if let Some(stray) = typed.stray {
+            let sentence = format!(
+                "{stray:?} stands alone, write -f {stray} if it is a configuration, or -- {stray} if it is a command"
+            );
+            return Err(refusal(Some("up"), ErrorKind::UnknownArgument, &sentence));
+        }
+        let given = typed.form_options();
+        let Up { file, name, listen, servers, policy, limit, weight, socket, user, command, stray: _ } =
+            typed;
+        let sentence = match (file, given.first(), servers) {
+            (None, None, _) => return Ok(Self::File(PathBuf::from(DEFAULT_FILE))),
+            (Some(path), None, _) => return Ok(Self::File(path)),
+            (None, Some(_), Some(servers)) if !listen.is_empty() && !command.is_empty() => {
+                return Ok(Self::Command(CommandForm {
+                    name: name.unwrap_or_else(|| "app".to_owned()),
+                    listen,
+                    servers,
+                    policy,
+                    limit,
+                    weight,
+                    socket,
+                    user,
+                    command,
+                }));
+            }
+            (Some(path), Some(option), _) => {
+                let path = Path::new(&path).display();
+                let sentence = format!(
+                    "--file {path} and {option} exclude each other, write what {option} says into the file, or leave out --file"
+                );
+                return Err(refusal(Some("up"), ErrorKind::ArgumentConflict, &sentence));
+            }
+            (None, Some(_), _) if listen.is_empty() => "--listen is missing",
+            (None, Some(_), None) => "--servers is missing",
+            (None, Some(_), Some(_)) => "the command is missing",
+        };
+        let sentence = format!(
+            "{sentence}, write for example: dist-ctl up --listen :8080 --servers 4 -- ./server --port 8080"
+        );
+        Err(refusal(Some("up"), ErrorKind::MissingRequiredArgument, &sentence))
+    }
+}
+
+const ABOUT: &str = "Puts several copies of a server behind one address. The Linux kernel gives \
+    each new connection to the least busy copy, and a copy that fails is started again.";
+
+const EXIT_STATUS: &str = "\
+Exit status:
+  0  done
+  1  failed
+  2  what was typed or configured cannot be done; the message says what to write";
+
+const EXAMPLE: &str = "\
+Example: four copies of a web server behind port 8080, then a look at them
+  dist-ctl up --listen :8080 --servers 4 -- python3 -m http.server 8080
+  dist-ctl status
+";
+
+const UP_EXAMPLE: &str = "\
+Examples: four copies of a web server behind port 8080; and what a file says
+  dist-ctl up --listen :8080 --servers 4 -- python3 -m http.server 8080
+  dist-ctl up -f /etc/dist-ctl/dist-ctl.toml
+
+SIGTERM and SIGINT stop the servers and then dist-ctl.";
+
+const STATUS_EXAMPLE: &str = "\
+Example: for a program
+  dist-ctl status --json";
+
+const WEIGHT_EXAMPLE: &str = "\
+Example: twice the connections of a server with the usual weight of 100
+  dist-ctl weight shop/1 200";
+
+const LIMIT_EXAMPLE: &str = "\
+Examples: 50 connections at a time, and as many as come
+  dist-ctl limit shop/1 50
+  dist-ctl limit shop/1 none";
+
+const RESUME_EXAMPLE: &str = "\
+Example: try again what failed too often
+  dist-ctl resume shop/1";
+
+const DOWN_EXAMPLE: &str = "\
+Example: stop another instance than the usual one
+  dist-ctl down --runtime-dir /run/dist-ctl-test";
+
+const CHECK_EXAMPLE: &str = "\
+Example: before the next start
+  dist-ctl check /etc/dist-ctl/dist-ctl.toml";
+
+/// Options that every command has stand behind its own in the help.
+const LAST: usize = 100;
+
+/// A configuration with every option, which `up --help` shows.
+const CONFIGURATION: &str = include_str!("../../docs/dist-ctl.toml");
+
+#[derive(Parser)]
+#[command(name = "dist-ctl", bin_name = "dist-ctl", version, about = ABOUT, after_help = format!("{EXAMPLE}\n{EXIT_STATUS}"))]
+struct Arguments {
+    /// The directory of the instance: what runs with another one is another instance
+    #[arg(
+        long,
+        global = true,
+        value_name = "DIR",
+        env = "DIST_CTL_RUNTIME_DIR",
+        default_value = "/run/dist-ctl",
+        display_order = LAST
+    )]
+    runtime_dir: PathBuf,
+
+    /// Say more, for finding out what is wrong
+    #[arg(short, long, global = true, display_order = LAST)]
+    verbose: bool,
+
+    /// Say only what is wrong
+    #[arg(short, long, global = true, display_order = LAST, conflicts_with = "verbose")]
+    quiet: bool,
+
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Run servers behind their addresses until told to stop
+    #[command(
+        after_help = UP_EXAMPLE,
+        after_long_help = format!("{UP_EXAMPLE}\n\nA file with every option there is:\n\n{CONFIGURATION}"),
+    )]
+    Up(Up),
+
+    /// Show the servers, their states and their connections
+    #[command(after_help = STATUS_EXAMPLE)]
+    Status {
+        /// As JSON, for programs
+        #[arg(long)]
+        json: bool,
+    },
+
+    /// Change the share of a server, at once and until the next start
+    #[command(after_help = WEIGHT_EXAMPLE)]
+    Weight {
+        /// SERVICE/SERVER, as in `dist-ctl status`
+        #[arg(value_parser = server_name)]
+        server: String,
+        /// Relative to the others of the service, 1 to 1000
+        #[arg(value_parser = weight, allow_negative_numbers = true)]
+        weight: u32,
+    },
+
+    /// Change how many connections a server may hold, at once and until the next start
+    #[command(after_help = LIMIT_EXAMPLE)]
+    Limit {
+        /// SERVICE/SERVER, as in `dist-ctl status`
+        #[arg(value_parser = server_name)]
+        server: String,
+        /// 1 to 1000000, or none
+        #[arg(value_parser = limit, allow_negative_numbers = true)]
+        limit: Limit,
+    },
+
+    /// Start a server that was given up
+    #[command(after_help = RESUME_EXAMPLE)]
+    Resume {
+        /// SERVICE/SERVER, as in `dist-ctl status`
+        #[arg(value_parser = server_name)]
+        server: String,
+    },
+
+    /// Stop all servers, and dist-ctl itself
+    #[command(after_help = DOWN_EXAMPLE)]
+    Down,
+
+    /// Say what a configuration means, or what is wrong with it
+    #[command(after_help = CHECK_EXAMPLE)]
+    Check {
+        /// The configuration
+        file: PathBuf,
+    },
+
+    #[command(hide = true)]
+    Distributor(Up),
+
+    #[command(hide = true)]
+    Launch,
+
+    #[command(hide = true)]
+    Demo {
+        #[arg(long)]
+        listen: Vec<ListenAddress>,
+        #[arg(long)]
+        name: Option<String>,
+    },
+}
+
+#[derive(Args)]
+struct Up {
+    /// The configuration [default: /etc/dist-ctl/dist-ctl.toml, without the options below]
+    #[arg(short, long)]
+    file: Option<PathBuf>,
+
+    /// An address that clients connect to, such as :8080 or 127.0.0.1:80; more than once for more
+    #[arg(long, value_name = "ADDR")]
+    listen: Vec<String>,
+
+    /// How many servers to run, 1 to 256
+    #[arg(long, value_name = "N", value_parser = number, allow_negative_numbers = true)]
+    servers: Option<i64>,
+
+    /// How to choose a server [default: least-connections; others: weighted-round-robin,
+    /// power-of-two, source-hash, first]
+    #[arg(long)]
+    policy: Option<String>,
+
+    /// How many connections each server may hold at a time [default: no limit]
+    #[arg(long, value_name = "N", value_parser = number, allow_negative_numbers = true)]
+    limit: Option<i64>,
+
+    /// The weight of each server [default: 100]
+    #[arg(long, value_name = "N", value_parser = number, allow_negative_numbers = true)]
+    weight: Option<i64>,
+
+    /// How a server gets its listener [default: own, it binds by itself; others: systemd, as
+    /// LISTEN_FDS; stdin, as standard input]
+    #[arg(long)]
+    socket: Option<String>,
+
+    /// The user to run the servers as [default: root]
+    #[arg(long)]
+    user: Option<String>,
+
+    /// The name of the service [default: app]
+    #[arg(long)]
+    name: Option<String>,
+
+    /// What stands where nothing may; kept for a better sentence than clap's.
+    #[arg(hide = true)]
+    stray: Option<String>,
+
+    /// The program and its arguments; {name} and {index} become the server's
+    #[arg(last = true, value_name = "COMMAND")]
+    command: Vec<String>,
+}
+
+impl Up {
+    /// The options of the command form that were given.
+    fn form_options(&self) -> Vec<&'static str> {
+        let options = [
+            ("--listen", !self.listen.is_empty()),
+            ("--servers", self.servers.is_some()),
+            ("--policy", self.policy.is_some()),
+            ("--limit", self.limit.is_some()),
+            ("--weight", self.weight.is_some()),
+            ("--socket", self.socket.is_some()),
+            ("--user", self.user.is_some()),
+            ("--name", self.name.is_some()),
+            ("COMMAND", !self.command.is_empty()),
+        ];
+        options.into_iter().filter(|(_, given)| *given).map(|(option, _)| option).collect()
+    }
+}
+
+/// `None` is "none". A type of its own, because clap takes a plain Option for an argument that
+/// may be left out.
+#[derive(Clone)]
+struct Limit(Option<u32>);
+
+fn server_name(text: &str) -> Result<String, String> {
+    match text.split_once('/') {
+        Some((service, server)) if is_name(service) && is_name(server) => Ok(text.to_owned()),
+        _ => Err("write SERVICE/SERVER, for example shop/1".to_owned()),
+    }
+}
+
+fn weight(text: &str) -> Result<u32, String> {
+    let weight = text.parse().ok().filter(|weight| (1..=WEIGHT_MAX).contains(weight));
+    weight.ok_or_else(|| format!("write a number from 1 to {WEIGHT_MAX}"))
+}
+
+fn limit(text: &str) -> Result<Limit, String> {
+    if text == "none" {
+        return Ok(Limit(None));
+    }
+    let limit = text.parse().ok().filter(|limit| (1..=LIMIT_MAX).contains(limit));
+    match limit {
+        Some(limit) => Ok(Limit(Some(limit))),
+        None => Err(format!("write a number from 1 to {LIMIT_MAX}, or none")),
+    }
+}
+
+/// Its range is the configuration's to check.
+fn number(text: &str) -> Result<i64, String> {
+    text.parse().map_err(|_| "write a number".to_owned())
+}
+
+/// Takes the commands that are not for people out of clap's suggestions.
+fn without_internals(mut error: Error) -> Error {
+    if let Some(ContextValue::Strings(mut names)) = error.remove(ContextKind::SuggestedSubcommand) {
+        let root = Arguments::command();
+        names.retain(|name| root.find_subcommand(name).is_some_and(|verb| !verb.is_hide_set()));
+        if !names.is_empty() {
+            error.insert(ContextKind::SuggestedSubcommand, ContextValue::Strings(names));
+        }
+    }
+    error
+}
+
+/// A refusal in the form of clap's own, with the usage of the command.
+fn refusal(verb: Option<&str>, kind: ErrorKind, sentence: &str) -> Error {
+    let mut command = Arguments::command();
+    // Without it, a subcommand's usage lacks the program's name.
+    command.build();
+    match verb.and_then(|verb| command.find_subcommand_mut(verb)) {
+        Some(verb) => verb.error(kind, sentence),
+        None => command.error(kind, sentence),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn parse(line: &str) -> Result<Invocation, Error> {
+        Invocation::parse(line.split_whitespace().map(OsString::from))
+    }
+
+    fn command(line: &str) -> Command {
+        parse(line).unwrap_or_else(|error| panic!("{line}: {error}")).command
+    }
+
+    #[test]
+    fn clap_finds_no_contradiction_in_the_definitions() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn right_command_lines_are_understood() {
+        let server = || "shop/1".to_owned();
+        for (line, meant) in [
+            ("dist-ctl up", Command::Up(Source::File(PathBuf::from(DEFAULT_FILE)))),
+            ("dist-ctl up -f x.toml", Command::Up(Source::File(PathBuf::from("x.toml")))),
+            ("dist-ctl distributor --file=x", Command::Distributor(Source::File(PathBuf::from("x")))),
+            ("dist-ctl status", Command::Status(Form::Table)),
+            ("dist-ctl status --json", Command::Status(Form::Json)),
+            ("dist-ctl down", Command::Down),
+            ("dist-ctl check x.toml", Command::Check(PathBuf::from("x.toml"))),
+            (
+                "dist-ctl weight shop/1 7",
+                Command::Change(control::Command::Weight { server: server(), weight: 7 }),
+            ),
+            (
+                "dist-ctl limit shop/1 25",
+                Command::Change(control::Command::Limit { server: server(), limit: Some(25) }),
+            ),
+            (
+                "dist-ctl limit shop/1 none",
+                Command::Change(control::Command::Limit { server: server(), limit: None }),
+            ),
+            ("dist-ctl resume shop/1", Command::Change(control::Command::Resume { server: server() })),
+            ("dist-ctl launch", Command::Launch),
+            (
+                "dist-ctl demo --listen :80 --name a",
+                Command::Demo { listen: vec![":80".parse().unwrap()], name: Some("a".to_owned()) },
+            ),
+            ("dist-ctl demo", Command::Demo { listen: vec![], name: None }),
+        ] {
+            assert_eq!(command(line), meant, "{line}");
+        }
+    }
+
+    #[test]
+    fn the_command_form_is_understood() {
+        let line = "dist-ctl up --listen :80 --listen [::1]:81 --servers 3 --policy first --limit 9 \
+            --weight 8 --socket stdin --user me --name shop -- ./server --port 80 -- -x";
+        let strings = |texts: &[&str]| texts.iter().map(|text| text.to_string()).collect();
+        let form = CommandForm {
+            name: "shop".to_owned(),
+            listen: strings(&[":80", "[::1]:81"]),
+            servers: 3,
+            policy: Some("first".to_owned()),
+            limit: Some(9),
+            weight: Some(8),
+            socket: Some("stdin".to_owned()),
+            user: Some("me".to_owned()),
+            command: strings(&["./server", "--port", "80", "--", "-x"]),
+        };
+        assert_eq!(command(line), Command::Up(Source::Command(form)));
+    }
+
+    #[test]
+    fn the_service_of_the_command_form_is_called_app() {
+        let Command::Up(Source::Command(form)) = command("dist-ctl up --listen :80 --servers 1 -- x") else {
+            panic!("not the command form");
+        };
+        assert_eq!((form.name.as_str(), form.limit, form.user), ("app", None, None));
+    }
+
+    #[test]
+    fn global_options_may_stand_anywhere() {
+        for line in ["dist-ctl --runtime-dir /run/x/ -v down", "dist-ctl down -v --runtime-dir /run//x"] {
+            let invocation = parse(line).unwrap();
+            assert_eq!(invocation.runtime_dir.as_os_str(), "/run/x", "{line}");
+            assert_eq!(invocation.verbosity, Verbosity::Verbose, "{line}");
+        }
+    }
+
+    #[test]
+    fn a_relative_runtime_directory_is_made_absolute() {
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(parse("dist-ctl down --runtime-dir x").unwrap().runtime_dir, here.join("x"));
+    }
+
+    #[test]
+    fn wrong_command_lines_exit_with_2_and_a_sentence() {
+        for (line, sentence) in WRONG_LINES {
+            let error = match parse(line) {
+                Ok(invocation) => panic!("{line} was accepted as {invocation:?}"),
+                Err(error) => error,
+            };
+            let text = error.to_string();
+            let (said, _) = text.split_once("\n\nFor more information").unwrap();
+            let said = said.split("\n\nUsage:").next().unwrap();
+            let said: Vec<&str> = said.split_whitespace().collect();
+            assert_eq!(said.join(" "), format!("error: {sentence}"), "{line}");
+            assert_eq!(error.exit_code(), 2, "{line}");
+        }
+    }
+
+    #[test]
+    fn help_and_version_exit_with_0() {
+        for line in ["dist-ctl --help", "dist-ctl up -h", "dist-ctl --version"] {
+            assert_eq!(parse(line).unwrap_err().exit_code(), 0, "{line}");
+        }
+        let version = parse("dist-ctl --version").unwrap_err().to_string();
+        assert_eq!(version, concat!("dist-ctl ", env!("CARGO_PKG_VERSION"), "\n"));
+    }
+
+    #[test]
+    fn help_begins_with_what_it_is_for() {
+        let help = parse("dist-ctl --help").unwrap_err().to_string();
+        assert!(help.starts_with("Puts several copies of a server behind one address."), "{help}");
+        assert!(help.contains(EXIT_STATUS), "{help}");
+    }
+
+    #[test]
+    fn every_command_has_an_example_that_works() {
+        let mut root = Arguments::command();
+        root.build();
+        let visible = root.get_subcommands().filter(|verb| !verb.is_hide_set());
+        let mut seen = Vec::new();
+        for verb in visible.filter(|verb| verb.get_name() != "help") {
+            let help = verb.get_after_help().map(ToString::to_string).unwrap_or_default();
+            let examples: Vec<&str> = help.lines().filter_map(|line| line.strip_prefix("  ")).collect();
+            assert!(!examples.is_empty(), "{} has no example", verb.get_name());
+            for line in examples {
+                assert_eq!(line.split(' ').nth(1), Some(verb.get_name()), "{line}");
+                assert_meant_for_people(line);
+            }
+            seen.push(verb.get_name());
+        }
+        assert_eq!(seen, ["up", "status", "weight", "limit", "resume", "down", "check"]);
+        EXAMPLE.lines().filter_map(|line| line.strip_prefix("  ")).for_each(assert_meant_for_people);
+    }
+
+    /// It parses, and its configuration, if it has one of its own, is right.
+    fn assert_meant_for_people(line: &str) {
+        if let Command::Up(source @ Source::Command(_)) = command(line) {
+            source.read().unwrap_or_else(|error| panic!("{line}: {error}"));
+        }
+    }
+
+    #[test]
+    fn the_help_of_up_shows_the_whole_example_configuration() {
+        let help = parse("dist-ctl up --help").unwrap_err().to_string();
+        assert!(help.contains(CONFIGURATION.trim_end()), "{help}");
+        // clap would break longer lines, and what is shown would be no TOML.
+        let longest = CONFIGURATION.lines().map(str::len).max();
+        assert!(longest <= Some(80), "{longest:?}");
+    }
+
+    prop_compose! {
+        fn forms()(
+            name in ".*",
+            listen in prop::collection::vec(".*", 1..3),
+            servers in any::<i64>(),
+            policy in prop::option::of(".*"),
+            limit in prop::option::of(any::<i64>()),
+            weight in prop::option::of(any::<i64>()),
+            socket in prop::option::of(".*"),
+            user in prop::option::of(".*"),
+            command in prop::collection::vec(".*", 1..4),
+        ) -> CommandForm {
+            CommandForm { name, listen, servers, policy, limit, weight, socket, user, command }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn the_distributor_understands_what_the_monitor_was_told(
+            form in forms(),
+            file in prop::option::of(".+"),
+            verbosity in prop::sample::select(&[Verbosity::Quiet, Verbosity::Normal, Verbosity::Verbose]),
+        ) {
+            let source = match file {
+                Some(file) => Source::File(PathBuf::from(file)),
+                None => Source::Command(form),
+            };
+            let up = Invocation {
+                runtime_dir: PathBuf::from("/run/x"),
+                verbosity,
+                command: Command::Up(source.clone()),
+            };
+            let program = ["dist-ctl", "distributor"].map(OsString::from);
+            let arguments = program.into_iter().chain(up.distributor_arguments(&source));
+            let understood = Invocation::parse(arguments).unwrap();
+            prop_assert_eq!(understood, Invocation { command: Command::Distributor(source), ..up });
+        }
+    }
+
+    /// What is typed, and what is said before the usage.
+    const WRONG_LINES: &[(&str, &str)] = &[
+        ("dist-ctl start", "unrecognized subcommand 'start' tip: a similar subcommand exists: 'status'"),
+        ("dist-ctl statsu", "unrecognized subcommand 'statsu' tip: a similar subcommand exists: 'status'"),
+        (
+            "dist-ctl up --port 80",
+            "unexpected argument '--port' found tip: to pass '--port' as a value, use '-- --port'",
+        ),
+        (
+            "dist-ctl up x.toml",
+            r#""x.toml" stands alone, write -f x.toml if it is a configuration, or -- x.toml if it is a command"#,
+        ),
+        ("dist-ctl up -f", "a value is required for '--file <FILE>' but none was supplied"),
+        (
+            "dist-ctl up -f x.toml --listen :80",
+            "--file x.toml and --listen exclude each other, write what --listen says into the file, or leave out --file",
+        ),
+        (
+            "dist-ctl up -f x.toml -- ./server",
+            "--file x.toml and COMMAND exclude each other, write what COMMAND says into the file, or leave out --file",
+        ),
+        ("dist-ctl up -f x.toml -f y.toml", "the argument '--file <FILE>' cannot be used multiple times"),
+        (
+            "dist-ctl up --servers 4 -- ./server",
+            "--listen is missing, write for example: dist-ctl up --listen :8080 --servers 4 -- ./server --port 8080",
+        ),
+        (
+            "dist-ctl up --listen :80 -- ./server",
+            "--servers is missing, write for example: dist-ctl up --listen :8080 --servers 4 -- ./server --port 8080",
+        ),
+        (
+            "dist-ctl up --listen :80 --servers 4",
+            "the command is missing, write for example: dist-ctl up --listen :8080 --servers 4 -- ./server --port 8080",
+        ),
+        (
+            "dist-ctl up --listen :80 --servers 4 --",
+            "the command is missing, write for example: dist-ctl up --listen :8080 --servers 4 -- ./server --port 8080",
+        ),
+        (
+            "dist-ctl up --limit 4",
+            "--listen is missing, write for example: dist-ctl up --listen :8080 --servers 4 -- ./server --port 8080",
+        ),
+        (
+            "dist-ctl up --listen :80 --servers four -- ./server",
+            "invalid value 'four' for '--servers <N>': write a number",
+        ),
+        (
+            "dist-ctl up --listen :80 --servers 4 ./server",
+            r#""./server" stands alone, write -f ./server if it is a configuration, or -- ./server if it is a command"#,
+        ),
+        ("dist-ctl -v -q down", "the argument '--verbose' cannot be used with '--quiet'"),
+        ("dist-ctl down shop", "unexpected argument 'shop' found"),
+        ("dist-ctl status --yaml", "unexpected argument '--yaml' found"),
+        ("dist-ctl check", "the following required arguments were not provided: <FILE>"),
+        ("dist-ctl weight shop/1", "the following required arguments were not provided: <WEIGHT>"),
+        ("dist-ctl weight shop/1 0", "invalid value '0' for '<WEIGHT>': write a number from 1 to 1000"),
+        ("dist-ctl weight shop/1 -5", "invalid value '-5' for '<WEIGHT>': write a number from 1 to 1000"),
+        (
+            "dist-ctl weight shop 5",
+            "invalid value 'shop' for '<SERVER>': write SERVICE/SERVER, for example shop/1",
+        ),
+        (
+            "dist-ctl weight 5 shop/1",
+            "invalid value '5' for '<SERVER>': write SERVICE/SERVER, for example shop/1",
+        ),
+        (
+            "dist-ctl limit shop/1 lots",
+            "invalid value 'lots' for '<LIMIT>': write a number from 1 to 1000000, or none",
+        ),
+        (
+            "dist-ctl limit shop/1 0",
+            "invalid value '0' for '<LIMIT>': write a number from 1 to 1000000, or none",
+        ),
+        (
+            "dist-ctl limit shop/1 -1",
+            "invalid value '-1' for '<LIMIT>': write a number from 1 to 1000000, or none",
+        ),
+        (
+            "dist-ctl resume Shop/1",
+            "invalid value 'Shop/1' for '<SERVER>': write SERVICE/SERVER, for example shop/1",
+        ),
+        ("dist-ctl resume", "the following required arguments were not provided: <SERVER>"),
+        ("dist-ctl launch now", "unexpected argument 'now' found"),
+        (
+            "dist-ctl demo --listen localhost:80",
+            r#"invalid value 'localhost:80' for '--listen <LISTEN>': "localhost:80" is no numeric address with a port, write for example "127.0.0.1:8080", "[::1]:8080" or ":8080""#,
+        ),
+    ];
+}

@@ -1,0 +1,257 @@
+//! What right configurations mean.
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+
+use toml::{Table, Value};
+
+use super::*;
+
+/// Every option, for people; and for these tests.
+const EXAMPLE: &str = include_str!("../../../docs/dist-ctl.toml");
+
+const LEAST: &str = r#"
+[service.shop]
+listen = [":8080"]
+[service.shop.server]
+command = ["shop"]
+"#;
+
+fn machine() -> Machine {
+    Machine { environment: vec![("PATH".to_owned(), "/bin".to_owned())], cpus_online: Some(vec![0, 1, 2, 3]) }
+}
+
+fn parse(text: &str) -> Config {
+    Config::parse_for(text, "shop.toml", &machine()).unwrap()
+}
+
+fn strings<const N: usize>(texts: [&str; N]) -> Vec<String> {
+    texts.map(str::to_owned).to_vec()
+}
+
+fn facts<const N: usize>(pairs: [(&str, &str); N]) -> Vec<(String, String)> {
+    pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec()
+}
+
+#[test]
+fn what_is_left_out_has_its_default() {
+    let server = Server {
+        name: "shop/1".to_owned(),
+        short_name: "1".to_owned(),
+        index: 1,
+        command: strings(["shop"]),
+        environment: facts([
+            ("DIST_CTL_INDEX", "1"),
+            ("DIST_CTL_LISTEN", "[::]:8080"),
+            ("DIST_CTL_SERVER", "shop/1"),
+            ("DIST_CTL_SERVICE", "shop"),
+            ("PATH", "/bin"),
+        ]),
+        directory: None,
+        weight: 100,
+        limit: None,
+        cpus: Vec::new(),
+        limits: Vec::new(),
+        umask: 0o022,
+        output: Output::Inherit,
+        errors: Output::Inherit,
+        stop_signal: Signal::TERM,
+        stop_timeout: Duration::from_secs(10),
+        start_timeout: Duration::from_secs(60),
+        drain_timeout: Duration::from_secs(5),
+        restart: Restart {
+            delay: Duration::from_millis(100),
+            max_delay: Duration::from_secs(30),
+            healthy_after: Duration::from_secs(10),
+            give_up_after: Some(10),
+        },
+    };
+    let config = Config {
+        control: Control { owner: 0, mode: 0o600, readers: None },
+        services: vec![Service {
+            name: "shop".to_owned(),
+            listen: vec!["[::]:8080".parse().unwrap()],
+            policy: Policy::LeastConnections,
+            user: None,
+            socket: SocketMode::Own,
+            readiness: Readiness::Listening,
+            backlog: 4096,
+            servers: vec![server],
+        }],
+    };
+    assert_eq!(parse(LEAST), config);
+}
+
+#[test]
+fn the_example_means_what_it_says() {
+    let config = parse(EXAMPLE);
+    let service = &config.services[0];
+    let (first, big) = (&service.servers[0], &service.servers[4]);
+    let (uid, gid) = service.user.as_ref().map(|user| (user.uid, user.gid)).unwrap();
+
+    assert_eq!(config.control.mode, 0o660);
+    assert_eq!(uid, nix_uid("daemon"));
+    assert!(service.user.as_ref().unwrap().groups.contains(&gid));
+    assert_eq!(first.command, strings(["java", "-Dname=1", "-jar", "shop.jar"]));
+    assert_eq!(first.output, Output::File(PathBuf::from("/var/log/shop-1.log")));
+    assert_eq!(first.errors, Output::Inherit);
+    assert_eq!((first.weight, first.limit), (100, Some(200)));
+    assert_eq!(
+        first.limits,
+        [(Resource::Core, Some(0)), (Resource::Memlock, None), (Resource::Nofile, Some(65_536)),]
+    );
+    assert_eq!((big.name.as_str(), big.index), ("shop/big", 5));
+    assert_eq!(big.command[2], "-Dname=big");
+    assert_eq!((big.weight, big.limit), (200, Some(400)));
+    assert_eq!(big.directory, Some(PathBuf::from("/srv")));
+    assert_eq!(big.errors, Output::File(PathBuf::from("/var/log/shop-big.err")));
+    for variable in
+        [("DIST_CTL_SERVER", "shop/big"), ("JAVA_HOME", "/opt/jdk"), ("OFFSET", "5"), ("USER", "daemon")]
+    {
+        let variable = (variable.0.to_owned(), variable.1.to_owned());
+        assert!(big.environment.contains(&variable), "{variable:?}");
+    }
+}
+
+#[test]
+fn the_example_shows_every_field_there_is() {
+    let problems = Problems::default();
+    let written = written::read(EXAMPLE, &problems).unwrap();
+    problems.unless_none(None).unwrap();
+    let shown = format!("{written:#?}");
+    // Debug prints a field that was left out as "field: Absent".
+    let absent: Vec<&str> = shown.lines().filter(|line| line.contains("Absent")).collect();
+    assert_eq!(absent, Vec::<&str>::new());
+    assert_eq!(written.services[0].servers.len(), 1);
+}
+
+/// Each `# Default: VALUE` of the example, written out, changes nothing.
+#[test]
+fn the_defaults_that_the_example_names_are_the_defaults() {
+    let mut table = "";
+    let mut default = None;
+    let mut checked = 0;
+    for line in EXAMPLE.lines() {
+        if let Some(header) = line.strip_prefix('[') {
+            table = header.split_once(']').unwrap().0;
+        } else if let Some(value) = line.strip_prefix("# Default: ") {
+            default = Some(value);
+        } else if let Some((key, _)) = line.split_once(" = ")
+            && !line.starts_with('#')
+            && let Some(default) = default.take()
+        {
+            let Ok(value) = toml::from_str::<Table>(&format!("{key} = {default}")) else {
+                // In words: what is true if nothing is written.
+                assert!(default.starts_with(char::is_alphabetic), "{key}: {default}");
+                continue;
+            };
+            let mut text: Table = toml::from_str(LEAST).unwrap();
+            let place = table.split('.').fold(&mut text, |text, name| {
+                let inner = text.entry(name).or_insert_with(|| Value::Table(Table::new()));
+                inner.as_table_mut().unwrap()
+            });
+            place.extend(value);
+            assert_eq!(parse(&text.to_string()), parse(LEAST), "{table}.{key} = {default}");
+            checked += 1;
+        }
+    }
+    assert_eq!(checked, 20);
+}
+
+#[test]
+fn without_a_count_there_is_one_server_or_the_named_ones_only() {
+    let names = |text: &str| -> Vec<String> {
+        let servers = parse(text).services.remove(0).servers;
+        servers.into_iter().map(|server| server.name).collect()
+    };
+    assert_eq!(names(LEAST), ["shop/1"]);
+    let named = format!("{LEAST}[[service.shop.servers]]\nname = \"big\"");
+    assert_eq!(names(&named), ["shop/big"]);
+    let both = named.replace("command", "count = 2\ncommand");
+    assert_eq!(names(&both), ["shop/1", "shop/2", "shop/big"]);
+}
+
+#[test]
+fn a_named_server_may_bring_the_only_command() {
+    let config = parse(
+        r#"
+        [service.shop]
+        listen = [":8080"]
+        [[service.shop.servers]]
+        name = "big"
+        command = ["{service}-{name}-{index}", "{{}}"]
+        "#,
+    );
+    assert_eq!(config.services[0].servers[0].command, strings(["shop-big-1", "{}"]));
+}
+
+#[test]
+fn both_wildcards_share_a_port_without_sharing_clients() {
+    let config = parse(&LEAST.replace("\":8080\"", "\"[::]:8080\", \"0.0.0.0:8080\""));
+    let v6only: Vec<bool> = config.services[0].listen.iter().map(|address| address.v6only).collect();
+    assert_eq!(v6only, [true, false]);
+}
+
+#[test]
+fn errors_go_where_output_goes_unless_told_otherwise() {
+    let config = parse(&format!("{LEAST}output = \"/log/{{name}}\""));
+    let server = &config.services[0].servers[0];
+    assert_eq!(server.errors, Output::File(PathBuf::from("/log/1")));
+    assert_eq!(server.errors, server.output);
+}
+
+#[test]
+fn readers_get_through_the_mode_by_default() {
+    let config = parse(&format!("[control]\nreaders = 0\n{LEAST}"));
+    assert_eq!(config.control, Control { owner: 0, mode: 0o660, readers: Some(0) });
+}
+
+#[test]
+fn giving_up_after_0_is_never_giving_up() {
+    let config = parse(&format!("{LEAST}restart.give_up_after = 0"));
+    assert_eq!(config.services[0].servers[0].restart.give_up_after, None);
+}
+
+#[test]
+fn the_command_form_means_the_same_as_a_file() {
+    let form = CommandForm {
+        name: "shop".to_owned(),
+        listen: strings([":8080", "127.0.0.2:81"]),
+        servers: 3,
+        policy: Some("first".to_owned()),
+        limit: Some(20),
+        weight: Some(7),
+        socket: Some("systemd".to_owned()),
+        user: Some("root".to_owned()),
+        command: strings(["shop", "--name={name}"]),
+    };
+    let file = r#"
+        [service.shop]
+        listen = [":8080", "127.0.0.2:81"]
+        policy = "first"
+        [service.shop.server]
+        command = ["shop", "--name={name}"]
+        count = 3
+        limit = 20
+        weight = 7
+        socket = "systemd"
+        user = "root"
+    "#;
+    assert_eq!(Config::from_command_for(&form, &machine()), Ok(parse(file)));
+}
+
+#[test]
+fn check_says_what_was_understood() {
+    assert_eq!(
+        parse(LEAST).to_string(),
+        "shop: [::]:8080, 1 server (1), least-connections, socket own, limit none, weight 100\n"
+    );
+    assert_eq!(
+        parse(EXAMPLE).to_string(),
+        "shop: [::]:8080, 5 servers (1 to 4, big), least-connections, socket own, user daemon, limit 200 (big: 400), weight 100 (big: 200)\n"
+    );
+}
+
+fn nix_uid(name: &str) -> u32 {
+    nix::unistd::User::from_name(name).unwrap().unwrap().uid.as_raw()
+}

@@ -1,0 +1,435 @@
+//! The distributor: takes over what there is, then performs what comes in, one thing at a time.
+//!
+//! Everything that happens arrives as an `Input` on one channel: from the kernel, the monitor,
+//! the launchers, the servers and the operator. The loop hands each to its service. Nothing in
+//! it waits, except for the next input.
+#![forbid(unsafe_code)]
+
+use std::{
+    collections::HashMap,
+    fs::DirBuilder,
+    os::{fd::OwnedFd, unix::fs::DirBuilderExt as _},
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, ensure};
+use distributor_ebpf::contract;
+use tokio::{
+    sync::mpsc::{self, UnboundedReceiver, UnboundedSender},
+    task::{LocalSet, spawn_local},
+    time::timeout_at,
+};
+use tracing::{debug, error, info};
+
+use crate::{
+    config::Config,
+    control::{self, Command, Request, Response},
+    instance::Instance,
+    kernel::ProgramLog,
+    link::{Child, Held, Inheritance, Link},
+    message::{FromMonitor, ToMonitor},
+    notify, room, server,
+    service::{Host, Label, Service},
+    status::Status,
+};
+
+/// How often what is only seen by looking is looked at: who drains, who waits.
+const RESTLESS: Duration = Duration::from_millis(20);
+/// How often all is looked at, whether or not there is a reason.
+const LOOK_AROUND: Duration = Duration::from_secs(1);
+
+/// Something that happened.
+#[derive(Debug)]
+pub enum Input {
+    /// There is something to receive from the monitor.
+    MonitorSpeaks,
+    Kernel {
+        service: usize,
+        events: Vec<contract::Event>,
+    },
+    /// The launcher's answer: it became the server, or why not.
+    Launched {
+        service: usize,
+        entry: usize,
+        instance: server::Instance,
+        result: Result<(), String>,
+    },
+    Notified {
+        service: usize,
+        entry: usize,
+        instance: server::Instance,
+        message: notify::Message,
+    },
+    Rooms {
+        service: usize,
+        group: usize,
+        result: anyhow::Result<Vec<(OwnedFd, u64)>>,
+    },
+    Control(Request),
+}
+
+/// Runs until everything has been stopped, as the monitor or an operator asked.
+///
+/// # Errors
+/// It could not start (then nothing is left behind of what it had made), or the monitor died.
+pub fn run(config: Config, runtime_dir: &Path, log: ProgramLog) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    LocalSet::new().block_on(&runtime, async {
+        let (link, inheritance) = Link::open()?;
+        serve(config, runtime_dir, log, link, inheritance).await
+    })
+}
+
+async fn serve(
+    config: Config,
+    runtime_dir: &Path,
+    log: ProgramLog,
+    link: Link,
+    inheritance: Inheritance,
+) -> anyhow::Result<()> {
+    let place = Instance::find(runtime_dir)?;
+    let first = inheritance.children.is_empty() && inheritance.held.is_empty();
+    match Distributor::begin(&config, &place, log, link, inheritance).await {
+        Ok(distributor) => distributor.work(&config).await,
+        Err(error) => {
+            // What runs already is the next distributor's; what we made is nobody's.
+            if first && let Err(left) = place.remove() {
+                error!("{left:#}; remove it by hand, or with the next dist-ctl up");
+            }
+            Err(error)
+        }
+    }
+}
+
+struct Distributor<'a> {
+    place: &'a Instance,
+    link: Link,
+    services: Vec<Service>,
+    inputs: UnboundedSender<Input>,
+    received: UnboundedReceiver<Input>,
+    stopping: bool,
+    /// The services that were announced on standard output.
+    announced: Vec<bool>,
+}
+
+impl<'a> Distributor<'a> {
+    /// Makes or takes over everything, up to the point where every server is started or found.
+    async fn begin(
+        config: &Config,
+        place: &'a Instance,
+        log: ProgramLog,
+        mut link: Link,
+        inheritance: Inheritance,
+    ) -> anyhow::Result<Self> {
+        ensure!(
+            rustix::process::geteuid().is_root(),
+            "start dist-ctl: it needs root to load programs into the kernel: run it with sudo"
+        );
+        let (inputs, received) = mpsc::unbounded_channel();
+        let Inheritance { children, held, stop } = inheritance;
+        let first = children.is_empty() && held.is_empty();
+        if first {
+            place.clean_leftovers()?;
+        }
+        place.cgroup.create()?;
+        match DirBuilder::new().mode(0o711).create(place.notify_dir()) {
+            Err(error) if !place.notify_dir().is_dir() => {
+                return Err(error).context("create the directory of the notify sockets");
+            }
+            _ => {}
+        }
+        let mut rooms = rooms_by_service(held, &link)?;
+        let mut services = Vec::new();
+        for (number, service) in config.services.iter().enumerate() {
+            let held = rooms.remove(&service.name).unwrap_or_default();
+            let mut host = Host { place, link: &mut link, inputs: &inputs };
+            services.push(Service::open(number, service.clone(), log, held, &mut host).await?);
+        }
+        for (_, held) in rooms.into_values().flatten() {
+            link.send(&ToMonitor::Drop { key: held.key }, None)?;
+        }
+        let announced = vec![!first; services.len()];
+        let mut distributor = Self { place, link, services, inputs, received, stopping: false, announced };
+        distributor.take_over(children)?;
+        distributor.look_around();
+        let (services, mut host) = distributor.split();
+        services.iter_mut().for_each(|service| service.start(&mut host));
+        distributor.open_control(config)?;
+        distributor.listen_to_monitor()?;
+        distributor.link.send(&ToMonitor::Ready, None)?;
+        if stop {
+            distributor.stop();
+        }
+        Ok(distributor)
+    }
+
+    /// Gives every child to its service. One that has none is killed: it is of another
+    /// configuration, and nobody would ever stop it.
+    fn take_over(&mut self, children: Vec<Child>) -> anyhow::Result<()> {
+        for child in children {
+            let label: Option<Label> = serde_json::from_slice(&child.label).ok();
+            let (services, mut host) = self.split();
+            let owner = label
+                .as_ref()
+                .and_then(|label| services.iter_mut().find(|service| service.name() == label.service));
+            let taken = match (owner, &label) {
+                (Some(service), Some(label)) => service.take_over(&child, label, &mut host)?,
+                _ => false,
+            };
+            if !taken {
+                info!("process {} is of no configured server; kills it", child.pid);
+                let kill = ToMonitor::Signal { id: child.id, signal: 9 };
+                self.link.send(&kill, None)?;
+                self.link.send(&ToMonitor::Forget { id: child.id }, None)?;
+            }
+        }
+        self.services.iter_mut().try_for_each(Service::retire_unclaimed)
+    }
+
+    fn split(&mut self) -> (&mut Vec<Service>, Host<'_>) {
+        let Self { place, link, services, inputs, .. } = self;
+        (services, Host { place, link, inputs })
+    }
+
+    fn open_control(&mut self, config: &Config) -> anyhow::Result<()> {
+        let listener = control::bind(&self.place.runtime_dir, &config.control)?;
+        let (requests, mut received) = mpsc::channel(64);
+        spawn_local(control::serve(listener, config.control.clone(), requests));
+        let inputs = self.inputs.clone();
+        spawn_local(async move {
+            while let Some(request) = received.recv().await {
+                if inputs.send(Input::Control(request)).is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(())
+    }
+
+    fn listen_to_monitor(&mut self) -> anyhow::Result<()> {
+        let watch = self.link.watch()?;
+        let inputs = self.inputs.clone();
+        spawn_local(async move {
+            // Only the signal that there is something; the loop reads it.
+            while watch.readable(|| ()).await.is_ok() && inputs.send(Input::MonitorSpeaks).is_ok() {
+                tokio::task::yield_now().await;
+            }
+        });
+        Ok(())
+    }
+
+    /// The loop.
+    async fn work(mut self, config: &Config) -> anyhow::Result<()> {
+        let mut looked_around = Instant::now();
+        while !(self.stopping && self.services.iter().all(Service::has_stopped)) {
+            let next = self.next_tick(looked_around);
+            // `None` cannot come: we hold a sender ourselves.
+            if let Ok(Some(input)) = timeout_at(next.into(), self.received.recv()).await {
+                self.perform(input)?;
+            }
+            let now = Instant::now();
+            let (services, mut host) = self.split();
+            services.iter_mut().for_each(|service| service.tick(now, &mut host));
+            if now - looked_around >= LOOK_AROUND {
+                looked_around = now;
+                self.look_around();
+            }
+            self.announce(config);
+        }
+        self.finish()
+    }
+
+    fn next_tick(&self, looked_around: Instant) -> Instant {
+        let mut next = looked_around + LOOK_AROUND;
+        for service in &self.services {
+            next = next.min(service.deadline().unwrap_or(next));
+            if service.is_restless() {
+                next = next.min(Instant::now() + RESTLESS);
+            }
+        }
+        next
+    }
+
+    fn look_around(&mut self) {
+        let (services, mut host) = self.split();
+        services.iter_mut().for_each(|service| service.look_around(&mut host));
+    }
+
+    fn perform(&mut self, input: Input) -> anyhow::Result<()> {
+        if let Input::MonitorSpeaks = input {
+            while let Some(message) = self.link.receive()? {
+                self.heard(message);
+            }
+            return Ok(());
+        }
+        let (services, mut host) = self.split();
+        match input {
+            Input::MonitorSpeaks => {}
+            Input::Kernel { service, events } => services[service].kernel_events(&events, &mut host),
+            Input::Launched { service, entry, instance, result } => {
+                services[service].launched(entry, instance, result, &mut host);
+            }
+            Input::Notified { service, entry, instance, message } => {
+                services[service].notified(entry, instance, &message, &mut host);
+            }
+            Input::Rooms { service, group, result } => {
+                services[service].room_opened(group, result, &mut host)
+            }
+            Input::Control(request) => {
+                debug!("{} asks {:?}", request.peer, request.command);
+                let response = self.answer(request.command);
+                // The client may be gone; what it asked is done all the same.
+                let _ = request.reply.send(response);
+            }
+        }
+        Ok(())
+    }
+
+    fn heard(&mut self, message: FromMonitor) {
+        let (services, mut host) = self.split();
+        let mut of_child = |id: u64, tell: &mut dyn FnMut(&mut Service, usize, &mut Host<'_>)| {
+            for service in services.iter_mut() {
+                if let Some(entry) = service.entry_of_child(id) {
+                    tell(service, entry, &mut host);
+                    return true;
+                }
+            }
+            false
+        };
+        match message {
+            FromMonitor::Started { id, pid } => {
+                of_child(id, &mut |service, entry, host| service.started(entry, pid, host));
+            }
+            FromMonitor::NotStarted { id, errno } => {
+                of_child(id, &mut |service, entry, host| service.not_started(entry, errno, host));
+            }
+            FromMonitor::Exited { id, exit, .. } => {
+                if !of_child(id, &mut |service, entry, host| service.exited(entry, exit, host)) {
+                    let _ = self.link.send(&ToMonitor::Forget { id }, None);
+                }
+            }
+            FromMonitor::Orphan { .. } => {
+                services.iter_mut().for_each(|service| service.orphan_exited(&mut host));
+            }
+            FromMonitor::NotHeld { key, errno } => {
+                let why = std::io::Error::from_raw_os_error(errno);
+                error!("the monitor cannot hold descriptor {key}: {why}; raise its limit of open files");
+            }
+            FromMonitor::Stop => self.stop(),
+            FromMonitor::Reload => {
+                info!("asked to reload: this version reads its configuration at the start only")
+            }
+            FromMonitor::Child { .. } | FromMonitor::Held { .. } | FromMonitor::Begin => {
+                debug!("the monitor told twice what is told at the beginning");
+            }
+        }
+    }
+
+    fn answer(&mut self, command: Command) -> Response {
+        match command {
+            Command::Status => match self.status() {
+                Ok(status) => Response::Status(status),
+                Err(error) => Response::failure(format!("{error:#}")),
+            },
+            Command::Weight { server, weight } => {
+                if !(1..=contract::WEIGHT_MAX).contains(&weight) {
+                    return Response::input(format!(
+                        "weight {weight} is out of range: 1 to {}",
+                        contract::WEIGHT_MAX
+                    ));
+                }
+                self.of_server(&server, |service, entry, host| service.set_weight(entry, weight, host))
+            }
+            Command::Limit { server, limit } => {
+                if limit.is_some_and(|limit| !(1..=contract::LIMIT_MAX).contains(&limit)) {
+                    return Response::input(format!(
+                        "limit is out of range: 1 to {}, or none",
+                        contract::LIMIT_MAX
+                    ));
+                }
+                self.of_server(&server, |service, entry, host| service.set_limit(entry, limit, host))
+            }
+            Command::Resume { server } => {
+                self.of_server(&server, |service, entry, host| service.resume(entry, host))
+            }
+            Command::Down => {
+                self.stop();
+                Response::Done
+            }
+        }
+    }
+
+    fn of_server(
+        &mut self,
+        name: &str,
+        then: impl FnOnce(&mut Service, usize, &mut Host<'_>) -> Response,
+    ) -> Response {
+        let (services, mut host) = self.split();
+        for service in services.iter_mut() {
+            if let Some(entry) = service.find(name) {
+                return then(service, entry, &mut host);
+            }
+        }
+        let known: Vec<String> = services.iter().flat_map(Service::server_names).collect();
+        Response::input(format!("no server is called {name}: there are {}", known.join(", ")))
+    }
+
+    fn status(&self) -> anyhow::Result<Status> {
+        Ok(Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            services: self.services.iter().map(Service::status).collect::<Result<_, _>>()?,
+        })
+    }
+
+    fn stop(&mut self) {
+        if !self.stopping {
+            info!("stops: takes no new connections, and ends the servers");
+        }
+        self.stopping = true;
+        let (services, mut host) = self.split();
+        services.iter_mut().for_each(|service| service.stop(&mut host));
+    }
+
+    /// One line on standard output for each service, once all its servers are ready.
+    fn announce(&mut self, config: &Config) {
+        for (number, service) in self.services.iter().enumerate() {
+            if !self.announced[number] && service.is_ready() {
+                self.announced[number] = true;
+                let service = &config.services[number];
+                let listen: Vec<String> = service.listen.iter().map(ToString::to_string).collect();
+                let servers = service.servers.len();
+                let noun = if servers == 1 { "server" } else { "servers" };
+                println!("{}: listening on {}, {servers} {noun}", service.name, listen.join(", "));
+            }
+        }
+    }
+
+    /// Everything is stopped: removes what is outside of the processes, and says so.
+    fn finish(mut self) -> anyhow::Result<()> {
+        let (services, mut host) = self.split();
+        services.iter_mut().try_for_each(|service| service.close(&mut host))?;
+        let Self { place, link, services, .. } = self;
+        drop(services);
+        place.remove()?;
+        link.send(&ToMonitor::Finished { code: 0 }, None)
+    }
+}
+
+/// The rooms that the monitor holds, by the service they belong to.
+fn rooms_by_service(
+    held: Vec<Held>,
+    link: &Link,
+) -> anyhow::Result<HashMap<String, Vec<(room::Label, Held)>>> {
+    let mut rooms: HashMap<String, Vec<_>> = HashMap::new();
+    for held in held {
+        match serde_json::from_slice::<room::Label>(&held.label) {
+            Ok(label) => rooms.entry(label.service.clone()).or_default().push((label, held)),
+            Err(error) => {
+                debug!("a held descriptor has no readable label ({error}); it is dropped");
+                link.send(&ToMonitor::Drop { key: held.key }, None)?;
+            }
+        }
+    }
+    Ok(rooms)
+}

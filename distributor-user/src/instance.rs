@@ -1,0 +1,189 @@
+//! The names and places of one `dist-ctl up`, all made from its runtime directory.
+//!
+//! Gives the cgroup and the directory for pins, mounts a bpffs where there is none, and removes
+//! what an instance leaves behind. Two instances with different runtime directories share
+//! nothing.
+#![forbid(unsafe_code)]
+
+use std::{
+    fs::{self, DirBuilder},
+    io,
+    os::unix::fs::DirBuilderExt as _,
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, ensure};
+use rustix::mount::{MountFlags, UnmountFlags};
+use tracing::info;
+
+use crate::cgroup::{self, Cgroup};
+
+/// Where bpffs usually is mounted.
+const BPFFS: &str = "/sys/fs/bpf";
+/// BPF_FS_MAGIC (include/uapi/linux/magic.h)
+const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
+/// How long processes that were killed may take to be gone.
+const KILL_PATIENCE: Duration = Duration::from_secs(10);
+
+/// The places of one instance.
+#[derive(Clone, Debug)]
+pub struct Instance {
+    pub runtime_dir: PathBuf,
+    /// Holds one cgroup per service.
+    pub cgroup: Cgroup,
+    /// Holds one directory of pins per service.
+    pub pins: PathBuf,
+    /// A bpffs of our own, to be unmounted at the end.
+    own_bpffs: Option<PathBuf>,
+}
+
+impl Instance {
+    /// Finds its places, and mounts a bpffs below the runtime directory if the machine has
+    /// none at /sys/fs/bpf.
+    ///
+    /// # Errors
+    /// No cgroup v2; or no bpffs, and none can be mounted.
+    pub fn find(runtime_dir: &Path) -> anyhow::Result<Self> {
+        let runtime_dir = std::path::absolute(runtime_dir)?;
+        let name = name(&runtime_dir);
+        let cgroup = Cgroup::at(cgroup::mount_point()?.join(&name));
+        let (pins, own_bpffs) = if is_bpffs(Path::new(BPFFS)) {
+            (Path::new(BPFFS).join(&name), None)
+        } else {
+            let own = runtime_dir.join("bpf");
+            mount_bpffs(&own)?;
+            (own.join(&name), Some(own))
+        };
+        match DirBuilder::new().mode(0o700).create(&pins) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(error).with_context(|| format!("create {} for the pins", pins.display()));
+            }
+            _ => {}
+        }
+        Ok(Self { runtime_dir, cgroup, pins, own_bpffs })
+    }
+
+    /// Where the servers' notify sockets are: servers of any user may pass, and list nothing.
+    pub fn notify_dir(&self) -> PathBuf {
+        self.runtime_dir.join("notify")
+    }
+
+    /// Removes what an instance that was killed left behind: its servers are killed first.
+    pub fn clean_leftovers(&self) -> anyhow::Result<()> {
+        let left = self.cgroup.processes().len();
+        if left > 0 {
+            info!("{left} processes are left of an earlier run; kills them and starts afresh");
+        }
+        self.remove_kernel_objects()
+    }
+
+    /// Removes everything outside of this process: processes, cgroups, pins, sockets, mounts.
+    pub fn remove(&self) -> anyhow::Result<()> {
+        self.remove_kernel_objects()?;
+        remove_if_there(fs::remove_dir(&self.pins), &self.pins)?;
+        if let Some(own) = &self.own_bpffs {
+            rustix::mount::unmount(own, UnmountFlags::DETACH)
+                .with_context(|| format!("unmount {}", own.display()))?;
+            remove_if_there(fs::remove_dir(own), own)?;
+        }
+        let notify = self.notify_dir();
+        remove_if_there(fs::remove_dir_all(&notify), &notify)?;
+        let control = self.runtime_dir.join(crate::control::SOCKET);
+        remove_if_there(fs::remove_file(&control), &control)
+    }
+
+    fn remove_kernel_objects(&self) -> anyhow::Result<()> {
+        self.cgroup.kill()?;
+        let deadline = Instant::now() + KILL_PATIENCE;
+        while !self.cgroup.processes().is_empty() {
+            ensure!(
+                Instant::now() < deadline,
+                "processes {:?} in {} do not die, though they were killed {} s ago: see what holds them \
+                 (state D), then run this again",
+                self.cgroup.processes(),
+                self.cgroup.path().display(),
+                KILL_PATIENCE.as_secs()
+            );
+            thread::sleep(Duration::from_millis(5));
+        }
+        // A process that is just gone keeps its cgroup busy for a moment.
+        while let Err(error) = self.cgroup.remove() {
+            ensure!(Instant::now() < deadline, error);
+            thread::sleep(Duration::from_millis(5));
+        }
+        remove_pins(&self.pins)
+    }
+}
+
+/// "dist-ctl" for /run/dist-ctl, "dist-ctl-tmp-a" for /tmp/a. No two directories have the same
+/// name, and none has a dot, which a bpffs refuses (bpf_lookup, Linux 6.18: EPERM).
+fn name(runtime_dir: &Path) -> String {
+    if runtime_dir == Path::new("/run/dist-ctl") {
+        return "dist-ctl".to_owned();
+    }
+    let mut name = "dist-ctl".to_owned();
+    for byte in runtime_dir.as_os_str().as_encoded_bytes() {
+        match byte {
+            b'/' => name.push('-'),
+            b'0'..=b'9' | b'a'..=b'z' | b'A'..=b'Z' | b'_' => name.push(char::from(*byte)),
+            other => name.push_str(&format!("={other:02x}")),
+        }
+    }
+    name
+}
+
+fn is_bpffs(path: &Path) -> bool {
+    rustix::fs::statfs(path).is_ok_and(|facts| facts.f_type as u64 == BPF_FS_MAGIC)
+}
+
+fn mount_bpffs(at: &Path) -> anyhow::Result<()> {
+    if is_bpffs(at) {
+        return Ok(());
+    }
+    fs::create_dir_all(at).with_context(|| format!("create {}", at.display()))?;
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    rustix::mount::mount("bpf", at, "bpf", flags, Some(c"mode=0700")).with_context(|| {
+        format!(
+            "mount a bpffs on {}, because {BPFFS} has none: run as root, or have one mounted with \
+             mount -t bpf bpf {BPFFS}",
+            at.display()
+        )
+    })
+}
+
+/// Removes the pins of all services and versions. Once nothing is pinned and nobody has it
+/// open, the kernel drops a program or map by itself.
+fn remove_pins(pins: &Path) -> anyhow::Result<()> {
+    let Ok(services) = fs::read_dir(pins) else { return Ok(()) };
+    for service in services.flatten() {
+        let service = service.path();
+        for pin in fs::read_dir(&service).into_iter().flatten().flatten() {
+            remove_if_there(fs::remove_file(pin.path()), &pin.path())?;
+        }
+        remove_if_there(fs::remove_dir(&service), &service)?;
+    }
+    Ok(())
+}
+
+fn remove_if_there(result: io::Result<()>, path: &Path) -> anyhow::Result<()> {
+    match result {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("remove {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn instances_are_named_after_their_directory() {
+        assert_eq!(name(Path::new("/run/dist-ctl")), "dist-ctl");
+        assert_eq!(name(Path::new("/tmp/a/b")), "dist-ctl-tmp-a-b");
+        assert_eq!(name(Path::new("/tmp/a-b.c")), "dist-ctl-tmp-a=2db=2ec");
+    }
+}

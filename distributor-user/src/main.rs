@@ -1,0 +1,100 @@
+//! `dist-ctl`: connections of one address, distributed over several servers by the kernel.
+//!
+//! Which of its processes this one is, is in the arguments: the command line of an operator, the
+//! monitor (`up`), the distributor, a launcher on its way to be a server, or the demo server.
+#![forbid(unsafe_code)]
+
+use std::{
+    io::{IsTerminal as _, Write as _},
+    path::Path,
+    process::ExitCode,
+    time::{Duration, SystemTime},
+};
+
+use distributor_user::{
+    cli::{Command, Form, Invocation},
+    config::Config,
+    control::{self, ASK_TIMEOUT},
+    demo, distributor, error,
+    kernel::ProgramLog,
+    launch,
+    logging::{self, Verbosity},
+    monitor,
+    status::Status,
+};
+
+/// Draining and stopping are bounded by the configuration, whose bounds are minutes.
+const DOWN_TIMEOUT: Duration = Duration::from_secs(300);
+
+fn main() -> ExitCode {
+    let invocation = Invocation::parse(std::env::args_os()).unwrap_or_else(|error| error.exit());
+    logging::set_up(invocation.verbosity);
+    match perform(&invocation) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("dist-ctl: {error:#}");
+            ExitCode::from(error::exit_code(&error))
+        }
+    }
+}
+
+fn perform(invocation: &Invocation) -> anyhow::Result<ExitCode> {
+    let directory = &invocation.runtime_dir;
+    match &invocation.command {
+        Command::Up(source) => {
+            return monitor::run(invocation.distributor_arguments(source), directory);
+        }
+        Command::Distributor(source) => {
+            let log = match invocation.verbosity {
+                Verbosity::Verbose => ProgramLog::On,
+                Verbosity::Normal | Verbosity::Quiet => ProgramLog::Off,
+            };
+            distributor::run(source.read()?, directory, log)?;
+        }
+        Command::Launch => return Ok(launch::run()),
+        Command::Demo { listen, name } => {
+            demo::run(demo::Options { listen: listen.clone(), name: name.clone() })?;
+        }
+        Command::Status(form) => {
+            if let Some(status) = ask(directory, &control::Command::Status)? {
+                show(&status, *form)?;
+            }
+        }
+        Command::Change(command) => {
+            ask(directory, command)?;
+        }
+        Command::Down => {
+            control::down(directory, DOWN_TIMEOUT)?.into_result()?;
+        }
+        Command::Check(file) => {
+            let config = Config::read(file)?;
+            print!("{config}");
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn ask(directory: &Path, command: &control::Command) -> anyhow::Result<Option<Status>> {
+    control::ask(directory, command, ASK_TIMEOUT)?.into_result()
+}
+
+fn show(status: &Status, form: Form) -> anyhow::Result<()> {
+    let text = match form {
+        Form::Json => serde_json::to_string_pretty(status)? + "\n",
+        Form::Table => status.table(width(), SystemTime::now()),
+    };
+    match std::io::stdout().write_all(text.as_bytes()) {
+        // The reader has seen enough: status | head.
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        written => Ok(written?),
+    }
+}
+
+/// The columns of the terminal; `None` where the output goes elsewhere and nothing is cut.
+fn width() -> Option<usize> {
+    if !std::io::stdout().is_terminal() {
+        return None;
+    }
+    let size = rustix::termios::tcgetwinsize(std::io::stdout()).ok()?;
+    (size.ws_col > 0).then_some(usize::from(size.ws_col))
+}

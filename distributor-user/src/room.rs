@@ -1,0 +1,156 @@
+//! Rooms: parked listeners of ours, in which connections wait that no server may take.
+//!
+//! Makes them, gives duplicates to the monitor to hold, and empties them: a room that is shut
+//! down makes the kernel run `select` for each of its connections. Which room is current, and
+//! when to empty it, is the service's to decide.
+#![forbid(unsafe_code)]
+
+use std::{
+    io,
+    net::{Shutdown, SocketAddr},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
+
+use anyhow::{Context as _, bail};
+use rustix::net::sockopt;
+use serde::{Deserialize, Serialize};
+use socket2::{Domain, SockRef, Socket, Type};
+
+use crate::{
+    address::ListenAddress,
+    launch::{OpenListeners, open_listeners},
+};
+
+/// One parked listener.
+#[derive(Debug)]
+pub struct Room {
+    pub fd: OwnedFd,
+    /// SO_COOKIE.
+    pub cookie: u64,
+    /// The service's address it is parked on.
+    pub group: usize,
+    /// Its index in SOCKETS.
+    pub index: u32,
+    /// The monitor's key of its duplicate.
+    pub key: u64,
+}
+
+/// What the monitor keeps with a room's duplicate, for the next distributor.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Label {
+    pub service: String,
+    pub address: ListenAddress,
+    pub index: u32,
+    /// New arrivals go to this one.
+    pub current: bool,
+}
+
+impl Room {
+    /// Makes the kernel hand over every connection that waits in it.
+    pub fn empty(&self) -> io::Result<()> {
+        // Not close: the monitor's duplicate would keep the listener open.
+        SockRef::from(&self.fd).shutdown(Shutdown::Read)
+    }
+}
+
+impl AsFd for Room {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// Opens parked listeners in a cgroup, where the kernel counts what waits in them.
+pub async fn open(job: &OpenListeners) -> anyhow::Result<Vec<(OwnedFd, u64)>> {
+    open_listeners(job)
+        .await?
+        .into_iter()
+        .map(|fd| {
+            let cookie = sockopt::socket_cookie(&fd).context("read the cookie of a room")?;
+            Ok((fd, cookie))
+        })
+        .collect()
+}
+
+/// Makes sure that nobody else listens on the address: a room would join his group if he
+/// shares it, and take his connections.
+pub fn check_free(address: &ListenAddress) -> anyhow::Result<()> {
+    match try_bind(address) {
+        Ok(()) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => match holder(address.socket) {
+            Some(holder) => bail!(
+                "listen on {address}: {holder} listens there already: stop it, or choose another address"
+            ),
+            None => bail!(
+                "listen on {address}: somebody listens there already: find out who with \
+                     ss -ltnp, stop him, or choose another address"
+            ),
+        },
+        Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => {
+            bail!("listen on {address}: this machine has no such address: see ip address, and correct listen")
+        }
+        Err(error) => Err(error).with_context(|| format!("listen on {address}")),
+    }
+}
+
+/// Listens for a moment. With SO_REUSEADDR, so that only listeners are in the way and not what
+/// is left of old connections; without SO_REUSEPORT, so that every listener is.
+fn try_bind(address: &ListenAddress) -> io::Result<()> {
+    let socket = Socket::new(Domain::for_address(address.socket), Type::STREAM, None)?;
+    socket.set_reuse_address(true)?;
+    if address.socket.is_ipv6() {
+        socket.set_only_v6(address.v6only)?;
+    }
+    socket.bind(&address.socket.into())?;
+    socket.listen(1)
+}
+
+/// Which process listens on an address that stands in the way of this one: `nginx (pid 12)`.
+fn holder(address: SocketAddr) -> Option<String> {
+    let processes: Vec<u32> = std::fs::read_dir("/proc")
+        .ok()?
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .collect();
+    processes.into_iter().find_map(|process| {
+        let found = crate::listener::find(&[process]);
+        let conflicts = |other: SocketAddr| {
+            other.port() == address.port()
+                && (other.ip() == address.ip()
+                    || other.ip().is_unspecified()
+                    || address.ip().is_unspecified())
+        };
+        found.iter().any(|found| conflicts(found.facts.address)).then(|| {
+            let name = std::fs::read_to_string(format!("/proc/{process}/comm")).unwrap_or_default();
+            format!("{} (pid {process})", name.trim())
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    #[test]
+    fn a_held_port_is_refused_with_the_holders_name() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let error = check_free(&address.to_string().parse().unwrap()).unwrap_err().to_string();
+        let us = format!("(pid {})", std::process::id());
+        assert!(error.starts_with(&format!("listen on {address}: ")) && error.contains(&us), "{error}");
+    }
+
+    #[test]
+    fn a_free_port_stays_free() {
+        let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        check_free(&address.to_string().parse().unwrap()).unwrap();
+        TcpListener::bind(address).unwrap();
+    }
+
+    #[test]
+    fn an_address_of_another_machine_is_told() {
+        let error = check_free(&"192.0.2.1:80".parse().unwrap()).unwrap_err().to_string();
+        assert!(error.contains("no such address"), "{error}");
+    }
+}

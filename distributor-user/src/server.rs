@@ -1,0 +1,548 @@
+//! What one server does next.
+//!
+//! A server is one entry of the configuration; it has one instance after another. `step`
+//! takes what is wanted of it or was seen of its instance, and gives its next state and the
+//! actions that lead there, in order. Total: every state answers every event. Nothing here
+//! acts, reads a clock or draws luck: the caller performs each action and tells what came of
+//! it, and tells `Tick` at the `deadline`.
+#![forbid(unsafe_code)]
+
+mod step;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::BTreeSet,
+    fmt,
+    time::{Duration, Instant},
+};
+
+use rustix::process::Signal;
+use tracing::Level;
+
+use self::step::Step;
+use crate::{
+    address::ListenAddress,
+    backoff::Backoff,
+    config::{self, Readiness},
+    message::Exit,
+    status::{self, ServerState},
+};
+
+/// One server and what has become of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Server {
+    state: State,
+    history: History,
+}
+
+/// The number of an instance. A server's first is 1; none is used twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Instance(pub u32);
+
+/// The part of the configuration that decides.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Supervision {
+    /// Reports name these by their place in this list.
+    pub listen: Vec<ListenAddress>,
+    pub readiness: Readiness,
+    /// How long an instance may take to be ready.
+    pub start_timeout: Duration,
+    /// How long its connections may go on after it is out of the plan.
+    pub drain_timeout: Duration,
+    pub stop_signal: Signal,
+    /// How long after that signal it is killed.
+    pub stop_timeout: Duration,
+    pub backoff: Backoff,
+}
+
+/// Where a server is. Each state owns what it needs to go on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Nothing runs, and nothing is wanted to.
+    Stopped { since: Instant },
+    /// An instance runs, or is about to, and is not in the plan.
+    Starting { since: Instant, deadline: Instant, run: Run },
+    /// It is in the plan. The only state in which it is.
+    Ready { since: Instant, run: Run },
+    /// It is out of the plan and finishes its connections.
+    Draining { since: Instant, deadline: Instant, run: Run, then: Then },
+    /// It was told to end. What is left of it at the deadline is killed, as often as needed.
+    Stopping { since: Instant, deadline: Instant, stage: Stage, run: Run, then: Then },
+    /// Nothing runs until the wait is over.
+    Backoff { since: Instant, until: Instant, attempt: u32, why: String },
+    /// Nothing runs until a person resumes it.
+    Failed { since: Instant, fault: Fault },
+}
+
+/// What is known of the instance that runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Run {
+    started: Instant,
+    main: Main,
+    /// The service's addresses on which it has a listener that was adopted.
+    listening: BTreeSet<usize>,
+    /// Where else it listens. Only ever said, so a few are enough.
+    elsewhere: Vec<String>,
+    /// It said READY=1.
+    notified: bool,
+    /// It has been ready, so it may have connections.
+    served: bool,
+    /// It has been ready long enough to forgive the failures before it.
+    healthy: bool,
+}
+
+/// The process that was launched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Main {
+    /// It does not run the server's command yet.
+    Launching,
+    Running {
+        pid: u32,
+    },
+    /// It exited as daemons do; the other processes of its cgroup are the server.
+    Background,
+    /// It is gone, and what else is in its cgroup has to follow.
+    Ended,
+}
+
+/// How far an end has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// The stop signal was sent.
+    Asked,
+    /// So many times everything in the cgroup was killed.
+    Killed { times: u32 },
+}
+
+/// What follows when an instance has ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Then {
+    Stopped,
+    /// A new instance at once: wanted, not a failure.
+    Start,
+    /// A new instance after the delay: the last one failed.
+    Restart {
+        why: String,
+        delay: Duration,
+    },
+    Failed(Fault),
+}
+
+/// Why starting it again would be of no use.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// It failed too often in a row.
+    CrashLoop { failures: u32, why: String },
+    /// It does what its service cannot have, and would do so again.
+    Misconfigured { sentence: String },
+}
+
+/// What a server is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// It is wanted.
+    Start,
+    /// It is no longer wanted. Said again, it hurries: first over the rest of the drain, then
+    /// over the rest of the time to stop.
+    Stop,
+    /// A person wants it tried again, now.
+    Resume,
+    /// Time has passed. Only needed at the deadline; harmless at any time.
+    Tick,
+    /// An instance that an earlier distributor started still runs. Instead of `Start`.
+    Found(Found),
+    /// Something was seen of an instance.
+    Of(Instance, Report),
+}
+
+/// An instance that was started by an earlier distributor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Found {
+    pub instance: Instance,
+    /// The process that was launched. `None`: it went to the background and is gone.
+    pub pid: Option<u32>,
+    /// When it was launched.
+    pub started: Instant,
+    /// Whether it had said READY=1.
+    pub notified: bool,
+    pub failures: u32,
+    pub restarts: u64,
+}
+
+/// What was seen of an instance.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Report {
+    /// The launcher's exec succeeded: the process runs the server's command.
+    Launched { pid: u32 },
+    /// There is no process, or it will end without having run the command.
+    LaunchFailed { sentence: String },
+    /// It has a listener on this address of the service, and it was adopted.
+    ListenerAdopted { address: usize },
+    /// It has no listener on this address of the service any more.
+    ListenerGone { address: usize },
+    /// It listens somewhere that does not concern the service.
+    ListensElsewhere { address: String },
+    /// It listens where it takes the service's connections uncontrolled, or in a way that
+    /// cannot be steered. The sentence says what it does and what to change.
+    Misbound { sentence: String },
+    /// READY=1
+    NotifyReady,
+    /// STATUS=
+    NotifyStatus(String),
+    /// STOPPING=1
+    NotifyStopping,
+    /// After `Exclude`: it has no connections. Told at once where it has none.
+    DrainDone,
+    /// The process that was launched has ended. `others_left`: its cgroup is not empty now.
+    MainExited { exit: Exit, others_left: bool },
+    /// No process is left in its cgroup. Also told, at once, after a `KillCgroup` that finds
+    /// none.
+    CgroupEmpty,
+}
+
+/// What the caller has to do, in the order given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Start an instance with this number.
+    Launch { instance: Instance },
+    /// Put it into the plan.
+    Include { instance: Instance },
+    /// Take it out of the plan, and tell `DrainDone` once it has no connections. Comes before
+    /// any signal: in the other order a connection could still be steered to a listener that
+    /// nobody will accept from.
+    Exclude { instance: Instance },
+    /// Send it a signal.
+    Signal { instance: Instance, signal: Signal, to: Recipient },
+    /// Kill every process of its cgroup.
+    KillCgroup { instance: Instance },
+    /// It has no process any more: its cgroup can be removed now, and its slot be used again
+    /// when its count is 0.
+    RemoveInstance { instance: Instance },
+    /// Say this, after `server NAME `.
+    Log { level: Level, sentence: String },
+}
+
+/// Whom a signal goes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Recipient {
+    /// The process that was launched, also while it is still the launcher.
+    Main,
+    /// Every process in the cgroup.
+    Everyone,
+}
+
+/// What outlives an instance.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct History {
+    /// The newest instance.
+    instance: Instance,
+    /// In a row, since the last healthy run.
+    failures: u32,
+    restarts: u64,
+    /// How the newest instance that ended did so.
+    last_end: Option<String>,
+    /// The STATUS= of the instance that runs. Empty: none.
+    says: String,
+}
+
+impl Supervision {
+    /// What the configuration says of a server.
+    pub fn of(service: &config::Service, server: &config::Server) -> anyhow::Result<Self> {
+        Ok(Self {
+            listen: service.listen.clone(),
+            readiness: service.readiness,
+            start_timeout: server.start_timeout,
+            drain_timeout: server.drain_timeout,
+            stop_signal: server.stop_signal,
+            stop_timeout: server.stop_timeout,
+            backoff: Backoff::try_new(server.restart)?,
+        })
+    }
+}
+
+impl Server {
+    /// A server of which nothing runs. `newest` is the last instance number that was used by
+    /// an earlier distributor, or 0.
+    pub fn new(newest: Instance, now: Instant) -> Self {
+        Self {
+            state: State::Stopped { since: now },
+            history: History {
+                instance: newest,
+                failures: 0,
+                restarts: 0,
+                last_end: None,
+                says: String::new(),
+            },
+        }
+    }
+
+    /// The next state, and what to do.
+    pub fn step(self, event: Event, now: Instant, random: u32, policy: &Supervision) -> (Self, Vec<Action>) {
+        match event {
+            // No instance is launched before the one before it has left its cgroup, so this is
+            // only late, for instance a datagram that was read last.
+            Event::Of(instance, _) if instance != self.history.instance => (self, Vec::new()),
+            event => {
+                let mut step = Step { history: self.history, actions: Vec::new(), now, random, policy };
+                let state = step.next(self.state, event);
+                let history = step.history;
+                (Self { state, history }, step.actions)
+            }
+        }
+    }
+
+    /// When `Tick` is to be told.
+    pub fn deadline(&self) -> Option<Instant> {
+        match self.state {
+            State::Stopped { .. } | State::Ready { .. } | State::Failed { .. } => None,
+            State::Starting { deadline, .. }
+            | State::Draining { deadline, .. }
+            | State::Stopping { deadline, .. } => Some(deadline),
+            State::Backoff { until, .. } => Some(until),
+        }
+    }
+
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// The state as operators know it. An instance that is being ended is shown as what it is
+    /// being ended for.
+    pub fn status(&self) -> ServerState {
+        match &self.state {
+            State::Stopped { .. } => ServerState::Stopped,
+            State::Starting { .. } => ServerState::Starting,
+            State::Ready { .. } => ServerState::Ready,
+            State::Draining { .. } => ServerState::Draining,
+            State::Stopping { then, .. } => match then {
+                Then::Stopped | Then::Start => ServerState::Draining,
+                Then::Restart { .. } => ServerState::Backoff,
+                Then::Failed(_) => ServerState::Failed,
+            },
+            State::Backoff { .. } => ServerState::Backoff,
+            State::Failed { .. } => ServerState::Failed,
+        }
+    }
+
+    /// When it entered its state.
+    pub fn since(&self) -> Instant {
+        match self.state {
+            State::Stopped { since }
+            | State::Starting { since, .. }
+            | State::Ready { since, .. }
+            | State::Draining { since, .. }
+            | State::Stopping { since, .. }
+            | State::Backoff { since, .. }
+            | State::Failed { since, .. } => since,
+        }
+    }
+
+    /// Why it is in this state and what happens next, where that is not plain, and what it
+    /// says of itself.
+    pub fn reason(&self, now: Instant, policy: &Supervision) -> Option<String> {
+        let left = |deadline: Instant| span(deadline.saturating_duration_since(now));
+        let reason = match &self.state {
+            State::Stopped { .. } => self.history.last_end.clone(),
+            State::Starting { run, .. } => Some(run.awaits(policy)),
+            State::Ready { .. } => None,
+            State::Draining { deadline, then, .. } => {
+                Some(format!("{}; its connections have {} to end", then.why(), left(*deadline)))
+            }
+            State::Stopping { deadline, stage: Stage::Asked, then, .. } => {
+                Some(format!("{}; asked to stop, killed in {}", then.why(), left(*deadline)))
+            }
+            State::Stopping { stage: Stage::Killed { .. }, then, .. } => {
+                Some(format!("{}; killed, still has processes", then.why()))
+            }
+            State::Backoff { until, attempt, why, .. } => {
+                Some(format!("{why}; next start in {} (attempt {attempt})", left(*until)))
+            }
+            State::Failed { fault, .. } => Some(format!("{fault}; resume it to try again")),
+        };
+        match (reason, self.history.says.as_str()) {
+            (reason, "") => reason,
+            (None, says) => Some(format!("says: {says}")),
+            (Some(reason), says) => Some(format!("{reason}; says: {says}")),
+        }
+    }
+
+    /// The newest instance, whether or not it still runs.
+    pub fn instance(&self) -> Instance {
+        self.history.instance
+    }
+
+    /// The process that was launched, while it runs.
+    pub fn pid(&self) -> Option<u32> {
+        match &self.state {
+            State::Starting { run, .. }
+            | State::Ready { run, .. }
+            | State::Draining { run, .. }
+            | State::Stopping { run, .. } => match run.main {
+                Main::Running { pid } => Some(pid),
+                Main::Launching | Main::Background | Main::Ended => None,
+            },
+            State::Stopped { .. } | State::Backoff { .. } | State::Failed { .. } => None,
+        }
+    }
+
+    /// How often it was started again after a failure.
+    pub fn restarts(&self) -> u64 {
+        self.history.restarts
+    }
+
+    /// Failures in a row. With the restarts, what the next distributor needs for `Found`.
+    pub fn failures(&self) -> u32 {
+        self.history.failures
+    }
+
+    /// How the newest instance that ended did so: `exited with 101 after 0.4s`.
+    pub fn last_end(&self) -> Option<&str> {
+        self.history.last_end.as_deref()
+    }
+}
+
+impl Run {
+    /// Whether the instance said READY=1.
+    pub fn notified(&self) -> bool {
+        self.notified
+    }
+
+    fn new(started: Instant) -> Self {
+        Self {
+            started,
+            main: Main::Launching,
+            listening: BTreeSet::new(),
+            elsewhere: Vec::new(),
+            notified: false,
+            served: false,
+            healthy: false,
+        }
+    }
+
+    fn found(found: &Found) -> Self {
+        Self {
+            main: found.pid.map_or(Main::Background, |pid| Main::Running { pid }),
+            notified: found.notified,
+            // It may have been ready and have connections; to drain it once too often is
+            // harmless.
+            served: true,
+            ..Self::new(found.started)
+        }
+    }
+
+    /// The service's addresses on which it does not listen.
+    fn missing<'a>(&self, policy: &'a Supervision) -> Vec<&'a ListenAddress> {
+        let addresses = policy.listen.iter().enumerate();
+        addresses.filter(|(place, _)| !self.listening.contains(place)).map(|(_, address)| address).collect()
+    }
+
+    fn is_ready(&self, policy: &Supervision) -> bool {
+        // With inherited sockets the listeners are there before the command runs, which may
+        // fail yet.
+        self.main != Main::Launching
+            && self.missing(policy).is_empty()
+            && match policy.readiness {
+                Readiness::Listening => true,
+                Readiness::Notify => self.notified,
+            }
+    }
+
+    /// What keeps it from being ready.
+    fn awaits(&self, policy: &Supervision) -> String {
+        let missing = self.missing(policy);
+        let missing: Vec<String> = missing.iter().map(ToString::to_string).collect();
+        let missing = missing.join(" and ");
+        if self.main == Main::Launching {
+            "is being launched".to_owned()
+        } else if missing.is_empty() {
+            "listens, waits for READY=1".to_owned()
+        } else if !self.elsewhere.is_empty() {
+            format!("listens on {}, not on {missing}", self.elsewhere.join(" and "))
+        } else if self.served {
+            format!("has no listener on {missing} now, waits for one")
+        } else {
+            format!("waits for a listener on {missing}")
+        }
+    }
+
+    fn listens_elsewhere(&mut self, address: String) {
+        if self.elsewhere.len() < MOST_ELSEWHERE && !self.elsewhere.contains(&address) {
+            self.elsewhere.push(address);
+        }
+    }
+
+    fn recipient(&self) -> Recipient {
+        match self.main {
+            Main::Launching | Main::Running { .. } => Recipient::Main,
+            Main::Background | Main::Ended => Recipient::Everyone,
+        }
+    }
+}
+
+impl Then {
+    fn why(&self) -> String {
+        match self {
+            Self::Stopped => "is to be stopped".to_owned(),
+            Self::Start => "is to be stopped and started again".to_owned(),
+            Self::Restart { why, .. } => why.clone(),
+            Self::Failed(fault) => fault.to_string(),
+        }
+    }
+
+    /// Gives a failure the better of two explanations: the launcher's exit may be reported
+    /// before what it said of its failure.
+    fn explained(self, why: String) -> Self {
+        match self {
+            Self::Restart { delay, .. } => Self::Restart { why, delay },
+            Self::Failed(fault) => Self::Failed(fault.explained(why)),
+            wanted @ (Self::Stopped | Self::Start) => wanted,
+        }
+    }
+}
+
+impl Fault {
+    /// As `Then::explained`.
+    fn explained(self, why: String) -> Self {
+        match self {
+            Self::CrashLoop { failures, .. } => Self::CrashLoop { failures, why },
+            misconfigured @ Self::Misconfigured { .. } => misconfigured,
+        }
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::CrashLoop { failures: 1, why } => write!(f, "{why}; given up at once"),
+            Self::CrashLoop { failures, why } => {
+                write!(f, "{why}; given up after {failures} failures in a row")
+            }
+            Self::Misconfigured { sentence } => f.write_str(sentence),
+        }
+    }
+}
+
+/// The number as it stands in the name of the instance's cgroup.
+impl fmt::Display for Instance {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Where else a server listens is for a person to read.
+const MOST_ELSEWHERE: usize = 4;
+
+/// A length of time as short as a sentence wants it: `37ms`, `0.4s`, `2s`, `3m12s`.
+fn span(length: Duration) -> String {
+    if length < Duration::from_millis(100) {
+        return format!("{}ms", length.as_millis());
+    }
+    if length >= Duration::from_secs(10) {
+        return status::age(length);
+    }
+    match (length.as_secs(), length.subsec_millis() / 100) {
+        (seconds, 0) => format!("{seconds}s"),
+        (seconds, tenths) => format!("{seconds}.{tenths}s"),
+    }
+}

@@ -1,0 +1,654 @@
+//! How a server goes from one state to the next.
+//!
+//! One `match` answers every pair of state and event; below it stand the moves it is made of,
+//! from a launch to an end. Every way out of `Ready` begins with `leave_ready`, which takes
+//! the server out of the plan before anything is signalled. Must act on nothing: it only
+//! notes actions.
+#![forbid(unsafe_code)]
+
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use tracing::Level;
+
+use super::{
+    Action, Event, Fault, Found, History, Instance, Main, Recipient, Report, Run, Stage, State, Supervision,
+    Then, span,
+};
+use crate::message::Exit;
+
+/// One event on its way through.
+pub(super) struct Step<'a> {
+    pub(super) history: History,
+    pub(super) actions: Vec<Action>,
+    pub(super) now: Instant,
+    pub(super) random: u32,
+    pub(super) policy: &'a Supervision,
+}
+
+impl Step<'_> {
+    pub(super) fn next(&mut self, state: State, event: Event) -> State {
+        use Event::{Found, Of, Resume, Start, Stop, Tick};
+        use Report::{
+            CgroupEmpty, DrainDone, LaunchFailed, Launched, ListenerAdopted, ListenerGone, ListensElsewhere,
+            MainExited, Misbound, NotifyReady, NotifyStatus, NotifyStopping,
+        };
+        use State::{Backoff, Draining, Failed, Ready, Starting, Stopped, Stopping};
+
+        match (state, event) {
+            // -- Stopped
+            (Stopped { .. }, Start) => self.launch_afresh(),
+            (Stopped { .. }, Found(found)) => self.take_over(&found),
+            // It is stopped already; it has not failed; it waits for no time.
+            (state @ Stopped { .. }, Stop | Resume | Tick) => state,
+
+            // -- Starting
+            (Starting { run, .. }, Stop) => {
+                if run.served {
+                    // It is not in the plan. This asks for `DrainDone`.
+                    self.exclude();
+                    self.drain(run, Then::Stopped)
+                } else {
+                    self.ask_to_stop(run, Then::Stopped)
+                }
+            }
+            (Starting { since, deadline, run }, Tick) => {
+                if self.now < deadline {
+                    return Starting { since, deadline, run };
+                }
+                let why =
+                    format!("was not ready after {}: {}", self.span_since(since), run.awaits(self.policy));
+                let served = run.served;
+                let then = self.failed(why, &run);
+                if served {
+                    self.exclude();
+                    self.drain(run, then)
+                } else {
+                    self.ask_to_stop(run, then)
+                }
+            }
+            // It is being started; nothing has failed.
+            (state @ Starting { .. }, Start | Resume) => state,
+            (Starting { since, deadline, mut run }, Of(_, Launched { pid })) => {
+                // Its exit may have been reported first, if it went to the background.
+                if run.main == Main::Launching {
+                    run.main = Main::Running { pid };
+                }
+                self.settle(since, deadline, run)
+            }
+            (Starting { mut run, .. }, Of(_, LaunchFailed { sentence })) => {
+                let why = could_not_be_started(&sentence);
+                self.history.last_end = Some(why.clone());
+                let then = self.failed(why, &run);
+                run.main = Main::Ended;
+                self.kill(self.now, run, then, 0)
+            }
+            (Starting { since, deadline, mut run }, Of(_, ListenerAdopted { address })) => {
+                run.listening.insert(address);
+                self.settle(since, deadline, run)
+            }
+            (Starting { since, deadline, mut run }, Of(_, ListenerGone { address })) => {
+                run.listening.remove(&address);
+                Starting { since, deadline, run }
+            }
+            (Starting { since, deadline, mut run }, Of(_, ListensElsewhere { address })) => {
+                run.listens_elsewhere(address);
+                Starting { since, deadline, run }
+            }
+            (Starting { run, .. }, Of(_, Misbound { sentence })) => self.misbound(run, sentence),
+            (Starting { since, deadline, mut run }, Of(_, NotifyReady)) => {
+                run.notified = true;
+                self.settle(since, deadline, run)
+            }
+            (Starting { run, .. }, Of(_, NotifyStopping)) => {
+                let then = self.failed("stops by itself before it was ready".to_owned(), &run);
+                self.ask_to_stop(run, then)
+            }
+            (Starting { since, deadline, mut run }, Of(_, MainExited { exit, others_left })) => {
+                if is_daemon(exit, others_left) {
+                    run.main = Main::Background;
+                    return self.settle(since, deadline, run);
+                }
+                let why = self.ended(&run, &exit.to_string());
+                let then = self.failed(why, &run);
+                self.finish(run, others_left, then)
+            }
+            (Starting { since, deadline, run }, Of(_, CgroupEmpty)) => match run.main {
+                Main::Background => {
+                    let why = self.ended(&run, LAST_PROCESS_ENDED);
+                    let then = self.failed(why, &run);
+                    self.end(then)
+                }
+                // Nothing has entered it yet, or the exit of what did is reported separately
+                // and says the same.
+                Main::Launching | Main::Running { .. } | Main::Ended => Starting { since, deadline, run },
+            },
+            // It is not in the plan, so nobody asked.
+            (state @ Starting { .. }, Of(_, DrainDone)) => state,
+
+            // -- Ready
+            (Ready { since, mut run }, Stop) => {
+                self.leave_ready(since, &mut run);
+                self.drain(run, Then::Stopped)
+            }
+            // It runs; nothing has failed; it waits for no time.
+            (state @ Ready { .. }, Start | Resume | Tick) => state,
+            (Ready { since, mut run }, Of(_, ListenerAdopted { address })) => {
+                run.listening.insert(address);
+                Ready { since, run }
+            }
+            (Ready { since, mut run }, Of(_, ListenerGone { address })) => {
+                run.listening.remove(&address);
+                if run.is_ready(self.policy) {
+                    return Ready { since, run };
+                }
+                self.leave_ready(since, &mut run);
+                // Not louder: the listeners of a process that dies go before it.
+                let sentence = format!(
+                    "{}; gets no connections and is stopped unless it does so within {}",
+                    run.awaits(self.policy),
+                    span(self.policy.start_timeout)
+                );
+                self.log(Level::DEBUG, sentence);
+                Starting { since: self.now, deadline: self.after(self.policy.start_timeout), run }
+            }
+            (Ready { since, mut run }, Of(_, Misbound { sentence })) => {
+                self.leave_ready(since, &mut run);
+                self.misbound(run, sentence)
+            }
+            (Ready { since, mut run }, Of(_, NotifyReady)) => {
+                // Not needed for this, but the next distributor is told.
+                run.notified = true;
+                Ready { since, run }
+            }
+            (Ready { since, mut run }, Of(_, NotifyStopping)) => {
+                self.leave_ready(since, &mut run);
+                let then = self.failed("stops by itself".to_owned(), &run);
+                self.drain(run, then)
+            }
+            (Ready { since, mut run }, Of(_, MainExited { exit, others_left })) => {
+                if is_daemon(exit, others_left) {
+                    run.main = Main::Background;
+                    return Ready { since, run };
+                }
+                self.leave_ready(since, &mut run);
+                let why = self.ended(&run, &exit.to_string());
+                let then = self.failed(why, &run);
+                self.finish(run, others_left, then)
+            }
+            (Ready { since, mut run }, Of(_, CgroupEmpty)) => match run.main {
+                Main::Background => {
+                    self.leave_ready(since, &mut run);
+                    let why = self.ended(&run, LAST_PROCESS_ENDED);
+                    let then = self.failed(why, &run);
+                    self.end(then)
+                }
+                // The exit of its main process is reported separately and says the same.
+                Main::Launching | Main::Running { .. } | Main::Ended => Ready { since, run },
+            },
+            // Being ready includes having been launched; other listeners are its own affair
+            // once the service's are there; it is in the plan, so nobody asked for its drain.
+            (
+                state @ Ready { .. },
+                Of(_, Launched { .. } | LaunchFailed { .. } | ListensElsewhere { .. } | DrainDone),
+            ) => state,
+
+            // -- Draining
+            (Draining { since, deadline, run, then }, Stop) => match then {
+                Then::Stopped => self.ask_to_stop(run, Then::Stopped),
+                Then::Start | Then::Restart { .. } | Then::Failed(_) => {
+                    Draining { since, deadline, run, then: Then::Stopped }
+                }
+            },
+            // Its server may be about to exit by itself, so what is begun is finished.
+            (Draining { since, deadline, run, then: Then::Stopped }, Start) => {
+                Draining { since, deadline, run, then: Then::Start }
+            }
+            (Draining { since, deadline, run, then }, Tick) => {
+                if self.now < deadline {
+                    return Draining { since, deadline, run, then };
+                }
+                let sentence = format!(
+                    "still has connections {} after it was taken out; asked to stop now",
+                    self.span_since(since)
+                );
+                self.log(Level::INFO, sentence);
+                self.ask_to_stop(run, then)
+            }
+            (Draining { run, then, .. }, Of(_, DrainDone)) => self.ask_to_stop(run, then),
+            (Draining { run, then, .. }, Of(_, Misbound { sentence })) => match then {
+                Then::Stopped => self.ask_to_stop(run, Then::Stopped),
+                Then::Start | Then::Restart { .. } | Then::Failed(_) => self.misbound(run, sentence),
+            },
+            (Draining { since, deadline, mut run, then }, Of(_, MainExited { exit, others_left })) => {
+                if is_daemon(exit, others_left) {
+                    run.main = Main::Background;
+                    return Draining { since, deadline, run, then };
+                }
+                self.ended(&run, &exit.to_string());
+                self.finish(run, others_left, then)
+            }
+            (Draining { since, deadline, run, then }, Of(_, CgroupEmpty)) => match run.main {
+                Main::Background => {
+                    self.ended(&run, LAST_PROCESS_ENDED);
+                    self.end(then)
+                }
+                // The exit of its main process is reported separately and says the same.
+                Main::Launching | Main::Running { .. } | Main::Ended => {
+                    Draining { since, deadline, run, then }
+                }
+            },
+            // It starts again anyway, or has to be resumed (Start); nothing has failed for
+            // good (Resume).
+            (state @ Draining { .. }, Start | Resume) => state,
+            // It was launched, or it would not have been ready. Its listeners and its
+            // readiness no longer matter; that it stops is known.
+            (
+                state @ Draining { .. },
+                Of(
+                    _,
+                    Launched { .. }
+                    | LaunchFailed { .. }
+                    | ListenerAdopted { .. }
+                    | ListenerGone { .. }
+                    | ListensElsewhere { .. }
+                    | NotifyReady
+                    | NotifyStopping,
+                ),
+            ) => state,
+
+            // -- Stopping
+            (Stopping { since, stage, run, then: Then::Stopped, .. }, Stop) => {
+                let times = match stage {
+                    Stage::Asked => 0,
+                    Stage::Killed { times } => times,
+                };
+                self.log(Level::INFO, "is killed now".to_owned());
+                self.kill(since, run, Then::Stopped, times)
+            }
+            (Stopping { since, deadline, stage, run, .. }, Stop) => {
+                Stopping { since, deadline, stage, run, then: Then::Stopped }
+            }
+            (Stopping { since, deadline, stage, run, then: Then::Stopped }, Start) => {
+                Stopping { since, deadline, stage, run, then: Then::Start }
+            }
+            // It starts again anyway, or has to be resumed.
+            (state @ Stopping { .. }, Start) => state,
+            (
+                Stopping { since, deadline, stage, run, then: Then::Restart { .. } | Then::Failed(_) },
+                Resume,
+            ) => Stopping { since, deadline, stage, run, then: Then::Start },
+            // It has not failed.
+            (state @ Stopping { .. }, Resume) => state,
+            (Stopping { since, deadline, stage, run, then }, Tick) => {
+                if self.now < deadline {
+                    return Stopping { since, deadline, stage, run, then };
+                }
+                let times = match stage {
+                    Stage::Asked => {
+                        let sentence =
+                            format!("did not stop within {}; killed", span(self.policy.stop_timeout));
+                        self.log(Level::WARN, sentence);
+                        0
+                    }
+                    Stage::Killed { times } => {
+                        let sentence = format!(
+                            "has processes that survive SIGKILL, {} after it was to stop; killed again, and not started before they are gone",
+                            self.span_since(since)
+                        );
+                        self.log(Level::WARN, sentence);
+                        times
+                    }
+                };
+                self.kill(since, run, then, times)
+            }
+            (Stopping { since, deadline, stage, mut run, then }, Of(_, Launched { pid })) => {
+                if run.main == Main::Launching {
+                    run.main = Main::Running { pid };
+                }
+                Stopping { since, deadline, stage, run, then }
+            }
+            (Stopping { since, mut run, then, .. }, Of(_, LaunchFailed { sentence })) => {
+                let why = could_not_be_started(&sentence);
+                self.history.last_end = Some(why.clone());
+                run.main = Main::Ended;
+                // Asks for `CgroupEmpty`, which nothing else may lead to.
+                self.kill(since, run, then.explained(why), 0)
+            }
+            (Stopping { since, deadline, stage, mut run, then }, Of(_, MainExited { exit, others_left })) => {
+                self.ended(&run, &exit.to_string());
+                if !others_left {
+                    return self.end(then);
+                }
+                run.main = Main::Ended;
+                match stage {
+                    // They have not been asked yet.
+                    Stage::Asked => self.actions.push(Action::Signal {
+                        instance: self.history.instance,
+                        signal: self.policy.stop_signal,
+                        to: Recipient::Everyone,
+                    }),
+                    Stage::Killed { .. } => {
+                        self.actions.push(Action::KillCgroup { instance: self.history.instance })
+                    }
+                }
+                Stopping { since, deadline, stage, run, then }
+            }
+            (Stopping { since, deadline, stage, run, then }, Of(_, CgroupEmpty)) => {
+                match run.main {
+                    Main::Background => {
+                        self.ended(&run, LAST_PROCESS_ENDED);
+                        self.end(then)
+                    }
+                    Main::Ended => self.end(then),
+                    // The launcher is yet to come, or its exit is reported separately and
+                    // says the same.
+                    Main::Launching | Main::Running { .. } => Stopping { since, deadline, stage, run, then },
+                }
+            }
+            // It is being ended: what it listens on and what it says changes nothing.
+            (
+                state @ Stopping { .. },
+                Of(
+                    _,
+                    ListenerAdopted { .. }
+                    | ListenerGone { .. }
+                    | ListensElsewhere { .. }
+                    | Misbound { .. }
+                    | NotifyReady
+                    | NotifyStopping
+                    | DrainDone,
+                ),
+            ) => state,
+
+            // -- Backoff
+            (Backoff { since, until, attempt, why }, Tick) => {
+                if self.now < until {
+                    return Backoff { since, until, attempt, why };
+                }
+                self.launch_again()
+            }
+            (Backoff { .. }, Resume) => self.launch_afresh(),
+            (Backoff { .. }, Stop) => {
+                self.log(Level::INFO, "is stopped; it is not started again".to_owned());
+                Stopped { since: self.now }
+            }
+            (Backoff { since, until, attempt, .. }, Of(_, LaunchFailed { sentence })) => {
+                let why = could_not_be_started(&sentence);
+                self.history.last_end = Some(why.clone());
+                Backoff { since, until, attempt, why }
+            }
+            // It starts at the end of the wait.
+            (state @ Backoff { .. }, Start) => state,
+
+            // -- Failed
+            (Failed { .. }, Resume) => self.launch_afresh(),
+            (Failed { .. }, Stop) => {
+                self.log(Level::INFO, "is stopped; it is not started again".to_owned());
+                Stopped { since: self.now }
+            }
+            (Failed { since, fault }, Of(_, LaunchFailed { sentence })) => {
+                let why = could_not_be_started(&sentence);
+                self.history.last_end = Some(why.clone());
+                Failed { since, fault: fault.explained(why) }
+            }
+            // Only a person knows that the cause is mended (Start); it waits for no time.
+            (state @ Failed { .. }, Start | Tick) => state,
+
+            // -- Several states
+            (
+                state @ (Starting { .. } | Ready { .. } | Draining { .. } | Stopping { .. }),
+                Of(_, NotifyStatus(says)),
+            ) => {
+                self.history.says = says;
+                state
+            }
+            // What runs is found before anything is started.
+            (
+                state @ (Starting { .. }
+                | Ready { .. }
+                | Draining { .. }
+                | Stopping { .. }
+                | Backoff { .. }
+                | Failed { .. }),
+                Found(_),
+            ) => state,
+            // The instance has ended, and this was on its way.
+            (state @ Stopped { .. }, Of(_, LaunchFailed { .. }))
+            | (
+                state @ (Stopped { .. } | Backoff { .. } | Failed { .. }),
+                Of(
+                    _,
+                    Launched { .. }
+                    | ListenerAdopted { .. }
+                    | ListenerGone { .. }
+                    | ListensElsewhere { .. }
+                    | Misbound { .. }
+                    | NotifyReady
+                    | NotifyStatus(_)
+                    | NotifyStopping
+                    | DrainDone
+                    | MainExited { .. }
+                    | CgroupEmpty,
+                ),
+            ) => state,
+        }
+    }
+
+    /// A start that somebody wants: earlier failures are forgotten.
+    fn launch_afresh(&mut self) -> State {
+        self.history.failures = 0;
+        self.launch()
+    }
+
+    /// A start after a failure.
+    fn launch_again(&mut self) -> State {
+        self.history.restarts += 1;
+        self.launch()
+    }
+
+    fn launch(&mut self) -> State {
+        let instance = Instance(self.history.instance.0.wrapping_add(1));
+        self.history.instance = instance;
+        self.actions.push(Action::Launch { instance });
+        State::Starting {
+            since: self.now,
+            deadline: self.after(self.policy.start_timeout),
+            run: Run::new(self.now),
+        }
+    }
+
+    fn take_over(&mut self, found: &Found) -> State {
+        self.history.instance = found.instance;
+        self.history.failures = found.failures;
+        self.history.restarts = found.restarts;
+        self.log(Level::INFO, "was found running; gets connections once its listeners are found".to_owned());
+        State::Starting {
+            since: self.now,
+            deadline: self.after(self.policy.start_timeout),
+            run: Run::found(found),
+        }
+    }
+
+    /// Starting, or ready if nothing is missing any more.
+    fn settle(&mut self, since: Instant, deadline: Instant, mut run: Run) -> State {
+        if !run.is_ready(self.policy) {
+            return State::Starting { since, deadline, run };
+        }
+        run.served = true;
+        self.actions.push(Action::Include { instance: self.history.instance });
+        let sentence = format!("is ready after {}; gets connections now", self.span_since(since));
+        self.log(Level::INFO, sentence);
+        State::Ready { since: self.now, run }
+    }
+
+    /// What has to be done first whenever `Ready` ends.
+    fn leave_ready(&mut self, since: Instant, run: &mut Run) {
+        self.exclude();
+        let ready_for = self.now.saturating_duration_since(since);
+        if self.policy.backoff.is_healthy(ready_for) {
+            run.healthy = true;
+            self.history.failures = 0;
+        }
+    }
+
+    fn exclude(&mut self) {
+        self.actions.push(Action::Exclude { instance: self.history.instance });
+    }
+
+    /// What a failure leads to, once the instance has ended.
+    fn failed(&mut self, why: String, run: &Run) -> Then {
+        if !run.healthy {
+            self.history.failures = self.history.failures.saturating_add(1);
+        }
+        let failures = self.history.failures;
+        let backoff = &self.policy.backoff;
+        if failures > 0 && backoff.gives_up(failures) {
+            return Then::Failed(Fault::CrashLoop { failures, why });
+        }
+        // The first failure of a server that worked is a loss of capacity rather than a loop,
+        // so it costs no wait.
+        let delay = match (failures, run.served) {
+            (1, true) => Duration::ZERO,
+            _ => backoff.delay(failures.saturating_add(1), self.random),
+        };
+        Then::Restart { why, delay }
+    }
+
+    fn misbound(&mut self, run: Run, sentence: String) -> State {
+        self.ask_to_stop(run, Then::Failed(Fault::Misconfigured { sentence }))
+    }
+
+    /// It is out of the plan; its connections get their time.
+    fn drain(&mut self, run: Run, then: Then) -> State {
+        if self.policy.drain_timeout.is_zero() {
+            return self.ask_to_stop(run, then);
+        }
+        let sentence =
+            format!("{}; its connections have {} to end", then.why(), span(self.policy.drain_timeout));
+        self.log(Level::INFO, sentence);
+        State::Draining { since: self.now, deadline: self.after(self.policy.drain_timeout), run, then }
+    }
+
+    fn ask_to_stop(&mut self, run: Run, then: Then) -> State {
+        self.actions.push(Action::Signal {
+            instance: self.history.instance,
+            signal: self.policy.stop_signal,
+            to: run.recipient(),
+        });
+        let sentence = format!(
+            "{}; asked to stop, killed in {} unless it does",
+            then.why(),
+            span(self.policy.stop_timeout)
+        );
+        self.log(Level::DEBUG, sentence);
+        State::Stopping {
+            since: self.now,
+            deadline: self.after(self.policy.stop_timeout),
+            stage: Stage::Asked,
+            run,
+            then,
+        }
+    }
+
+    /// `times`: how often this was done before.
+    fn kill(&mut self, since: Instant, run: Run, then: Then, times: u32) -> State {
+        let instance = self.history.instance;
+        // A launcher may not have entered the cgroup yet.
+        if run.recipient() == Recipient::Main {
+            self.actions.push(Action::Signal { instance, signal: Signal::KILL, to: Recipient::Main });
+        }
+        self.actions.push(Action::KillCgroup { instance });
+        State::Stopping {
+            since,
+            deadline: self.after(KILL_AGAIN_AFTER * 2_u32.pow(times.min(5))),
+            stage: Stage::Killed { times: times.saturating_add(1) },
+            run,
+            then,
+        }
+    }
+
+    /// Its main process is dead; what is left follows.
+    fn finish(&mut self, mut run: Run, others_left: bool, then: Then) -> State {
+        run.main = Main::Ended;
+        if others_left {
+            self.log(Level::DEBUG, format!("{}; its other processes are killed", then.why()));
+            self.kill(self.now, run, then, 0)
+        } else {
+            self.end(then)
+        }
+    }
+
+    /// No process of the instance is left.
+    fn end(&mut self, then: Then) -> State {
+        self.history.says.clear();
+        self.actions.push(Action::RemoveInstance { instance: self.history.instance });
+        let since = self.now;
+        match then {
+            Then::Stopped => {
+                self.log(Level::INFO, "is stopped".to_owned());
+                State::Stopped { since }
+            }
+            Then::Start => {
+                self.log(Level::INFO, "is stopped; started again now".to_owned());
+                self.launch_afresh()
+            }
+            Then::Restart { why, delay } if delay.is_zero() => {
+                self.log(Level::WARN, format!("{why}; started again now"));
+                self.launch_again()
+            }
+            Then::Restart { why, delay } => {
+                let attempt = self.history.failures.saturating_add(1);
+                let sentence = format!("{why}; next start in {} (attempt {attempt})", span(delay));
+                self.log(Level::WARN, sentence);
+                State::Backoff { since, until: self.after(delay), attempt, why }
+            }
+            Then::Failed(fault) => {
+                self.log(Level::ERROR, format!("{fault}; not started again until it is resumed"));
+                State::Failed { since, fault }
+            }
+        }
+    }
+
+    /// Notes how the instance ended, and says it.
+    fn ended(&mut self, run: &Run, how: &str) -> String {
+        let why = format!("{how} after {}", self.span_since(run.started));
+        self.history.last_end = Some(why.clone());
+        why
+    }
+
+    fn log(&mut self, level: Level, sentence: String) {
+        self.actions.push(Action::Log { level, sentence });
+    }
+
+    /// A deadline, always in the future, and one that can be reached by a clock.
+    fn after(&self, timeout: Duration) -> Instant {
+        self.now + timeout.clamp(SHORTEST_TIMEOUT, LONGEST_TIMEOUT)
+    }
+
+    fn span_since(&self, then: Instant) -> String {
+        span(self.now.saturating_duration_since(then))
+    }
+}
+
+/// A process that survives SIGKILL waits for a disk or a network; it ends when they answer.
+/// So it is killed again after this, which doubles up to 32 times: no log is filled by it.
+const KILL_AGAIN_AFTER: Duration = Duration::from_secs(5);
+
+/// What a timer can tell from now.
+const SHORTEST_TIMEOUT: Duration = Duration::from_millis(1);
+
+/// A century is as good as never, and no clock overflows by it.
+const LONGEST_TIMEOUT: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+
+const LAST_PROCESS_ENDED: &str = "ended with its last process";
+
+/// A server that forks and lets its first process exit well goes on in the background. Any
+/// other end of the main process is the server's, whatever it leaves behind.
+fn is_daemon(exit: Exit, others_left: bool) -> bool {
+    exit == Exit::Code(0) && others_left
+}
+
+fn could_not_be_started(sentence: &str) -> String {
+    format!("could not be started: {sentence}")
+}

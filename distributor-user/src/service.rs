@@ -1,0 +1,1012 @@
+//! One service at work: its kernel objects, rooms and servers.
+//!
+//! The shell around the pure parts: it performs what `server` decides, adopts what `listener`
+//! finds, and writes what `plan` makes. One order holds everywhere: into the plan after the
+//! listener is adopted, out of the plan before the server is asked to stop.
+#![forbid(unsafe_code)]
+
+mod launch;
+mod report;
+
+use std::{
+    collections::VecDeque,
+    fs,
+    os::fd::{AsFd as _, OwnedFd},
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use distributor_ebpf::{
+    contract::{Event as KernelEvent, EventKind, Home, Load, Policy, ROOM, Run},
+    word,
+};
+use rustix::{
+    process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
+    time::{ClockId, clock_gettime},
+};
+use tokio::{sync::mpsc::UnboundedSender, task::JoinHandle};
+use tracing::{debug, error, info, warn};
+
+use crate::{
+    cgroup::Cgroup,
+    config,
+    control::Response,
+    distributor::Input,
+    instance,
+    kernel::{self, Kernel, ProgramLog},
+    launch::OpenListeners,
+    link::{Held, Link},
+    listener::{self, Verdict},
+    message::{Exit, ToMonitor},
+    notify::{self, Notification},
+    plan::{Indices, Slots, Wanted, WantedServer},
+    room::{self, Room},
+    server::{Action, Event, Instance, Recipient, Report, Server, Supervision},
+    waiting::Waiting,
+};
+
+pub use launch::Label;
+
+/// Connections that may wait while no server is ready. The rooms' accept queues are at least
+/// as long (`config` defaults to 4096), or the kernel would drop SYNs without a word.
+const CAPACITY: u32 = 1024;
+/// Places in SOCKETS that a server gets for its listeners on one address at first.
+const RUN: u32 = 8;
+/// A socket is announced before it listens, so it is looked for again this often...
+const SCAN_TRIES: u32 = 50;
+/// ...with this pause. After that, the tick finds it.
+const SCAN_PAUSE: Duration = Duration::from_millis(1);
+
+/// What a service needs of the world around it.
+pub struct Host<'a> {
+    pub place: &'a instance::Instance,
+    pub link: &'a mut Link,
+    pub inputs: &'a UnboundedSender<Input>,
+}
+
+/// One service.
+pub struct Service {
+    /// Its place in the distributor's list, which `Input` names it by.
+    number: usize,
+    config: config::Service,
+    kernel: Kernel,
+    cgroup: Cgroup,
+    /// By group: the room that new arrivals go to.
+    current: Vec<Room>,
+    /// By group: the room that takes its place; `None` while one is being made.
+    spare: Vec<Option<Room>>,
+    entries: Vec<Entry>,
+    /// Slots of ended instances that still hold connections.
+    retired: Vec<Retired>,
+    slots: Slots,
+    indices: Indices,
+    generation: u32,
+    waiting: Waiting,
+    /// Cookies of sockets that were bound and do not listen yet -> entry.
+    bound: Vec<(u64, usize)>,
+    scans: Vec<Scan>,
+    syncookies: bool,
+    closing: bool,
+    /// What the kernel was told last.
+    told: Option<Wanted>,
+}
+
+/// One configured server.
+struct Entry {
+    config: config::Server,
+    policy: Supervision,
+    machine: Server,
+    /// Live: the configuration's, or what an operator set since.
+    weight: u32,
+    limit: Option<u32>,
+    run: Option<Running>,
+    /// Of ended instances.
+    total_before: u64,
+    most_before: u64,
+}
+
+/// The instance of a server that runs.
+struct Running {
+    instance: Instance,
+    /// The monitor's number of it.
+    id: u64,
+    /// Told by the monitor.
+    pid: Option<u32>,
+    launch: Launch,
+    /// Its exit, if that was told before the launcher's answer.
+    exit: Option<Exit>,
+    started: Instant,
+    notified: bool,
+    cgroup: Cgroup,
+    cgroup_id: u64,
+    slot: u32,
+    generation: u32,
+    /// LOAD's total of the slot when it was taken.
+    base: u64,
+    /// By group.
+    listeners: Vec<Listeners>,
+    included: bool,
+    /// `DrainDone` is to be told when it has no connections.
+    draining: bool,
+    /// `CgroupEmpty` is to be told when it has no processes.
+    emptying: bool,
+    notify: Option<JoinHandle<()>>,
+}
+
+/// How far a launch is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Launch {
+    UnderWay,
+    /// The launcher's exec succeeded; `Launched` is told as soon as the pid is known.
+    Running,
+    Failed,
+}
+
+/// The listeners of an instance in one group, at consecutive indices of SOCKETS.
+#[derive(Clone, Default)]
+struct Listeners {
+    first: u32,
+    places: u32,
+    cookies: Vec<u64>,
+}
+
+/// A slot whose instance has ended.
+struct Retired {
+    slot: u32,
+    /// `None`: of a server that is not in the configuration any more.
+    entry: Option<usize>,
+    base: u64,
+}
+
+/// A listener that is looked for.
+struct Scan {
+    at: Instant,
+    entry: usize,
+    cookie: u64,
+    tries: u32,
+}
+
+impl Service {
+    /// Makes or takes over the kernel objects and rooms. Nothing is selected yet.
+    pub async fn open(
+        number: usize,
+        config: config::Service,
+        log: ProgramLog,
+        held: Vec<(room::Label, Held)>,
+        host: &mut Host<'_>,
+    ) -> anyhow::Result<Self> {
+        let fresh = held.is_empty();
+        if fresh {
+            config.listen.iter().try_for_each(room::check_free)?;
+        }
+        let cgroup = host.place.cgroup.child(&config.name);
+        cgroup.child("rooms").create()?;
+        let pins = kernel::pins(&host.place.pins, &config.name);
+        let (mut kernel, events, logs) = Kernel::open(&pins, cgroup.path(), config.listen.len(), log)
+            .with_context(|| format!("set up service {}", config.name))?;
+        kernel.set_addresses(&config.listen)?;
+        logs.follow();
+        follow(number, events, host.inputs);
+
+        let mut service = Self {
+            number,
+            current: Vec::new(),
+            spare: Vec::new(),
+            entries: Vec::new(),
+            retired: Vec::new(),
+            slots: Slots::default(),
+            indices: Indices::default(),
+            generation: kernel.plan()?.servers.iter().map(|server| server.generation).max().unwrap_or(0),
+            waiting: Waiting::default(),
+            bound: Vec::new(),
+            scans: Vec::new(),
+            syncookies: false,
+            closing: false,
+            told: None,
+            config,
+            kernel,
+            cgroup,
+        };
+        service.entries = service
+            .config
+            .servers
+            .iter()
+            .map(|server| {
+                anyhow::Ok(Entry {
+                    policy: Supervision::of(&service.config, server)?,
+                    machine: Server::new(Instance(0), Instant::now()),
+                    weight: server.weight,
+                    limit: server.limit,
+                    config: server.clone(),
+                    run: None,
+                    total_before: 0,
+                    most_before: 0,
+                })
+            })
+            .collect::<Result<_, _>>()?;
+        service.forget_homes(&held)?;
+        service.furnish(held, host).await?;
+        Ok(service)
+    }
+
+    /// What an earlier distributor's listeners are filed under is out of date: they are found
+    /// and adopted anew. Rooms keep their places.
+    fn forget_homes(&mut self, held: &[(room::Label, Held)]) -> anyhow::Result<()> {
+        for (cookie, home) in self.kernel.homes()? {
+            let is_room = held.iter().any(|(label, _)| label.index == home.index);
+            if home.slot != ROOM || !is_room {
+                self.kernel.release(cookie, home.index);
+            }
+        }
+        Ok(())
+    }
+
+    /// Gets every group its two rooms, and puts `select` in charge of it through the first.
+    async fn furnish(&mut self, held: Vec<(room::Label, Held)>, host: &mut Host<'_>) -> anyhow::Result<()> {
+        let mut inherited: Vec<(room::Label, Held)> = held;
+        for group in 0..self.config.listen.len() {
+            let address = self.config.listen[group];
+            let mut rooms = Vec::new();
+            while let Some(place) = inherited.iter().position(|(label, _)| label.address == address) {
+                let (label, held) = inherited.remove(place);
+                self.indices.claim(label.index)?;
+                let cookie = rustix::net::sockopt::socket_cookie(&held.fd).context("read a room's cookie")?;
+                let room = Room { fd: held.fd, cookie, group, index: label.index, key: held.key };
+                if label.current { rooms.insert(0, room) } else { rooms.push(room) }
+            }
+            let missing = 2usize.saturating_sub(rooms.len());
+            for (fd, cookie) in room::open(&self.job(group, missing)).await? {
+                // Before the first room is in the group there is no program in it, and before
+                // there is a program nobody may be in the sock array.
+                let room = self.admit(fd, cookie, group, host)?;
+                rooms.push(room);
+            }
+            let mut rooms = rooms.into_iter();
+            let current = rooms.next().context("a group needs a room")?;
+            self.kernel.attach(group, &current)?;
+            self.tell_monitor_about(&current, true, host)?;
+            self.current.push(current);
+            self.spare.push(rooms.next());
+        }
+        // Rooms of addresses that are no longer listened on.
+        for (_, held) in inherited {
+            host.link.send(&ToMonitor::Drop { key: held.key }, None)?;
+        }
+        Ok(())
+    }
+
+    fn job(&self, group: usize, count: usize) -> OpenListeners {
+        OpenListeners {
+            cgroup: self.cgroup.child("rooms").path().to_owned(),
+            address: self.config.listen[group],
+            uid: self.uid(),
+            backlog: self.config.backlog.max(CAPACITY),
+            count,
+        }
+    }
+
+    /// Makes a listener of ours a room.
+    fn admit(&mut self, fd: OwnedFd, cookie: u64, group: usize, host: &mut Host<'_>) -> anyhow::Result<Room> {
+        let index = self.indices.take(1)?;
+        self.kernel.adopt(&fd, cookie, Home { slot: ROOM, index })?;
+        let room = Room { fd, cookie, group, index, key: host.link.number() };
+        self.tell_monitor_about(&room, false, host)?;
+        Ok(room)
+    }
+
+    fn tell_monitor_about(&self, room: &Room, current: bool, host: &mut Host<'_>) -> anyhow::Result<()> {
+        let label = room::Label {
+            service: self.config.name.clone(),
+            address: self.config.listen[room.group],
+            index: room.index,
+            current,
+        };
+        let hold = ToMonitor::Hold { key: room.key, label: serde_json::to_vec(&label)? };
+        host.link.send(&hold, Some(room.as_fd()))
+    }
+
+    pub fn name(&self) -> &str {
+        &self.config.name
+    }
+
+    /// The uid of all its sockets.
+    fn uid(&self) -> u32 {
+        match &self.config.user {
+            Some(user) => user.uid,
+            None => rustix::process::geteuid().as_raw(),
+        }
+    }
+
+    /// Every server is ready.
+    pub fn is_ready(&self) -> bool {
+        self.entries.iter().all(|entry| entry.run.as_ref().is_some_and(|run| run.included))
+    }
+
+    /// Every server has stopped.
+    pub fn has_stopped(&self) -> bool {
+        self.entries.iter().all(|entry| entry.run.is_none() && entry.machine.deadline().is_none())
+    }
+
+    /// Starts every server that does not run already.
+    pub fn start(&mut self, host: &mut Host<'_>) {
+        for entry in 0..self.entries.len() {
+            if self.entries[entry].run.is_none() {
+                self.tell(entry, Event::Start, host);
+            }
+        }
+    }
+
+    /// Takes no more connections, and stops every server. Said again, it hurries.
+    pub fn stop(&mut self, host: &mut Host<'_>) {
+        self.closing = true;
+        self.write_plan();
+        for entry in 0..self.entries.len() {
+            self.tell(entry, Event::Stop, host);
+        }
+    }
+
+    /// Gives the rooms up; whoever waits in them is reset. For the very end.
+    pub fn close(&mut self, host: &mut Host<'_>) -> anyhow::Result<()> {
+        for room in self.current.drain(..).chain(self.spare.drain(..).flatten()) {
+            host.link.send(&ToMonitor::Drop { key: room.key }, None)?;
+        }
+        Ok(())
+    }
+
+    // What operators ask.
+
+    /// The entry of a server's full name, `shop/1`.
+    pub fn find(&self, name: &str) -> Option<usize> {
+        self.entries.iter().position(|entry| entry.config.name == name)
+    }
+
+    /// The full names of its servers.
+    pub fn server_names(&self) -> impl Iterator<Item = String> {
+        self.entries.iter().map(|entry| entry.config.name.clone())
+    }
+
+    pub fn set_weight(&mut self, entry: usize, weight: u32, host: &mut Host<'_>) -> Response {
+        let entry_ = &mut self.entries[entry];
+        let before = std::mem::replace(&mut entry_.weight, weight);
+        info!("server {}: weight {before} -> {weight}", entry_.config.name);
+        self.changed(entry, host)
+    }
+
+    pub fn set_limit(&mut self, entry: usize, limit: Option<u32>, host: &mut Host<'_>) -> Response {
+        let shown = |limit: Option<u32>| limit.map_or("none".to_owned(), |limit| limit.to_string());
+        let entry_ = &mut self.entries[entry];
+        let before = std::mem::replace(&mut entry_.limit, limit);
+        info!("server {}: limit {} -> {}", entry_.config.name, shown(before), shown(limit));
+        self.changed(entry, host)
+    }
+
+    fn changed(&mut self, entry: usize, host: &mut Host<'_>) -> Response {
+        self.write_plan();
+        self.relabel(entry, host);
+        self.serve_waiting(host);
+        Response::Done
+    }
+
+    pub fn resume(&mut self, entry: usize, host: &mut Host<'_>) -> Response {
+        if self.closing {
+            return Response::failure(format!("service {} is being stopped", self.config.name));
+        }
+        self.tell(entry, Event::Resume, host);
+        Response::Done
+    }
+
+    // What the kernel tells.
+
+    pub fn kernel_events(&mut self, events: &[KernelEvent], host: &mut Host<'_>) {
+        for event in events {
+            match kernel::kind(event) {
+                Some(EventKind::Bound) => {
+                    if let Some(entry) = self.entry_of_cgroup(event.cgroup) {
+                        self.bound.push((event.cookie, entry));
+                    }
+                }
+                Some(EventKind::Listening) => self.listening(event.cookie, host),
+                Some(EventKind::ListenerClosed) => self.listener_closed(event.cookie, host),
+                Some(EventKind::Misbound) => {
+                    let (Some(entry), Some(address)) =
+                        (self.entry_of_cgroup(event.cgroup), kernel::address(&event.address))
+                    else {
+                        continue;
+                    };
+                    let sentence = listener::wrong_address(address, &self.config.listen);
+                    self.report(entry, Report::Misbound { sentence }, host);
+                }
+                Some(EventKind::Waiting) => self.waiting.began(event.cookie, event.time),
+                Some(EventKind::HandedOver) => self.waiting.served(event.cookie),
+                Some(EventKind::Left) => self.waiting.left(event.cookie),
+                None => warn!("the kernel told something unknown ({event:?}); goes on without it"),
+            }
+        }
+    }
+
+    /// A socket begins to listen: looks for it in the server that bound it.
+    fn listening(&mut self, cookie: u64, host: &mut Host<'_>) {
+        let owner = self.bound.iter().position(|&(bound, _)| bound == cookie);
+        let entries: Vec<usize> = match owner {
+            Some(place) => vec![self.bound.swap_remove(place).1],
+            // Not on an address of ours, so it can only be somebody's reason for not being ready.
+            None => (0..self.entries.len())
+                .filter(|&entry| self.entries[entry].run.as_ref().is_some_and(|run| !run.included))
+                .collect(),
+        };
+        for entry in entries {
+            if !self.scan(entry, Some(cookie), host) && owner.is_some() {
+                let at = Instant::now() + SCAN_PAUSE;
+                self.scans.push(Scan { at, entry, cookie, tries: SCAN_TRIES });
+            }
+        }
+    }
+
+    fn listener_closed(&mut self, cookie: u64, host: &mut Host<'_>) {
+        let holds = |entry: &Entry| {
+            entry
+                .run
+                .as_ref()
+                .is_some_and(|run| run.listeners.iter().any(|them| them.cookies.contains(&cookie)))
+        };
+        self.bound.retain(|&(bound, _)| bound != cookie);
+        if let Some(entry) = self.entries.iter().position(holds) {
+            self.scan(entry, None, host);
+        }
+    }
+
+    fn entry_of_cgroup(&self, id: u64) -> Option<usize> {
+        self.entries.iter().position(|entry| entry.run.as_ref().is_some_and(|run| run.cgroup_id == id))
+    }
+
+    /// Looks at all listeners of an instance, and adopts what is to be adopted. Whether the
+    /// one with this cookie is among them.
+    fn scan(&mut self, entry: usize, cookie: Option<u64>, host: &mut Host<'_>) -> bool {
+        let Some(run) = &self.entries[entry].run else { return true };
+        let found = listener::find(&run.cgroup.processes());
+        let seen = cookie.is_some_and(|cookie| found.iter().any(|found| found.cookie == cookie));
+        let uid = self.uid();
+        let mut by_group: Vec<Vec<listener::Found>> = self.config.listen.iter().map(|_| Vec::new()).collect();
+        let mut reports = Vec::new();
+        for found in found {
+            match listener::judge(&found.facts, &self.config.listen, uid) {
+                Verdict::Adopt { address } => by_group[address].push(found),
+                Verdict::Elsewhere => {
+                    reports.push(Report::ListensElsewhere { address: found.facts.address.to_string() });
+                }
+                Verdict::Misbound { sentence } => reports.push(Report::Misbound { sentence }),
+            }
+        }
+        for (group, found) in by_group.iter().enumerate() {
+            match self.settle(entry, group, found) {
+                Ok(report) => reports.extend(report),
+                Err(error) => {
+                    let name = &self.entries[entry].config.name;
+                    error!("server {name}: its listener cannot be adopted: {error:#}; tries again");
+                }
+            }
+        }
+        for report in reports {
+            self.report(entry, report, host);
+        }
+        self.write_plan();
+        seen
+    }
+
+    /// Brings the listeners of an instance in one group in line with what was found.
+    fn settle(
+        &mut self,
+        entry: usize,
+        group: usize,
+        found: &[listener::Found],
+    ) -> anyhow::Result<Option<Report>> {
+        let Some(run) = &mut self.entries[entry].run else { return Ok(None) };
+        let them = &mut run.listeners[group];
+        let before = them.cookies.len();
+        let gone = them.cookies.iter().any(|cookie| found.iter().all(|found| found.cookie != *cookie));
+        if gone || found.len() as u32 > them.places {
+            // Anew, at consecutive places. What is selected meanwhile and not there is served
+            // by the next best server.
+            for (offset, cookie) in them.cookies.drain(..).enumerate() {
+                self.kernel.release(cookie, them.first + offset as u32);
+            }
+            if them.places > 0 && found.len() as u32 > them.places {
+                self.indices.give_back(them.first);
+                them.places = 0;
+            }
+        }
+        if them.places == 0 && !found.is_empty() {
+            let places = (found.len() as u32).next_power_of_two().max(RUN);
+            them.first = self.indices.take(places)?;
+            them.places = places;
+        }
+        for found in found {
+            if them.cookies.contains(&found.cookie) {
+                continue;
+            }
+            let home = Home { slot: run.slot, index: them.first + them.cookies.len() as u32 };
+            self.kernel.adopt(&found.fd, found.cookie, home)?;
+            them.cookies.push(found.cookie);
+        }
+        Ok(match (before, them.cookies.len()) {
+            (0, 1..) => Some(Report::ListenerAdopted { address: group }),
+            (1.., 0) => Some(Report::ListenerGone { address: group }),
+            _ => None,
+        })
+    }
+
+    // What the monitor tells.
+
+    /// The entry whose instance the monitor knows by this number.
+    pub fn entry_of_child(&self, id: u64) -> Option<usize> {
+        self.entries.iter().position(|entry| entry.run.as_ref().is_some_and(|run| run.id == id))
+    }
+
+    pub fn started(&mut self, entry: usize, pid: u32, host: &mut Host<'_>) {
+        if let Some(run) = &mut self.entries[entry].run {
+            run.pid = Some(pid);
+        }
+        self.settle_launch(entry, host);
+    }
+
+    pub fn not_started(&mut self, entry: usize, errno: i32, host: &mut Host<'_>) {
+        let error = std::io::Error::from_raw_os_error(errno);
+        let sentence = format!("start a process: {error}");
+        self.report(entry, Report::LaunchFailed { sentence }, host);
+    }
+
+    pub fn exited(&mut self, entry: usize, exit: Exit, host: &mut Host<'_>) {
+        if let Some(run) = &mut self.entries[entry].run {
+            run.exit = Some(exit);
+        }
+        self.settle_launch(entry, host);
+    }
+
+    /// A process ended that a server had left behind: maybe it was the last of its cgroup.
+    pub fn orphan_exited(&mut self, host: &mut Host<'_>) {
+        for entry in 0..self.entries.len() {
+            self.check_empty(entry, host);
+        }
+    }
+
+    fn check_empty(&mut self, entry: usize, host: &mut Host<'_>) {
+        let Some(run) = &mut self.entries[entry].run else { return };
+        if run.emptying && run.cgroup.processes().is_empty() {
+            self.report(entry, Report::CgroupEmpty, host);
+        }
+    }
+
+    // What the launcher and the server tell.
+
+    pub fn launched(
+        &mut self,
+        entry: usize,
+        instance: Instance,
+        result: Result<(), String>,
+        host: &mut Host<'_>,
+    ) {
+        let Some(run) = self.entries[entry].run.as_mut().filter(|run| run.instance == instance) else {
+            return;
+        };
+        match result {
+            Ok(()) => run.launch = Launch::Running,
+            Err(sentence) => {
+                run.launch = Launch::Failed;
+                self.report(entry, Report::LaunchFailed { sentence }, host);
+            }
+        }
+        self.settle_launch(entry, host);
+    }
+
+    /// Tells what is known of a launch in the order it happened, whatever order it was heard in.
+    fn settle_launch(&mut self, entry: usize, host: &mut Host<'_>) {
+        let Some(run) = &mut self.entries[entry].run else { return };
+        match (run.launch, run.pid) {
+            (Launch::UnderWay, _) | (Launch::Running, None) => return,
+            (Launch::Running, Some(pid)) => {
+                let told = self.entries[entry].machine.pid() == Some(pid);
+                if !told {
+                    self.report(entry, Report::Launched { pid }, host);
+                    self.relabel(entry, host);
+                }
+            }
+            (Launch::Failed, _) => {}
+        }
+        let Some(run) = &mut self.entries[entry].run else { return };
+        if let Some(exit) = run.exit.take() {
+            let others_left = !run.cgroup.processes().is_empty();
+            run.emptying = others_left;
+            let _ = host.link.send(&ToMonitor::Forget { id: run.id }, None);
+            self.report(entry, Report::MainExited { exit, others_left }, host);
+        }
+    }
+
+    pub fn notified(
+        &mut self,
+        entry: usize,
+        instance: Instance,
+        message: &notify::Message,
+        host: &mut Host<'_>,
+    ) {
+        let Some(run) = self.entries[entry].run.as_ref().filter(|run| run.instance == instance) else {
+            return;
+        };
+        // Anybody with the server's uid can write to its socket; only its own processes count.
+        if !message.sender.is_some_and(|sender| run.cgroup.processes().contains(&sender)) {
+            debug!("server {}: ignores a notification of another process", self.entries[entry].config.name);
+            return;
+        }
+        for notification in &message.notifications {
+            let report = match notification {
+                Notification::Ready => Report::NotifyReady,
+                Notification::Stopping => Report::NotifyStopping,
+                Notification::Status(text) => Report::NotifyStatus(text.clone()),
+                Notification::MainPid(_) | Notification::Other => continue,
+            };
+            if report == Report::NotifyReady {
+                if let Some(run) = &mut self.entries[entry].run {
+                    run.notified = true;
+                }
+                self.relabel(entry, host);
+            }
+            self.report(entry, report, host);
+        }
+    }
+
+    // Time.
+
+    /// When `tick` is next worth calling.
+    pub fn deadline(&self) -> Option<Instant> {
+        let machines = self.entries.iter().filter_map(|entry| entry.machine.deadline());
+        machines.chain(self.scans.iter().map(|scan| scan.at)).min()
+    }
+
+    /// Something is waited for that nobody tells: look often.
+    pub fn is_restless(&self) -> bool {
+        !self.waiting_is_empty()
+            || !self.retired.is_empty()
+            || self.entries.iter().any(|entry| {
+                entry.run.as_ref().is_some_and(|run| run.draining || run.emptying || !run.included)
+            })
+    }
+
+    fn waiting_is_empty(&self) -> bool {
+        self.kernel.load().is_ok_and(|load| load.waiting == 0)
+    }
+
+    pub fn tick(&mut self, now: Instant, host: &mut Host<'_>) {
+        let due: Vec<Scan> = {
+            let (due, later) = self.scans.drain(..).partition(|scan| scan.at <= now);
+            self.scans = later;
+            due
+        };
+        for scan in due {
+            if !self.scan(scan.entry, Some(scan.cookie), host) && scan.tries > 0 {
+                self.scans.push(Scan { at: now + SCAN_PAUSE, tries: scan.tries - 1, ..scan });
+            }
+        }
+        for entry in 0..self.entries.len() {
+            if self.entries[entry].machine.deadline().is_some_and(|deadline| deadline <= now) {
+                self.tell(entry, Event::Tick, host);
+            }
+            self.check_empty(entry, host);
+        }
+        let Ok(load) = self.kernel.load() else { return };
+        self.check_drained(&load, host);
+        self.free_retired(&load);
+        if load.waiting == 0 {
+            self.waiting.nobody();
+        }
+        self.serve_waiting(host);
+    }
+
+    /// Once a second: what is cheap to look at, and would otherwise depend on an event that
+    /// can be lost.
+    pub fn look_around(&mut self, host: &mut Host<'_>) {
+        self.syncookies =
+            fs::read_to_string("/proc/sys/net/ipv4/tcp_syncookies").is_ok_and(|value| value.trim() == "2");
+        for entry in 0..self.entries.len() {
+            if self.entries[entry].run.as_ref().is_some_and(|run| !run.included && !run.draining) {
+                self.scan(entry, None, host);
+            }
+        }
+        self.write_plan();
+    }
+
+    fn check_drained(&mut self, load: &Load, host: &mut Host<'_>) {
+        for entry in 0..self.entries.len() {
+            if self.entries[entry].run.as_ref().is_some_and(|run| run.draining && places(load, run.slot) == 0)
+            {
+                if let Some(run) = &mut self.entries[entry].run {
+                    run.draining = false;
+                }
+                self.report(entry, Report::DrainDone, host);
+            }
+        }
+    }
+
+    fn free_retired(&mut self, load: &Load) {
+        let (empty, busy): (Vec<_>, Vec<_>) =
+            self.retired.drain(..).partition(|retired| places(load, retired.slot) == 0);
+        self.retired = busy;
+        for retired in empty {
+            if let Some(entry) = retired.entry {
+                self.entries[entry].total_before += load.total[retired.slot as usize] - retired.base;
+            }
+            self.slots.give_back(retired.slot);
+        }
+    }
+
+    /// Empties the rooms, if anybody waits and a server has a place: the kernel gives each
+    /// connection to a server, and parks what does not fit in the room that is current then.
+    fn serve_waiting(&mut self, host: &mut Host<'_>) {
+        if self.closing || !self.kernel.load().is_ok_and(|load| load.waiting > 0 && self.has_place(&load)) {
+            return;
+        }
+        for group in 0..self.current.len() {
+            let Some(spare) = self.spare[group].take() else { continue };
+            let old = std::mem::replace(&mut self.current[group], spare);
+            // The new room is current before the old one closes: what cannot be handed over
+            // goes there, and never back into the closing one.
+            self.write_plan();
+            if let Err(error) = old.empty() {
+                error!("service {}: empty a room: {error}; who waits in it waits on", self.config.name);
+            }
+            self.kernel.release(old.cookie, old.index);
+            self.indices.give_back(old.index);
+            let drop = host.link.send(&ToMonitor::Drop { key: old.key }, None);
+            let hold = self.tell_monitor_about(&self.current[group], true, host);
+            if let Err(error) = drop.and(hold) {
+                warn!("service {}: {error:#}", self.config.name);
+            }
+            let (job, inputs, service) = (self.job(group, 1), host.inputs.clone(), self.number);
+            tokio::task::spawn_local(async move {
+                let result = room::open(&job).await;
+                // The loop is gone only when everything stops.
+                let _ = inputs.send(Input::Rooms { service, group, result });
+            });
+        }
+    }
+
+    /// A room was made, as the spare one of its group.
+    pub fn room_opened(
+        &mut self,
+        group: usize,
+        result: anyhow::Result<Vec<(OwnedFd, u64)>>,
+        host: &mut Host<'_>,
+    ) {
+        let made = result.and_then(|mut rooms| {
+            let (fd, cookie) = rooms.pop().context("the launcher gave no listener")?;
+            self.admit(fd, cookie, group, host)
+        });
+        match made {
+            Ok(room) => self.spare[group] = Some(room),
+            Err(error) => {
+                error!("service {}: make a room: {error:#}; tries again in 1s", self.config.name);
+                let (job, inputs, service) = (self.job(group, 1), host.inputs.clone(), self.number);
+                tokio::task::spawn_local(async move {
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                    let result = room::open(&job).await;
+                    let _ = inputs.send(Input::Rooms { service, group, result });
+                });
+            }
+        }
+    }
+
+    /// Some server in the plan has a free place.
+    fn has_place(&self, load: &Load) -> bool {
+        self.entries.iter().any(|entry| {
+            let Some(run) = entry.run.as_ref().filter(|run| run.included) else { return false };
+            entry.limit.is_none_or(|limit| places(load, run.slot) < u64::from(limit))
+        })
+    }
+
+    // What the state machine decides.
+
+    fn report(&mut self, entry: usize, report: Report, host: &mut Host<'_>) {
+        let Some(run) = &self.entries[entry].run else { return };
+        self.tell(entry, Event::Of(run.instance, report), host);
+    }
+
+    /// Tells a server's state machine, and does what it says, and tells what comes of that.
+    fn tell(&mut self, entry: usize, event: Event, host: &mut Host<'_>) {
+        let mut events = VecDeque::from([event]);
+        while let Some(event) = events.pop_front() {
+            let server = &mut self.entries[entry];
+            let (machine, actions) =
+                server.machine.clone().step(event, Instant::now(), random(), &server.policy);
+            server.machine = machine;
+            for action in actions {
+                events.extend(self.perform(entry, action, host));
+            }
+        }
+    }
+
+    /// Performs one action. What is known of its outcome at once is the next event.
+    fn perform(&mut self, entry: usize, action: Action, host: &mut Host<'_>) -> Option<Event> {
+        let instance = self.entries[entry].machine.instance();
+        let of = |report| Some(Event::Of(instance, report));
+        match action {
+            Action::Launch { instance } => match self.launch(entry, instance, host) {
+                Ok(()) => None,
+                Err(error) => of(Report::LaunchFailed { sentence: format!("{error:#}") }),
+            },
+            Action::Include { .. } => {
+                self.set_included(entry, true);
+                self.serve_waiting(host);
+                None
+            }
+            Action::Exclude { .. } => {
+                self.set_included(entry, false);
+                let drained = match (&self.entries[entry].run, self.kernel.load()) {
+                    (Some(run), Ok(load)) => places(&load, run.slot) == 0,
+                    _ => true,
+                };
+                if let Some(run) = &mut self.entries[entry].run {
+                    run.draining = !drained;
+                }
+                if drained { of(Report::DrainDone) } else { None }
+            }
+            Action::Signal { signal, to, .. } => {
+                self.signal(entry, signal, to, host);
+                None
+            }
+            Action::KillCgroup { .. } => {
+                let Some(run) = &mut self.entries[entry].run else { return of(Report::CgroupEmpty) };
+                if let Err(error) = run.cgroup.kill() {
+                    error!("server {}: {error:#}", self.entries[entry].config.name);
+                    return None;
+                }
+                run.emptying = true;
+                let empty = run.cgroup.processes().is_empty();
+                if empty { of(Report::CgroupEmpty) } else { None }
+            }
+            Action::RemoveInstance { .. } => {
+                self.retire(entry);
+                None
+            }
+            Action::Log { level, sentence } => {
+                let name = &self.entries[entry].config.name;
+                match level {
+                    tracing::Level::ERROR => error!("server {name} {sentence}"),
+                    tracing::Level::WARN => warn!("server {name} {sentence}"),
+                    tracing::Level::INFO => info!("server {name} {sentence}"),
+                    _ => debug!("server {name} {sentence}"),
+                }
+                None
+            }
+        }
+    }
+
+    fn set_included(&mut self, entry: usize, included: bool) {
+        if let Some(run) = &mut self.entries[entry].run {
+            run.included = included;
+        }
+        self.write_plan();
+    }
+
+    fn signal(&mut self, entry: usize, signal: Signal, to: Recipient, host: &mut Host<'_>) {
+        let Some(run) = &self.entries[entry].run else { return };
+        match to {
+            Recipient::Main => {
+                let message = ToMonitor::Signal { id: run.id, signal: signal.as_raw() };
+                if let Err(error) = host.link.send(&message, None) {
+                    error!("server {}: {error:#}", self.entries[entry].config.name);
+                }
+            }
+            Recipient::Everyone => {
+                for process in run.cgroup.processes() {
+                    let Some(pid) = i32::try_from(process).ok().and_then(Pid::from_raw) else { continue };
+                    let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) else { continue };
+                    // Only if it still is one of them: the number may have been used again.
+                    if run.cgroup.processes().contains(&process) {
+                        let _ = pidfd_send_signal(&pidfd, signal);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Clears up after an instance that has no process any more.
+    fn retire(&mut self, entry: usize) {
+        let Some(run) = self.entries[entry].run.take() else { return };
+        for them in &run.listeners {
+            for (offset, &cookie) in them.cookies.iter().enumerate() {
+                self.kernel.release(cookie, them.first + offset as u32);
+            }
+            if them.places > 0 {
+                self.indices.give_back(them.first);
+            }
+        }
+        if let Some(notify) = run.notify {
+            notify.abort();
+        }
+        self.bound.retain(|&(_, of)| of != entry);
+        self.scans.retain(|scan| scan.entry != entry);
+        if let Err(error) = run.cgroup.remove() {
+            debug!(
+                "server {}: {error:#}; the end of the instance removes it",
+                self.entries[entry].config.name
+            );
+        }
+        if let Ok(load) = self.kernel.load() {
+            let most = report::most(&load, run.slot, run.generation);
+            self.entries[entry].most_before = self.entries[entry].most_before.max(most);
+        }
+        self.retired.push(Retired { slot: run.slot, entry: Some(entry), base: run.base });
+        self.write_plan();
+    }
+
+    /// Tells the kernel what is wanted now, if that differs from what it was told last.
+    fn write_plan(&mut self) {
+        let wanted = Wanted {
+            policy: self.config.policy,
+            capacity: CAPACITY,
+            closing: self.closing,
+            cookies: self.syncookies,
+            rooms: self.current.iter().map(|room| room.index).collect(),
+            servers: self
+                .entries
+                .iter()
+                .filter_map(|entry| {
+                    let run = entry.run.as_ref()?;
+                    Some(WantedServer {
+                        slot: run.slot,
+                        identity: entry.config.name.clone(),
+                        eligible: run.included,
+                        weight: entry.weight,
+                        limit: entry.limit,
+                        generation: run.generation,
+                        runs: run
+                            .listeners
+                            .iter()
+                            .map(|them| Run { first: them.first as u16, len: them.cookies.len() as u16 })
+                            .collect(),
+                    })
+                })
+                .collect(),
+        };
+        if self.told.as_ref() == Some(&wanted) {
+            return;
+        }
+        let hash = (wanted.policy == Policy::SourceHash).then(|| wanted.hash());
+        match self.kernel.write_plan(&wanted.plan(), hash.as_deref()) {
+            Ok(()) => self.told = Some(wanted),
+            Err(error) => error!(
+                "service {}: {error:#}; the kernel goes by the plan before, next try in 1s",
+                self.config.name
+            ),
+        }
+    }
+}
+
+/// Places taken in a slot now.
+fn places(load: &Load, slot: u32) -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    let now = word::epoch(now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64);
+    word::used(word::roll(load.word[slot as usize], now))
+}
+
+/// Passes the kernel's events on to the loop.
+fn follow(service: usize, mut events: kernel::Events, inputs: &UnboundedSender<Input>) {
+    let inputs = inputs.clone();
+    tokio::task::spawn_local(async move {
+        loop {
+            match events.next().await {
+                Ok(events) => {
+                    if inputs.send(Input::Kernel { service, events }).is_err() {
+                        return;
+                    }
+                }
+                Err(error) => return error!("read EVENTS: {error}; listeners are found once a second now"),
+            }
+        }
+    });
+}
+
+fn random() -> u32 {
+    let mut bytes = [0; 4];
+    // It fails only before the kernel has any randomness at all; then no jitter is fine.
+    let _ = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::NONBLOCK);
+    u32::from_ne_bytes(bytes)
+}

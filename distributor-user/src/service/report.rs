@@ -1,0 +1,107 @@
+//! What a service looks like from outside: its part of `status`.
+
+use std::{
+    collections::BTreeMap,
+    os::fd::AsFd as _,
+    time::{Instant, SystemTime},
+};
+
+use anyhow::Context as _;
+use distributor_ebpf::{
+    contract::{Load, Outcome},
+    word,
+};
+use rustix::time::{ClockId, clock_gettime};
+
+use super::{CAPACITY, Service};
+use crate::{
+    accept_queue, listener,
+    status::{ServerStatus, ServiceStatus, WaitingStatus},
+};
+
+impl Service {
+    /// Everything an operator can know of it now.
+    pub fn status(&self) -> anyhow::Result<ServiceStatus> {
+        let load = self.kernel.load().with_context(|| format!("read the counts of {}", self.config.name))?;
+        let outcomes: BTreeMap<String, u64> = self
+            .kernel
+            .outcomes()?
+            .into_iter()
+            .map(|(outcome, count)| (outcome.name().to_owned(), count))
+            .collect();
+        let refused = [Outcome::RefusedLimit, Outcome::RefusedCapacity, Outcome::RefusedNoRoom]
+            .iter()
+            .filter_map(|outcome| outcomes.get(outcome.name()))
+            .sum();
+        let now = clock_gettime(ClockId::Monotonic);
+        let oldest = self.waiting.oldest(now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64);
+        Ok(ServiceStatus {
+            name: self.config.name.clone(),
+            listen: self.config.listen.iter().map(ToString::to_string).collect(),
+            policy: self.config.policy.name().to_owned(),
+            waiting: WaitingStatus {
+                now: load.waiting,
+                max: load.waiting_most,
+                capacity: u64::from(CAPACITY),
+                served: self.waiting.served_total(),
+                timed_out: 0,
+                left: self.waiting.left_total(),
+                refused,
+                oldest_seconds: oldest as f64 / 1e9,
+            },
+            servers: (0..self.entries.len()).map(|entry| self.server_status(entry, &load)).collect(),
+            outcomes,
+        })
+    }
+
+    fn server_status(&self, entry: usize, load: &Load) -> ServerStatus {
+        let server = &self.entries[entry];
+        let now = Instant::now();
+        let retired = || self.retired.iter().filter(|retired| retired.entry == Some(entry));
+        let active = |slot: u32| word::active(load.word[slot as usize]);
+        let run = server.run.as_ref();
+        let connections: u64 =
+            run.map(|run| run.slot).into_iter().chain(retired().map(|it| it.slot)).map(active).sum();
+        let total = run.map_or(0, |run| load.total[run.slot as usize] - run.base)
+            + retired().map(|it| load.total[it.slot as usize] - it.base).sum::<u64>();
+        ServerStatus {
+            name: server.config.name.clone(),
+            state: server.machine.status(),
+            reason: server.machine.reason(now, &server.policy),
+            pid: server.machine.pid(),
+            connections,
+            connections_max: run
+                .map_or(0, |run| most(load, run.slot, run.generation))
+                .max(server.most_before)
+                .max(connections),
+            connections_total: server.total_before + total,
+            limit: server.limit,
+            weight: server.weight,
+            effective_weight: if run.is_some_and(|run| run.included) { server.weight } else { 0 },
+            accept_queue: self.accept_queue(entry),
+            restarts: server.machine.restarts(),
+            since: (SystemTime::now() - now.saturating_duration_since(server.machine.since())).into(),
+        }
+    }
+
+    /// Connections that wait for the server to accept them, over all its adopted listeners.
+    fn accept_queue(&self, entry: usize) -> Option<u32> {
+        let run = self.entries[entry].run.as_ref()?;
+        let adopted: Vec<u64> = run.listeners.iter().flat_map(|them| them.cookies.clone()).collect();
+        if adopted.is_empty() {
+            return None;
+        }
+        let found = listener::find(&run.cgroup.processes());
+        let lengths = found
+            .iter()
+            .filter(|found| adopted.contains(&found.cookie))
+            .filter_map(|found| accept_queue::length(found.fd.as_fd()).ok());
+        Some(lengths.sum())
+    }
+}
+
+/// The most connections at a time of a slot's owner.
+pub(super) fn most(load: &Load, slot: u32, generation: u32) -> u64 {
+    let most = load.most[slot as usize];
+    if most >> 32 == u64::from(generation) { most & 0xffff_ffff } else { 0 }
+}

@@ -1,0 +1,680 @@
+//! What an operator sees of a running instance: `dist-ctl status` and `status --json`.
+//!
+//! The types are the JSON: scripts rely on their field names, so fields are added, never
+//! renamed, and what has no value is `null`, never absent. The distributor fills them;
+//! the client prints them, as JSON or as `Status::table`. Nothing here asks the kernel.
+#![forbid(unsafe_code)]
+
+use std::{
+    collections::BTreeMap,
+    fmt::{self, Write as _},
+    str::FromStr,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use serde::{Deserialize, Serialize};
+
+/// Everything one instance of dist-ctl knows of its services.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// The version of the dist-ctl that runs, which may not be the one that asks.
+    pub version: String,
+    pub services: Vec<ServiceStatus>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ServiceStatus {
+    pub name: String,
+    /// Every address the service answers on, as in its configuration.
+    pub listen: Vec<String>,
+    pub policy: String,
+    pub waiting: WaitingStatus,
+    pub servers: Vec<ServerStatus>,
+    /// How often the kernel programs ended in each of their ways out.
+    pub outcomes: BTreeMap<String, u64>,
+}
+
+/// The waiting list of a service. All of it is 0 for a service that has none.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct WaitingStatus {
+    pub now: u64,
+    /// The most that ever waited at once.
+    pub max: u64,
+    pub capacity: u64,
+    pub served: u64,
+    pub timed_out: u64,
+    /// Clients that went away while they waited.
+    pub left: u64,
+    pub refused: u64,
+    /// How long the first in line has waited; 0 when nobody waits.
+    pub oldest_seconds: f64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ServerStatus {
+    /// `shop/1`, or `shop/big` for a server with a name of its own.
+    pub name: String,
+    pub state: ServerState,
+    /// Why it is in this state, where that is not plain from the state itself.
+    pub reason: Option<String>,
+    /// The process dist-ctl started; `None` while none runs.
+    pub pid: Option<u32>,
+    pub connections: u64,
+    /// The most it ever had at once.
+    pub connections_max: u64,
+    pub connections_total: u64,
+    /// `None`: no limit.
+    pub limit: Option<u32>,
+    pub weight: u32,
+    /// The weight the kernel goes by: 0 while the server is to get nothing.
+    pub effective_weight: u32,
+    /// Connections the kernel has established and the server has not accepted yet;
+    /// `None` while it has no listener.
+    pub accept_queue: Option<u32>,
+    pub restarts: u64,
+    /// When it entered its state.
+    pub since: Timestamp,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ServerState {
+    Starting,
+    Ready,
+    Draining,
+    Unhealthy,
+    Stalled,
+    Backoff,
+    Failed,
+    Stopped,
+}
+
+/// A second of the wall clock, written in UTC as RFC 3339 has it: `2026-01-02T03:04:05Z`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub struct Timestamp {
+    // At most `Timestamp::LAST`, so that the year always has four digits.
+    seconds: u64,
+}
+
+impl Status {
+    /// The table for people: one block per service, its columns aligned over all blocks.
+    ///
+    /// `width` is the terminal's; only REASON is cut to fit it. Without one, nothing is.
+    /// Plain ASCII whatever the servers say of themselves: a reason may be a server's own
+    /// words, and must not be able to send escape sequences to the operator's terminal.
+    pub fn table(&self, width: Option<usize>, now: SystemTime) -> String {
+        if self.services.is_empty() {
+            return "no services\n".to_owned();
+        }
+        let rows: Vec<Vec<Row>> = self
+            .services
+            .iter()
+            .map(|service| service.servers.iter().map(|s| s.row(now)).collect())
+            .collect();
+        let mut widths = COLUMNS.map(|(title, _)| title.len());
+        for row in rows.iter().flatten() {
+            for (width, cell) in widths.iter_mut().zip(row) {
+                *width = (*width).max(cell.len());
+            }
+        }
+        let mut blocks = Vec::new();
+        for (service, rows) in self.services.iter().zip(&rows) {
+            let mut block = service.headline();
+            if rows.is_empty() {
+                block.push_str("  no servers\n");
+            } else {
+                let titles = COLUMNS.map(|(title, _)| title.to_owned());
+                for row in std::iter::once(&titles).chain(rows) {
+                    block.push_str(&line(row, &widths, width));
+                }
+            }
+            blocks.push(block);
+        }
+        blocks.join("\n")
+    }
+}
+
+impl ServerState {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::Ready => "ready",
+            Self::Draining => "draining",
+            Self::Unhealthy => "unhealthy",
+            Self::Stalled => "stalled",
+            Self::Backoff => "backoff",
+            Self::Failed => "failed",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
+impl fmt::Display for ServerState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+impl Timestamp {
+    /// 9999-12-31T23:59:59Z.
+    const LAST: u64 = 253_402_300_799;
+
+    /// How long ago it was; zero if the clock has been set back behind it.
+    pub fn age(self, now: SystemTime) -> Duration {
+        let then = UNIX_EPOCH + Duration::from_secs(self.seconds);
+        now.duration_since(then).unwrap_or_default()
+    }
+}
+
+/// A time before 1970 or after 9999 becomes the nearest that can be written.
+impl From<SystemTime> for Timestamp {
+    fn from(time: SystemTime) -> Self {
+        let since_epoch = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self { seconds: since_epoch.as_secs().min(Self::LAST) }
+    }
+}
+
+impl fmt::Display for Timestamp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (year, month, day) = date(self.seconds / DAY);
+        let (hour, minute, second) = (self.seconds % DAY / 3600, self.seconds % 3600 / 60, self.seconds % 60);
+        write!(f, "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
+    }
+}
+
+impl FromStr for Timestamp {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("{text:?} is no time in UTC, write it like 2026-01-02T03:04:05Z");
+        let shape = |(at, byte): (usize, u8)| match at {
+            4 | 7 => byte == b'-',
+            10 => byte == b'T',
+            13 | 16 => byte == b':',
+            19 => byte == b'Z',
+            _ => byte.is_ascii_digit(),
+        };
+        if text.len() != 20 || !text.bytes().enumerate().all(shape) {
+            return Err(wrong());
+        }
+        let number = |from: usize, to: usize| text[from..to].parse::<u64>().map_err(|_| wrong());
+        let (year, month, day) = (number(0, 4)?, number(5, 7)?, number(8, 10)?);
+        let (hour, minute, second) = (number(11, 13)?, number(14, 16)?, number(17, 19)?);
+        if year < 1970
+            || !(1..=12).contains(&month)
+            || !(1..=31).contains(&day)
+            || hour > 23
+            || minute > 59
+            || second > 59
+        {
+            return Err(wrong());
+        }
+        let days = days(year, month, day);
+        // 30 February would otherwise be read as a day in March.
+        if date(days) != (year, month, day) {
+            return Err(wrong());
+        }
+        Ok(Self { seconds: days * DAY + hour * 3600 + minute * 60 + second })
+    }
+}
+
+impl TryFrom<String> for Timestamp {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<Timestamp> for String {
+    fn from(timestamp: Timestamp) -> Self {
+        timestamp.to_string()
+    }
+}
+
+/// A length of time in its two largest units, as short as a table wants it: `3m12s`.
+pub fn age(length: Duration) -> String {
+    let seconds = length.as_secs();
+    let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / DAY);
+    match (days, hours, minutes) {
+        (0, 0, 0) => format!("{seconds}s"),
+        (0, 0, _) => format!("{minutes}m{:02}s", seconds % 60),
+        (0, _, _) => format!("{hours}h{:02}m", minutes % 60),
+        _ => format!("{days}d{:02}h", hours % 24),
+    }
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Align {
+    Left,
+    Right,
+}
+
+const COLUMNS: [(&str, Align); 12] = [
+    ("NAME", Align::Left),
+    ("STATE", Align::Left),
+    ("SINCE", Align::Right),
+    ("PID", Align::Right),
+    ("CONN", Align::Right),
+    ("MAX", Align::Right),
+    ("TOTAL", Align::Right),
+    ("LIMIT", Align::Right),
+    ("WEIGHT", Align::Right),
+    ("QUEUE", Align::Right),
+    ("RESTARTS", Align::Right),
+    ("REASON", Align::Left),
+];
+
+/// The cells of one server, in the order of `COLUMNS`.
+type Row = [String; COLUMNS.len()];
+
+const DAY: u64 = 24 * 60 * 60;
+
+/// A reason is never cut below this, however narrow the terminal: three letters and the
+/// dots would tell nothing.
+const SHORTEST_REASON: usize = 16;
+
+impl ServiceStatus {
+    /// `shop: [::]:8080, 0.0.0.0:80; least-connections; waiting 3 of 1024 (oldest 1.2s)`
+    fn headline(&self) -> String {
+        let listen = match self.listen.as_slice() {
+            [] => "no address".to_owned(),
+            addresses => addresses.join(", "),
+        };
+        let waiting = &self.waiting;
+        let mut line = format!("{}: {listen}; {}; waiting", self.name, self.policy);
+        let _ = match waiting.capacity {
+            0 => write!(line, " {}", waiting.now),
+            capacity => write!(line, " {} of {capacity}", waiting.now),
+        };
+        let mut details = Vec::new();
+        if waiting.now > 0 {
+            details.push(format!("oldest {:.1}s", waiting.oldest_seconds));
+        }
+        for (what, count) in [
+            ("max", waiting.max),
+            ("served", waiting.served),
+            ("timed out", waiting.timed_out),
+            ("left", waiting.left),
+            ("refused", waiting.refused),
+        ] {
+            if count > 0 {
+                details.push(format!("{what} {count}"));
+            }
+        }
+        if !details.is_empty() {
+            let _ = write!(line, " ({})", details.join(", "));
+        }
+        let mut line = plain(&line);
+        line.push('\n');
+        line
+    }
+}
+
+impl ServerStatus {
+    fn row(&self, now: SystemTime) -> Row {
+        // Shows at a glance that the kernel does not go by the configured weight.
+        let weight = if self.effective_weight == self.weight {
+            self.weight.to_string()
+        } else {
+            format!("{}/{}", self.effective_weight, self.weight)
+        };
+        [
+            plain(&self.name),
+            self.state.to_string(),
+            age(self.since.age(now)),
+            or_dash(self.pid),
+            self.connections.to_string(),
+            self.connections_max.to_string(),
+            self.connections_total.to_string(),
+            or_dash(self.limit),
+            weight,
+            or_dash(self.accept_queue),
+            self.restarts.to_string(),
+            or_dash(self.reason.as_deref().map(plain)),
+        ]
+    }
+}
+
+fn or_dash(value: Option<impl ToString>) -> String {
+    value.map_or_else(|| "-".to_owned(), |value| value.to_string())
+}
+
+fn line(row: &Row, widths: &[usize; COLUMNS.len()], terminal: Option<usize>) -> String {
+    let mut line = String::new();
+    let last = COLUMNS.len() - 1;
+    for (at, (cell, (_, align))) in row.iter().zip(COLUMNS).enumerate() {
+        line.push_str("  ");
+        let width = widths[at];
+        let _ = match align {
+            _ if at == last => {
+                let room = terminal.map_or(usize::MAX, |width| width.saturating_sub(line.len()));
+                line.write_str(&cut(cell, room.max(SHORTEST_REASON)))
+            }
+            Align::Left => write!(line, "{cell:<width$}"),
+            Align::Right => write!(line, "{cell:>width$}"),
+        };
+    }
+    line.push('\n');
+    line
+}
+
+fn cut(text: &str, room: usize) -> String {
+    if text.len() <= room { text.to_owned() } else { format!("{}...", text[..room - 3].trim_end()) }
+}
+
+/// The text in printable ASCII, on one line: anything else becomes a question mark,
+/// white space a space. So bytes are columns, and cutting at a byte is safe.
+fn plain(text: &str) -> String {
+    text.chars()
+        .map(|c| match c {
+            ' '..='~' => c,
+            _ if c.is_whitespace() => ' ',
+            _ => '?',
+        })
+        .collect()
+}
+
+/// Year, month and day of a day counted from 1970-01-01, in the Gregorian calendar.
+///
+/// Years are counted from 1 March, so that the leap day is a year's last:
+/// <https://howardhinnant.github.io/date_algorithms.html>, `civil_from_days`.
+fn date(days: u64) -> (u64, u64, u64) {
+    let days = days + 719_468; // since 0000-03-01
+    let era = days / 146_097;
+    let day_of_era = days % 146_097;
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month_from_march = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
+    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    (year, month, day)
+}
+
+/// The inverse of `date`, for a year from 1970 on: `days_from_civil` of the same page.
+fn days(year: u64, month: u64, day: u64) -> u64 {
+    let year = year - u64::from(month <= 2);
+    let year_of_era = year % 400;
+    let month_from_march = if month > 2 { month - 3 } else { month + 9 };
+    let day_of_year = (153 * month_from_march + 2) / 5 + day - 1;
+    let day_of_era = year_of_era * 365 + year_of_era / 4 - year_of_era / 100 + day_of_year;
+    year / 400 * 146_097 + day_of_era - 719_468
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn at(text: &str) -> SystemTime {
+        let timestamp: Timestamp = text.parse().unwrap();
+        UNIX_EPOCH + Duration::from_secs(timestamp.seconds)
+    }
+
+    fn server(name: &str) -> ServerStatus {
+        ServerStatus {
+            name: name.to_owned(),
+            state: ServerState::Ready,
+            reason: None,
+            pid: Some(4242),
+            connections: 12,
+            connections_max: 40,
+            connections_total: 1234,
+            limit: Some(200),
+            weight: 100,
+            effective_weight: 100,
+            accept_queue: Some(0),
+            restarts: 0,
+            since: "2026-01-02T03:04:05Z".parse().unwrap(),
+        }
+    }
+
+    fn dead_server(name: &str) -> ServerStatus {
+        ServerStatus {
+            state: ServerState::Backoff,
+            reason: Some("exited with 101 after 0.4s; next start in 2s (attempt 3)".to_owned()),
+            pid: None,
+            connections: 0,
+            limit: None,
+            effective_weight: 0,
+            accept_queue: None,
+            restarts: 3,
+            since: "2026-01-02T03:07:15Z".parse().unwrap(),
+            ..server(name)
+        }
+    }
+
+    fn shop() -> ServiceStatus {
+        ServiceStatus {
+            name: "shop".to_owned(),
+            listen: vec!["[::]:8080".to_owned(), "0.0.0.0:80".to_owned()],
+            policy: "least-connections".to_owned(),
+            waiting: WaitingStatus {
+                now: 3,
+                max: 17,
+                capacity: 1024,
+                served: 40,
+                oldest_seconds: 1.25,
+                ..WaitingStatus::default()
+            },
+            servers: vec![server("shop/1"), dead_server("shop/2")],
+            outcomes: BTreeMap::from([("selected".to_owned(), 1234)]),
+        }
+    }
+
+    fn status(services: Vec<ServiceStatus>) -> Status {
+        Status { version: "0.1.0".to_owned(), services }
+    }
+
+    #[test]
+    fn json_has_every_field_and_null_for_what_has_no_value() {
+        let mut shop = shop();
+        shop.servers = vec![dead_server("shop/2")];
+        let expected = json!({
+            "version": "0.1.0",
+            "services": [{
+                "name": "shop",
+                "listen": ["[::]:8080", "0.0.0.0:80"],
+                "policy": "least-connections",
+                "waiting": {
+                    "now": 3, "max": 17, "capacity": 1024, "served": 40, "timed_out": 0,
+                    "left": 0, "refused": 0, "oldest_seconds": 1.25,
+                },
+                "servers": [{
+                    "name": "shop/2",
+                    "state": "backoff",
+                    "reason": "exited with 101 after 0.4s; next start in 2s (attempt 3)",
+                    "pid": null,
+                    "connections": 0,
+                    "connections_max": 40,
+                    "connections_total": 1234,
+                    "limit": null,
+                    "weight": 100,
+                    "effective_weight": 0,
+                    "accept_queue": null,
+                    "restarts": 3,
+                    "since": "2026-01-02T03:07:15Z",
+                }],
+                "outcomes": {"selected": 1234},
+            }],
+        });
+        assert_eq!(serde_json::to_value(status(vec![shop])).unwrap(), expected);
+    }
+
+    #[test]
+    fn json_survives_the_way_to_the_client_and_back() {
+        let sent = status(vec![shop()]);
+        let text = serde_json::to_string(&sent).unwrap();
+        assert_eq!(serde_json::from_str::<Status>(&text).unwrap(), sent);
+    }
+
+    #[test]
+    fn a_field_added_by_a_newer_distributor_is_no_error() {
+        let text = r#"{"version": "9.0.0", "services": [], "weather": "rain"}"#;
+        let read: Status = serde_json::from_str(text).unwrap();
+        assert_eq!(read.version, "9.0.0");
+    }
+
+    #[test]
+    fn every_state_is_written_as_it_is_shown() {
+        for state in [
+            ServerState::Starting,
+            ServerState::Ready,
+            ServerState::Draining,
+            ServerState::Unhealthy,
+            ServerState::Stalled,
+            ServerState::Backoff,
+            ServerState::Failed,
+            ServerState::Stopped,
+        ] {
+            assert_eq!(serde_json::to_value(state).unwrap(), state.as_str());
+        }
+    }
+
+    #[test]
+    fn table_has_one_block_per_service_with_columns_in_line() {
+        let mut api = shop();
+        api.name = "api".to_owned();
+        api.listen = vec!["127.0.0.1:9".to_owned()];
+        api.policy = "first".to_owned();
+        api.waiting = WaitingStatus::default();
+        api.servers = vec![server("api/a-long-name")];
+        let now = at("2026-01-02T03:07:17Z");
+        let expected = "\
+shop: [::]:8080, 0.0.0.0:80; least-connections; waiting 3 of 1024 (oldest 1.2s, max 17, served 40)
+  NAME             STATE    SINCE   PID  CONN  MAX  TOTAL  LIMIT  WEIGHT  QUEUE  RESTARTS  REASON
+  shop/1           ready    3m12s  4242    12   40   1234    200     100      0         0  -
+  shop/2           backoff     2s     -     0   40   1234      -   0/100      -         3  exited with 101 after 0.4s; next start in 2s (attempt 3)
+
+api: 127.0.0.1:9; first; waiting 0
+  NAME             STATE    SINCE   PID  CONN  MAX  TOTAL  LIMIT  WEIGHT  QUEUE  RESTARTS  REASON
+  api/a-long-name  ready    3m12s  4242    12   40   1234    200     100      0         0  -
+";
+        assert_eq!(status(vec![shop(), api]).table(None, now), expected);
+    }
+
+    #[test]
+    fn table_cuts_a_reason_to_the_terminal() {
+        let mut shop = shop();
+        shop.servers = vec![dead_server("shop/2")];
+        let table = status(vec![shop]).table(Some(110), at("2026-01-02T03:07:17Z"));
+        let expected = "\
+shop: [::]:8080, 0.0.0.0:80; least-connections; waiting 3 of 1024 (oldest 1.2s, max 17, served 40)
+  NAME    STATE    SINCE  PID  CONN  MAX  TOTAL  LIMIT  WEIGHT  QUEUE  RESTARTS  REASON
+  shop/2  backoff     2s    -     0   40   1234      -   0/100      -         3  exited with 101 after 0.4s...
+";
+        assert_eq!(table, expected);
+        assert!(table.lines().all(|line| line.len() <= 110));
+    }
+
+    #[test]
+    fn table_keeps_some_of_the_reason_in_a_narrow_terminal() {
+        let mut shop = shop();
+        shop.servers = vec![dead_server("shop/2")];
+        let table = status(vec![shop]).table(Some(20), at("2026-01-02T03:07:17Z"));
+        assert!(table.ends_with("  exited with 1...\n"), "{table}");
+    }
+
+    #[test]
+    fn table_says_when_there_is_nothing() {
+        let now = at("2026-01-02T03:07:17Z");
+        assert_eq!(status(Vec::new()).table(None, now), "no services\n");
+        let mut shop = shop();
+        shop.servers.clear();
+        shop.listen.clear();
+        shop.waiting = WaitingStatus::default();
+        assert_eq!(
+            status(vec![shop]).table(None, now),
+            "shop: no address; least-connections; waiting 0\n  no servers\n"
+        );
+    }
+
+    #[test]
+    fn table_is_plain_ascii_whatever_a_server_says() {
+        let mut shop = shop();
+        shop.servers = vec![dead_server("shop/2")];
+        shop.servers[0].reason = Some("\u{1b}[2J\nf\u{fc}r\tall \u{1F600}".to_owned());
+        let table = status(vec![shop]).table(None, at("2026-01-02T03:07:17Z"));
+        assert!(table.ends_with("  ?[2J f?r all ?\n"), "{table}");
+    }
+
+    #[test]
+    fn age_has_two_units() {
+        for (seconds, expected) in [
+            (0, "0s"),
+            (59, "59s"),
+            (60, "1m00s"),
+            (192, "3m12s"),
+            (3599, "59m59s"),
+            (3600, "1h00m"),
+            (18_420, "5h07m"),
+            (86_399, "23h59m"),
+            (86_400, "1d00h"),
+            (40 * 86_400 + 3 * 3600, "40d03h"),
+        ] {
+            assert_eq!(age(Duration::from_secs(seconds)), expected);
+        }
+    }
+
+    #[test]
+    fn age_is_zero_when_the_clock_was_set_back() {
+        let since: Timestamp = "2026-01-02T03:04:05Z".parse().unwrap();
+        assert_eq!(since.age(at("2026-01-01T00:00:00Z")), Duration::ZERO);
+    }
+
+    #[test]
+    fn timestamp_is_the_utc_time() {
+        // Expected values from `date -u -d @SECONDS`.
+        for (seconds, expected) in [
+            (0, "1970-01-01T00:00:00Z"),
+            (951_782_399, "2000-02-28T23:59:59Z"),
+            (951_782_400, "2000-02-29T00:00:00Z"),
+            (1_709_251_200, "2024-03-01T00:00:00Z"),
+            (1_767_323_045, "2026-01-02T03:04:05Z"),
+            (4_107_542_400, "2100-03-01T00:00:00Z"),
+            (253_402_300_799, "9999-12-31T23:59:59Z"),
+            (253_402_300_800, "9999-12-31T23:59:59Z"),
+        ] {
+            let timestamp = Timestamp::from(UNIX_EPOCH + Duration::from_secs(seconds));
+            assert_eq!(timestamp.to_string(), expected);
+            assert_eq!(expected.parse(), Ok(timestamp));
+        }
+    }
+
+    #[test]
+    fn every_day_to_9999_is_read_as_written() {
+        for day in 0..=Timestamp::LAST / DAY {
+            let (year, month, day_of_month) = date(day);
+            assert_eq!(days(year, month, day_of_month), day);
+        }
+    }
+
+    #[test]
+    fn what_is_no_time_in_utc_is_refused() {
+        for text in [
+            "",
+            "2026-01-02",
+            "2026-01-02T03:04:05",
+            "2026-01-02T03:04:05+00:00",
+            "2026-01-02 03:04:05Z",
+            "2026-13-02T03:04:05Z",
+            "2026-02-29T03:04:05Z",
+            "2026-00-02T03:04:05Z",
+            "2026-01-00T03:04:05Z",
+            "2026-01-02T24:04:05Z",
+            "2026-01-02T03:60:05Z",
+            "2026-01-02T03:04:60Z",
+            "1969-12-31T23:59:59Z",
+            "+026-01-02T03:04:05Z",
+            "2026-01-02T03:04:0\u{e9}",
+        ] {
+            assert_eq!(
+                text.parse::<Timestamp>(),
+                Err(format!("{text:?} is no time in UTC, write it like 2026-01-02T03:04:05Z"))
+            );
+        }
+    }
+}

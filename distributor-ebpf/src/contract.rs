@@ -272,8 +272,10 @@ outcomes! {
     Stray = "stray",
     /// A segment whose TCP header could not be read.
     Malformed = "malformed",
-    /// A connection moved from a closing listener to a server.
+    /// A connection moved from a server's closing listener to another server.
     Moved = "moved",
+    /// A connection that waited in a room moved to a server.
+    HandedOver = "handed_over",
     /// A half-open connection moved from a closing listener to a server.
     MovedHalfOpen = "moved_half_open",
     /// A connection of a closing listener was parked in the room: no server has a place.

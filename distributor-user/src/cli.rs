@@ -224,13 +224,13 @@ Exit status:
 
 const EXAMPLE: &str = "\
 Example: four copies of a web server behind port 8080, then a look at them
-  dist-ctl up --listen :8080 --servers 4 -- python3 -m http.server 8080
+  dist-ctl up --listen 0.0.0.0:8080 --servers 4 -- python3 -m http.server --bind 0.0.0.0 8080
   dist-ctl status
 ";
 
 const UP_EXAMPLE: &str = "\
 Examples: four copies of a web server behind port 8080; and what a file says
-  dist-ctl up --listen :8080 --servers 4 -- python3 -m http.server 8080
+  dist-ctl up --listen 0.0.0.0:8080 --servers 4 -- python3 -m http.server --bind 0.0.0.0 8080
   dist-ctl up -f /etc/dist-ctl/dist-ctl.toml
 
 SIGTERM and SIGINT stop the servers and then dist-ctl.";

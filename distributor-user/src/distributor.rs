@@ -10,11 +10,13 @@ use std::{
     fs::DirBuilder,
     os::{fd::OwnedFd, unix::fs::DirBuilderExt as _},
     path::Path,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, ensure};
 use distributor_ebpf::contract;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use tokio::{
     sync::mpsc::{self, UnboundedReceiver, UnboundedSender},
     task::{LocalSet, spawn_local},
@@ -74,6 +76,11 @@ pub enum Input {
 /// # Errors
 /// It could not start (then nothing is left behind of what it had made), or the monitor died.
 pub fn run(config: Config, runtime_dir: &Path, log: ProgramLog) -> anyhow::Result<()> {
+    // The monitor tells when to stop. Who signals every process of a group or a cgroup, as a
+    // terminal and systemd do, would otherwise end us before we have stopped anything.
+    for signal in [SIGHUP, SIGINT, SIGTERM] {
+        signal_hook::flag::register(signal, Arc::default()).context("ignore signals")?;
+    }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     LocalSet::new().block_on(&runtime, async {
         let (link, inheritance) = Link::open()?;
@@ -131,6 +138,8 @@ impl<'a> Distributor<'a> {
         let first = children.is_empty() && held.is_empty();
         if first {
             place.clean_leftovers()?;
+            let mut addresses = config.services.iter().flat_map(|service| &service.listen);
+            addresses.try_for_each(room::check_free)?;
         }
         place.cgroup.create()?;
         match DirBuilder::new().mode(0o711).create(place.notify_dir()) {

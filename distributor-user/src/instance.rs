@@ -56,13 +56,15 @@ impl Instance {
             mount_bpffs(&own)?;
             (own.join(&name), Some(own))
         };
-        match DirBuilder::new().mode(0o700).create(&pins) {
+        let instance = Self { runtime_dir, cgroup, pins, own_bpffs };
+        match DirBuilder::new().mode(0o700).create(&instance.pins) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                return Err(error).with_context(|| format!("create {} for the pins", pins.display()));
+                let context = format!("create {} for the pins", instance.pins.display());
+                instance.unmount()?;
+                Err(error).context(context)
             }
-            _ => {}
+            _ => Ok(instance),
         }
-        Ok(Self { runtime_dir, cgroup, pins, own_bpffs })
     }
 
     /// Where the servers' notify sockets are: servers of any user may pass, and list nothing.
@@ -83,15 +85,18 @@ impl Instance {
     pub fn remove(&self) -> anyhow::Result<()> {
         self.remove_kernel_objects()?;
         remove_if_there(fs::remove_dir(&self.pins), &self.pins)?;
-        if let Some(own) = &self.own_bpffs {
-            rustix::mount::unmount(own, UnmountFlags::DETACH)
-                .with_context(|| format!("unmount {}", own.display()))?;
-            remove_if_there(fs::remove_dir(own), own)?;
-        }
+        self.unmount()?;
         let notify = self.notify_dir();
         remove_if_there(fs::remove_dir_all(&notify), &notify)?;
         let control = self.runtime_dir.join(crate::control::SOCKET);
         remove_if_there(fs::remove_file(&control), &control)
+    }
+
+    fn unmount(&self) -> anyhow::Result<()> {
+        let Some(own) = &self.own_bpffs else { return Ok(()) };
+        rustix::mount::unmount(own, UnmountFlags::DETACH)
+            .with_context(|| format!("unmount {}", own.display()))?;
+        remove_if_there(fs::remove_dir(own), own)
     }
 
     fn remove_kernel_objects(&self) -> anyhow::Result<()> {

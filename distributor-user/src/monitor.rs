@@ -320,7 +320,8 @@ impl Monitor {
 
 fn command(words: &[OsString]) -> Command {
     let mut command = Command::new(&words[0]);
-    command.args(&words[1..]);
+    // What ps shows; /proc/self/exe would tell nobody anything.
+    command.arg0("dist-ctl").args(&words[1..]);
     command
 }
 

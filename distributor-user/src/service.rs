@@ -47,8 +47,8 @@ use crate::{
 
 pub use launch::Label;
 
-/// Connections that may wait while no server is ready. The rooms' accept queues are at least
-/// as long (`config` defaults to 4096), or the kernel would drop SYNs without a word.
+/// Connections that may wait while no server is ready, unless `backlog` is smaller: beyond
+/// the room's accept queue the kernel would drop SYNs without a word.
 const CAPACITY: u32 = 1024;
 /// Places in SOCKETS that a server gets for its listeners on one address at first.
 const RUN: u32 = 8;
@@ -175,10 +175,6 @@ impl Service {
         held: Vec<(room::Label, Held)>,
         host: &mut Host<'_>,
     ) -> anyhow::Result<Self> {
-        let fresh = held.is_empty();
-        if fresh {
-            config.listen.iter().try_for_each(room::check_free)?;
-        }
         let cgroup = host.place.cgroup.child(&config.name);
         cgroup.child("rooms").create()?;
         let pins = kernel::pins(&host.place.pins, &config.name);
@@ -280,7 +276,7 @@ impl Service {
             cgroup: self.cgroup.child("rooms").path().to_owned(),
             address: self.config.listen[group],
             uid: self.uid(),
-            backlog: self.config.backlog.max(CAPACITY),
+            backlog: self.config.backlog,
             count,
         }
     }
@@ -315,6 +311,11 @@ impl Service {
             Some(user) => user.uid,
             None => rustix::process::geteuid().as_raw(),
         }
+    }
+
+    /// Connections that may wait.
+    fn capacity(&self) -> u32 {
+        CAPACITY.min(self.config.backlog)
     }
 
     /// Every server is ready.
@@ -417,8 +418,7 @@ impl Service {
                     self.report(entry, Report::Misbound { sentence }, host);
                 }
                 Some(EventKind::Waiting) => self.waiting.began(event.cookie, event.time),
-                Some(EventKind::HandedOver) => self.waiting.served(event.cookie),
-                Some(EventKind::Left) => self.waiting.left(event.cookie),
+                Some(EventKind::HandedOver | EventKind::Left) => self.waiting.ended(event.cookie),
                 None => warn!("the kernel told something unknown ({event:?}); goes on without it"),
             }
         }
@@ -941,7 +941,7 @@ impl Service {
     fn write_plan(&mut self) {
         let wanted = Wanted {
             policy: self.config.policy,
-            capacity: CAPACITY,
+            capacity: self.capacity(),
             closing: self.closing,
             cookies: self.syncookies,
             rooms: self.current.iter().map(|room| room.index).collect(),

@@ -124,7 +124,7 @@ pub(crate) fn run(ctx: &SkReuseportContext) -> u32 {
             let new = match steered {
                 Steered::To(slot, _) => {
                     loads.add(Sum::Total(slot), 1);
-                    count(Outcome::Moved);
+                    count(if old == Some(ROOM) { Outcome::HandedOver } else { Outcome::Moved });
                     debug!(ctx, "connection moves to slot {}", slot);
                     slot
                 }
@@ -218,7 +218,7 @@ fn steer(
     let place = place(asks as u64);
     let mut excluded = [NO_SLOT; TRIES];
     let mut failures = 0;
-    for attempt in 0..TRIES {
+    for attempt in 0..ATTEMPTS {
         let mut answer = NOTHING;
         if attempt == 0 && narrows(plan.policy) {
             answer = candidate(now, asks as u64, wide(source[0], source[1]), wide(source[2], source[3]));
@@ -233,18 +233,24 @@ fn steer(
             return if failures > 0 { Steered::Failed } else { Steered::Full };
         }
         let slot = (answer >> 56) as u32;
-        let seen = loads.word(slot as usize);
-        if (seen ^ answer) & WORD_BITS != 0 {
-            // It changed since; look again.
-            continue;
-        }
         let server = &plan.servers[slot as usize];
-        let taken = word::take(seen, now, place, u64::from(server.limit), u64::from(server.reservable));
-        let Some(taken) = taken else { continue };
-        if !loads.swap(slot, seen, taken) {
-            // Somebody was faster; the loads have changed, so look again.
-            continue;
-        }
+        let seen = loads.word(slot as usize);
+        let taken = if attempt < EXACT {
+            // Only if nothing changed since the scan; otherwise another may be better now.
+            let same = (seen ^ answer) & WORD_BITS == 0;
+            let taken =
+                word::take(seen, now, place, u64::from(server.limit), u64::from(server.reservable));
+            match taken {
+                Some(taken) if same && loads.swap(slot, seen, taken) => taken,
+                _ => continue,
+            }
+        } else {
+            // Many arrive at once: any place in a good server is better than none.
+            match take_place(u64::from(slot), asks as u64, now) {
+                NOTHING => continue,
+                taken => taken,
+            }
+        };
         if cookie != 0 {
             // Before the selection: once selected, the connection may close on another CPU.
             record_owner(cookie, slot);
@@ -259,10 +265,32 @@ fn steer(
         let back = if asks == Asks::Established { Change::GiveBackActive } else { Change::GiveBackReserved };
         maps::change(slot, back);
         failures += 1;
+        if failures == TRIES {
+            break;
+        }
         let [a, b, c, _] = excluded;
         excluded = [slot, a, b, c];
     }
     Steered::Failed
+}
+
+/// Takes a place in a slot's word, whatever it has become since the scan. Returns the word, or
+/// [`NOTHING`] if it is full or changes too fast. Global, as [`scan`] is.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn take_place(slot: u64, asks: u64, now: u64) -> u64 {
+    let (Some((_, plan)), Some(loads)) = (maps::plan(), maps::loads()) else { return NOTHING };
+    let server = &plan.servers[slot as usize & (SLOTS - 1)];
+    for _ in 0..16 {
+        let seen = loads.word(slot as usize);
+        let limits = (u64::from(server.limit), u64::from(server.reservable));
+        let Some(taken) = word::take(seen, now, place(asks), limits.0, limits.1) else { return NOTHING };
+        if loads.swap(slot as u32, seen, taken) {
+            return taken;
+        }
+    }
+    count(Outcome::WordContended);
+    NOTHING
 }
 
 /// [`select::best`] as a function of its own. A global function is verified once and not again
@@ -310,6 +338,12 @@ pub(crate) extern "C" fn candidate(now: u64, asks: u64, source_high: u64, source
     }
     NOTHING
 }
+
+/// Scans for one connection: the ones that lose a race against another CPU come on top of the
+/// `TRIES` that fail to select.
+const ATTEMPTS: usize = 8;
+/// Scans that have to hold exactly.
+const EXACT: usize = 2;
 
 const NOTHING: u64 = u64::MAX;
 const WORD_BITS: u64 = (1 << 56) - 1;
@@ -438,14 +472,15 @@ fn socket_source(socket: *mut bpf_sock) -> [u32; 4] {
     // wants it ("pointer arithmetic on sock_common prohibited").
     unsafe {
         if (*socket).family == AF_INET {
-            [(*socket).dst_ip4, 0, 0, 0]
-        } else {
-            [
-                (&raw const (*socket).dst_ip6[0]).read_volatile(),
-                (&raw const (*socket).dst_ip6[1]).read_volatile(),
-                (&raw const (*socket).dst_ip6[2]).read_volatile(),
-                (&raw const (*socket).dst_ip6[3]).read_volatile(),
-            ]
+            return [(*socket).dst_ip4, 0, 0, 0];
         }
+        let ip = [
+            (&raw const (*socket).dst_ip6[0]).read_volatile(),
+            (&raw const (*socket).dst_ip6[1]).read_volatile(),
+            (&raw const (*socket).dst_ip6[2]).read_volatile(),
+            (&raw const (*socket).dst_ip6[3]).read_volatile(),
+        ];
+        // An IPv4 client of a dual-stack listener: as its SYN was seen.
+        if ip[0] == 0 && ip[1] == 0 && ip[2] == 0xffff_u32.to_be() { [ip[3], 0, 0, 0] } else { ip }
     }
 }

@@ -13,7 +13,7 @@ use distributor_ebpf::{
 };
 use rustix::time::{ClockId, clock_gettime};
 
-use super::{CAPACITY, Service};
+use super::Service;
 use crate::{
     accept_queue, listener,
     status::{ServerStatus, ServiceStatus, WaitingStatus},
@@ -29,10 +29,9 @@ impl Service {
             .into_iter()
             .map(|(outcome, count)| (outcome.name().to_owned(), count))
             .collect();
-        let refused = [Outcome::RefusedLimit, Outcome::RefusedCapacity, Outcome::RefusedNoRoom]
-            .iter()
-            .filter_map(|outcome| outcomes.get(outcome.name()))
-            .sum();
+        let count = |outcome: Outcome| outcomes.get(outcome.name()).copied().unwrap_or(0);
+        let refused =
+            [Outcome::RefusedLimit, Outcome::RefusedCapacity, Outcome::RefusedNoRoom].map(count).iter().sum();
         let now = clock_gettime(ClockId::Monotonic);
         let oldest = self.waiting.oldest(now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64);
         Ok(ServiceStatus {
@@ -42,10 +41,10 @@ impl Service {
             waiting: WaitingStatus {
                 now: load.waiting,
                 max: load.waiting_most,
-                capacity: u64::from(CAPACITY),
-                served: self.waiting.served_total(),
+                capacity: u64::from(self.capacity()),
+                served: count(Outcome::HandedOver),
                 timed_out: 0,
-                left: self.waiting.left_total(),
+                left: count(Outcome::ClosedWaiting),
                 refused,
                 oldest_seconds: oldest as f64 / 1e9,
             },

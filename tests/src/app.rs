@@ -1,0 +1,116 @@
+//! The configuration of a test: one service, most of it the same everywhere.
+//!
+//! A test names what it is about and leaves the rest. What it cannot name, it writes as TOML
+//! itself, here into `service`, `server` and `named`, or as a whole file for `Host::start`.
+
+#![forbid(unsafe_code)]
+
+use std::fmt::Write as _;
+
+use crate::host::Host;
+
+/// Servers behind the addresses of the service `app`.
+#[derive(Clone, Debug)]
+pub struct App {
+    pub listen: Vec<String>,
+    pub count: usize,
+    pub policy: Option<&'static str>,
+    pub limit: Option<u32>,
+    pub weight: Option<u32>,
+    pub socket: Option<&'static str>,
+    pub command: Vec<String>,
+    /// More lines for `[service.app]`.
+    pub service: String,
+    /// More lines for `[service.app.server]`.
+    pub server: String,
+    /// Tables that follow, such as `[[service.app.servers]]`.
+    pub tables: String,
+}
+
+impl App {
+    /// So many test servers on `[::]:8080`, which need no more words than these.
+    pub fn of(host: &Host, count: usize) -> Self {
+        Self::with(host, count, &["--listen", "[::]:8080"])
+    }
+
+    /// The same with other words for the test servers; see `bin/server.rs`.
+    pub fn with(host: &Host, count: usize, words: &[&str]) -> Self {
+        let inside = host.inside_file("{name}");
+        let mut command = vec![host.test_server()];
+        command.extend(["--name", "{name}", "--inside", &inside].map(str::to_owned));
+        command.extend(words.iter().map(|word| (*word).to_owned()));
+        Self::running(count, command)
+    }
+
+    /// So many of another program.
+    pub fn running(count: usize, command: Vec<String>) -> Self {
+        Self {
+            listen: vec!["[::]:8080".to_owned()],
+            count,
+            policy: None,
+            limit: None,
+            weight: None,
+            socket: None,
+            command,
+            service: String::new(),
+            server: String::new(),
+            tables: String::new(),
+        }
+    }
+
+    /// Named servers instead of numbered ones: each with its lines.
+    pub fn named<'a>(mut self, servers: impl IntoIterator<Item = (&'a str, String)>) -> Self {
+        self.count = 0;
+        for (name, lines) in servers {
+            let name = quoted(name);
+            let _ = write!(self.tables, "\n[[service.app.servers]]\nname = {name}\n{lines}\n");
+        }
+        self
+    }
+
+    /// The file.
+    pub fn toml(&self) -> String {
+        let mut text = String::from("[service.app]\n");
+        let mut line = |line: String| {
+            text.push_str(&line);
+            text.push('\n');
+        };
+        line(format!("listen = {}", list(&self.listen)));
+        if let Some(policy) = self.policy {
+            line(format!("policy = {}", quoted(policy)));
+        }
+        line(self.service.clone());
+        line("[service.app.server]".to_owned());
+        line(format!("command = {}", list(&self.command)));
+        line(format!("count = {}", self.count));
+        if let Some(limit) = self.limit {
+            line(format!("limit = {limit}"));
+        }
+        if let Some(weight) = self.weight {
+            line(format!("weight = {weight}"));
+        }
+        if let Some(socket) = self.socket {
+            line(format!("socket = {}", quoted(socket)));
+        }
+        // A test that stops servers on purpose says so; the others should not wait for them.
+        for (name, value) in [("stop_timeout", "3s"), ("drain_timeout", "3s")] {
+            if !self.server.contains(name) {
+                line(format!("{name} = {}", quoted(value)));
+            }
+        }
+        line(self.server.clone());
+        line(self.tables.clone());
+        text
+    }
+}
+
+/// A list of texts in TOML.
+pub fn list(texts: &[String]) -> String {
+    let texts: Vec<String> = texts.iter().map(|text| quoted(text)).collect();
+    format!("[{}]", texts.join(", "))
+}
+
+/// A text in TOML. JSON's escapes are a part of TOML's.
+pub fn quoted(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
+}

@@ -1,0 +1,129 @@
+//! `dist-ctl status --json`, read as a script would read it.
+//!
+//! The types are written out here again, and not taken from the product, because the names
+//! and the shape are a promise to operators: a renamed field must fail a test.
+
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+
+/// Everything one instance says.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Status {
+    pub version: String,
+    pub services: Vec<Service>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct Service {
+    pub name: String,
+    pub listen: Vec<String>,
+    pub policy: String,
+    pub waiting: Waiting,
+    pub servers: Vec<Server>,
+    /// How often the kernel programs ended in each of their ways out.
+    pub outcomes: BTreeMap<String, u64>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct Waiting {
+    pub now: u64,
+    pub max: u64,
+    pub capacity: u64,
+    pub served: u64,
+    pub timed_out: u64,
+    pub left: u64,
+    pub refused: u64,
+    pub oldest_seconds: f64,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct Server {
+    pub name: String,
+    pub state: String,
+    pub reason: Option<String>,
+    pub pid: Option<i32>,
+    pub connections: u64,
+    pub connections_max: u64,
+    pub connections_total: u64,
+    pub limit: Option<u64>,
+    pub weight: u64,
+    pub effective_weight: u64,
+    pub accept_queue: Option<u64>,
+    pub restarts: u64,
+    pub since: String,
+}
+
+impl Status {
+    /// Reads the output of `status --json`.
+    #[track_caller]
+    pub fn parse(json: &str) -> Self {
+        serde_json::from_str(json)
+            .unwrap_or_else(|error| panic!("status --json is not as promised: {error}:\n{json}"))
+    }
+
+    /// One service by its name.
+    #[track_caller]
+    pub fn service(&self, name: &str) -> &Service {
+        self.services
+            .iter()
+            .find(|service| service.name == name)
+            .unwrap_or_else(|| panic!("status knows no service {name}: {self:#?}"))
+    }
+
+    /// The service of a test that has only one.
+    #[track_caller]
+    pub fn only(&self) -> &Service {
+        assert!(self.services.len() == 1, "not one service: {self:#?}");
+        &self.services[0]
+    }
+}
+
+impl Service {
+    /// One server by its name, `app/1`.
+    #[track_caller]
+    pub fn server(&self, name: &str) -> &Server {
+        self.servers
+            .iter()
+            .find(|server| server.name == name)
+            .unwrap_or_else(|| panic!("status knows no server {name}: {self:#?}"))
+    }
+
+    /// The connections of each server, in the order of the configuration.
+    pub fn connections(&self) -> Vec<u64> {
+        self.each(|server| server.connections)
+    }
+
+    /// The connections that each server ever had.
+    pub fn totals(&self) -> Vec<u64> {
+        self.each(|server| server.connections_total)
+    }
+
+    /// The state of each server.
+    pub fn states(&self) -> Vec<&str> {
+        self.servers.iter().map(|server| server.state.as_str()).collect()
+    }
+
+    /// Every server is ready.
+    pub fn is_ready(&self) -> bool {
+        self.servers.iter().all(|server| server.state == "ready")
+    }
+
+    /// How often the kernel programs ended this way. It must be a way they have.
+    #[track_caller]
+    pub fn outcome(&self, name: &str) -> u64 {
+        *self.outcomes.get(name).unwrap_or_else(|| panic!("there is no outcome {name}: {:#?}", self.outcomes))
+    }
+
+    /// How often each of these ways out was taken, to compare all in one line.
+    #[track_caller]
+    pub fn outcomes<const N: usize>(&self, names: [&str; N]) -> [u64; N] {
+        names.map(|name| self.outcome(name))
+    }
+
+    fn each(&self, value: impl Fn(&Server) -> u64) -> Vec<u64> {
+        self.servers.iter().map(value).collect()
+    }
+}

@@ -1,0 +1,196 @@
+//! What a server's death costs its clients: those it had accepted, and nobody else.
+
+#![forbid(unsafe_code)]
+
+use std::{
+    net::TcpStream,
+    thread,
+    time::{Duration, Instant},
+};
+
+use tests::{
+    app::App,
+    client::{self, Client},
+    host::{Host, V4},
+    network::Clients,
+    wait::{patience, seconds, wait_for, wait_until_eq},
+};
+
+#[test]
+fn queued_and_half_open_connections_of_a_killed_server_are_served_by_others() {
+    let host = Host::new();
+    let clients = Clients::join(1).expect("join a network of clients");
+    let mut app = App::of(&host, 4);
+    // So that all of them are the first server's.
+    app.policy = Some("first");
+    let up = host.up(&app);
+    let victim = up.process("app/1");
+    victim.freeze(seconds(5.0));
+    let target = (clients.server_v4(), 8080).into();
+    let queued: Vec<TcpStream> = clients
+        .network
+        .run(|| (0..100).map(|_| client::connect_from(clients.v4(1), target)).collect::<Result<_, _>>())
+        .expect("100 in the queue");
+    clients.cut(0).expect("cut the wire");
+    let half_open =
+        clients.network.run(|| client::begin(target, Some(clients.v4(0)), 20)).expect("send the SYNs");
+    let service = up.service();
+    assert_eq!(service.outcomes(["selected", "established"]), [120, 100]);
+    assert_eq!(service.connections(), [100, 0, 0, 0]);
+
+    victim.kill(seconds(5.0));
+    clients.mend(0).expect("mend the wire");
+
+    let mut served: Vec<Client> =
+        queued.into_iter().map(|stream| Client::greeted(stream).expect("none is reset")).collect();
+    assert_eq!(served.len(), 100);
+    served.extend(half_open.greeted());
+    assert_eq!(served.len(), 120);
+    assert!(served.iter().all(|client| client.pid != victim.pid));
+    assert!(served.iter_mut().all(Client::is_served));
+    let service = up.service();
+    assert_eq!(service.outcomes(["moved", "move_failed", "moved_dead"]), [100, 0, 0]);
+    let [half, parked] = service.outcomes(["moved_half_open", "parked_half_open"]);
+    assert_eq!((half, parked), (20, 0));
+    assert_eq!(service.connections().iter().sum::<u64>(), 120);
+    drop(served);
+    up.wait_ready();
+    up.wait_connections(&[0; 4]);
+}
+
+#[test]
+fn the_queue_of_the_only_server_waits_for_its_next_instance() {
+    let host = Host::new();
+    let up = host.up(&App::of(&host, 1));
+    let victim = up.process("app/1");
+    victim.freeze(seconds(5.0));
+    let queued: Vec<TcpStream> = (0..100).map(|_| client::connect(V4).expect("a place")).collect();
+    up.wait_connections(&[100]);
+    victim.kill(seconds(5.0));
+    for stream in queued {
+        assert_ne!(Client::greeted(stream).expect("served by the next instance").pid, victim.pid);
+    }
+    let service = up.service();
+    assert_eq!(service.outcomes(["parked", "moved", "move_failed"]), [100, 100, 0]);
+    wait_until_eq("waiting", seconds(5.0), 0, || up.service().waiting.now);
+    up.wait_connections(&[0]);
+}
+
+#[test]
+fn limits_are_kept_when_a_queue_moves() {
+    let host = Host::new();
+    let mut app = App::of(&host, 3);
+    app.limit = Some(20);
+    app.server = "restart = { delay = \"300ms\" }".to_owned();
+    let up = host.up(&app);
+    let victim = up.process("app/1");
+    victim.freeze(seconds(5.0));
+    // 20 in the first one's queue, 12 on each of the others.
+    let mut held: Vec<TcpStream> = (0..60).map(|_| client::connect(V4).expect("a place")).collect();
+    up.wait_connections(&[20, 20, 20]);
+    let kept = held.split_off(44);
+    drop(kept);
+    wait_until_eq("connections", seconds(5.0), 44, || up.connections().iter().sum());
+    let before = up.connections();
+    victim.kill(seconds(5.0));
+    let free = 40 - before[1] - before[2];
+    let service = wait_for("the queue to have moved", seconds(5.0), || {
+        let service = up.service();
+        (service.outcome("moved") + service.outcome("parked") >= before[0]).then_some(service)
+    });
+    assert!(service.outcome("moved") >= free.min(before[0]));
+    for server in &service.servers {
+        assert!(server.connections_max <= 20, "{} had {}", server.name, server.connections_max);
+    }
+    // Who found no place waits for the next instance, and is served as well.
+    let served = held.into_iter().map(Client::greeted).collect::<Result<Vec<_>, _>>().expect("none is reset");
+    assert_eq!(served.len(), 44);
+    assert_eq!(up.service().outcome("move_failed"), 0);
+}
+
+/// From the kill to an answer of the next instance, with a client that waits in between. The
+/// server's own start is measured by starting it alone.
+#[test]
+fn a_new_instance_serves_within_100_ms_beyond_its_own_start() {
+    const ROUNDS: usize = 9;
+    let host = Host::new();
+    let mut app = App::of(&host, 1);
+    app.server = "restart = { delay = \"10ms\", healthy_after = \"1ms\" }".to_owned();
+    let up = host.up(&app);
+    let mut taken: Vec<Duration> = (0..ROUNDS)
+        .map(|_| {
+            let victim = up.process("app/1");
+            let start = Instant::now();
+            victim.signal(tests::process::Signal::KILL);
+            let next = wait_for("the next instance", seconds(5.0), || {
+                let client = Client::open(V4).ok()?;
+                (client.pid != victim.pid).then_some(client)
+            });
+            let taken = start.elapsed();
+            drop(next);
+            up.wait_ready();
+            taken
+        })
+        .collect();
+    taken.sort_unstable();
+    let own = own_start(&host);
+    // The median: the machine does other things as well.
+    let median = taken[ROUNDS / 2];
+    let most = own + Duration::from_millis(100).mul_f64(patience());
+    println!("from kill to served: {taken:?}; the server's own start: {own:?}");
+    assert!(median < most, "{median:?} of {taken:?}, and the server alone starts in {own:?}");
+}
+
+/// How long the test server takes to serve when it is started alone.
+fn own_start(host: &Host) -> Duration {
+    let server = host.test_server();
+    let address = "127.0.0.1:7070".parse().expect("an address");
+    let mut taken: Vec<Duration> = (0..3)
+        .map(|_| {
+            let start = Instant::now();
+            let mut child = std::process::Command::new(&server)
+                .args(["--listen", "127.0.0.1:7070"])
+                .spawn()
+                .expect("start the test server");
+            wait_for("the server alone", seconds(5.0), || Client::open(address).ok());
+            let taken = start.elapsed();
+            tests::process::signal_child(&child, tests::process::Signal::KILL);
+            let _ = child.wait();
+            taken
+        })
+        .collect();
+    taken.sort_unstable();
+    taken[1]
+}
+
+#[test]
+fn servers_that_are_killed_under_load_cost_only_what_they_had_accepted() {
+    let host = Host::new();
+    let mut app = App::of(&host, 4);
+    app.server = "restart = { delay = \"10ms\", healthy_after = \"1ms\" }".to_owned();
+    let up = host.up(&app);
+    let kills = 12;
+    let lost = thread::scope(|scope| {
+        let load = scope.spawn(|| {
+            let mut lost = 0;
+            for _ in 0..4000 {
+                match Client::open(V4) {
+                    Ok(client) => drop(client),
+                    // Accepted by a server that was killed before it could greet.
+                    Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => lost += 1,
+                    Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => lost += 1,
+                    Err(error) => panic!("a client got {error}"),
+                }
+            }
+            lost
+        });
+        for round in 0..kills {
+            up.process(&format!("app/{}", round % 4 + 1)).kill(seconds(5.0));
+            up.wait_ready();
+        }
+        load.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    });
+    assert!(lost <= kills, "{lost} of 4000 clients, one after the other, were lost in {kills} kills");
+    up.wait_connections(&[0; 4]);
+    assert_eq!(up.service().outcomes(["move_failed", "refused_no_room", "refused_limit"]), [0, 0, 0]);
+}

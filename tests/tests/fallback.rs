@@ -1,0 +1,187 @@
+//! What happens to a connection when the server that was chosen cannot take it: the next best
+//! does, else it waits, and no connection ever falls to the kernel's own choice.
+
+#![forbid(unsafe_code)]
+
+use std::{io::ErrorKind, net::TcpStream};
+
+use tests::{
+    app::App,
+    client::{self, Client},
+    host::{Host, V4, V6},
+    process::Signal,
+    wait::{seconds, wait_for, wait_until_eq},
+};
+
+#[test]
+fn connections_wait_for_the_first_server_to_be_ready() {
+    let host = Host::new();
+    let up = host.start(&App::with(&host, 2, &["--listen", "[::]:8080", "--listen-after", "1500"]));
+    let waiting: Vec<TcpStream> = (0..20)
+        .map(|number| client::connect(if number % 2 == 0 { V4 } else { V6 }).expect("a place in the room"))
+        .collect();
+    let service = up.service();
+    assert_eq!(service.states(), ["starting", "starting"], "the test was too slow to see the wait");
+    assert_eq!(service.waiting.now, 20);
+    assert_eq!(
+        service.outcomes(["wait_no_server", "established_waiting", "selected", "moved"]),
+        [20, 20, 0, 0]
+    );
+    up.wait_ready();
+    let served: Vec<Client> =
+        waiting.into_iter().map(|stream| Client::greeted(stream).expect("served in the end")).collect();
+    assert_eq!(served.len(), 20);
+    wait_until_eq("waiting", seconds(5.0), 0, || up.service().waiting.now);
+    let service = up.service();
+    assert_eq!(service.outcomes(["moved", "move_failed", "closed_waiting"]), [20, 0, 0]);
+    assert_eq!(service.connections().iter().sum::<u64>(), 20);
+    assert_eq!(service.waiting.max, 20);
+    drop(served);
+    up.wait_connections(&[0, 0]);
+}
+
+#[test]
+fn those_who_waited_are_shared_out_by_the_policy() {
+    let host = Host::new();
+    let up = host.up(&App::of(&host, 2));
+    for name in ["app/1", "app/2"] {
+        up.process(name).freeze(seconds(5.0));
+    }
+    // In the queues of servers that hang.
+    let queued: Vec<TcpStream> = (0..30).map(|_| client::connect(V4).expect("a place")).collect();
+    up.wait_connections(&[15, 15]);
+    up.process("app/1").kill(seconds(5.0));
+    // All of the first one's go to the second; then all go to the first, which is new.
+    up.wait_connections(&[0, 30]);
+    assert_eq!(up.service().outcome("moved"), 15);
+    up.process("app/2").signal(Signal::CONT);
+    let served: Vec<Client> =
+        queued.into_iter().map(|stream| Client::greeted(stream).expect("served")).collect();
+    assert!(served.iter().all(|client| client.server == "2"));
+}
+
+#[test]
+fn clients_that_leave_while_they_wait_are_forgotten() {
+    let host = Host::new();
+    let up = host.start(&App::with(&host, 1, &["--never-listen"]));
+    let mut waiting: Vec<TcpStream> = (0..30).map(|_| client::connect(V4).expect("a place")).collect();
+    wait_until_eq("waiting", seconds(5.0), 30, || up.service().waiting.now);
+    for stream in waiting.drain(..10) {
+        client::reset(stream).expect("reset");
+    }
+    wait_until_eq("waiting", seconds(5.0), 20, || up.service().waiting.now);
+    drop(waiting);
+    let service = up.service();
+    // Those that closed have said that they will send no more, and may still want an answer.
+    assert!(service.waiting.now <= 20);
+    assert_eq!(service.outcomes(["wait_no_server", "moved"]), [30, 0]);
+}
+
+#[test]
+fn a_connection_that_was_reset_while_it_waited_is_not_handed_over() {
+    let host = Host::new();
+    let up = host.start(&App::with(&host, 1, &["--listen", "[::]:8080", "--listen-after", "1500"]));
+    let dead = client::connect(V4).expect("a place");
+    let alive = client::connect(V4).expect("a place");
+    client::reset(dead).expect("reset");
+    up.wait_ready();
+    Client::greeted(alive).expect("served");
+    let service = up.service();
+    assert_eq!(service.outcomes(["wait_no_server", "moved", "moved_dead"]), [2, 1, 1]);
+    assert_eq!(host.inside("1").accepted, 1);
+    up.wait_connections(&[0]);
+}
+
+/// Between the moment a listener closes and the moment user space hears of it, the policy may
+/// still choose it. Here that moment lasts as long as the distributor is stopped.
+#[test]
+fn the_next_best_server_takes_what_the_chosen_one_cannot() {
+    let host = Host::new();
+    let up = host.up(&App::with(&host, 3, &["--listen", "[::]:8080", "--closable"]));
+    let first = up.process("app/1");
+    let distributor = up.distributor();
+    distributor.freeze(seconds(5.0));
+    first.signal(Signal::USR1);
+    wait_for("the listener to be gone", seconds(5.0), || {
+        let sockets =
+            first.descriptors().into_values().filter(|target| target.starts_with("socket:")).count();
+        (sockets == 0).then_some(())
+    });
+    let held = client::hold(V4, 30);
+    assert!(held.iter().all(|client| client.server != "1"));
+    distributor.signal(Signal::CONT);
+    let service = up.service();
+    let [selected, next_best, wait] = service.outcomes(["selected", "next_best", "wait_select_failed"]);
+    assert!(next_best > 0, "the closed listener was never chosen: {:?}", service.outcomes);
+    assert_eq!((selected + next_best, wait), (30, 0));
+    assert_eq!(service.connections()[1..].iter().sum::<u64>(), 30);
+}
+
+#[test]
+fn connections_wait_when_no_server_can_be_selected() {
+    let host = Host::new();
+    let mut app = App::with(&host, 2, &["--listen", "[::]:8080", "--closable"]);
+    app.server = "start_timeout = \"1s\"".to_owned();
+    let up = host.up(&app);
+    let servers = [up.process("app/1"), up.process("app/2")];
+    let distributor = up.distributor();
+    distributor.freeze(seconds(5.0));
+    for server in servers {
+        server.signal(Signal::USR1);
+        wait_for("the listener to be gone", seconds(5.0), || {
+            let open = server.descriptors().into_values().any(|target| target.starts_with("socket:"));
+            (!open).then_some(())
+        });
+    }
+    let waiting: Vec<TcpStream> =
+        (0..10).map(|_| client::connect(V4).expect("a place in the room")).collect();
+    distributor.signal(Signal::CONT);
+    let service = up.service();
+    assert_eq!(service.outcomes(["wait_select_failed", "selected", "next_best"]), [10, 0, 0]);
+    // New instances take the place of servers that no longer listen, and serve who waited.
+    for stream in waiting {
+        Client::greeted(stream).expect("served by the next instance");
+    }
+    assert_eq!(up.service().outcome("move_failed"), 0);
+}
+
+#[test]
+fn as_many_wait_as_may_and_the_next_is_refused_at_once() {
+    let host = Host::new();
+    let mut app = App::with(&host, 1, &["--never-listen"]);
+    app.server = "backlog = 16".to_owned();
+    let up = host.start(&app);
+    let mut waiting = Vec::new();
+    let error = loop {
+        match client::connect(V4) {
+            Ok(stream) => waiting.push(stream),
+            Err(error) => break error,
+        }
+        assert!(waiting.len() <= 100, "more wait than were asked for");
+    };
+    assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "refused, and not left without an answer");
+    let service = up.service();
+    assert_eq!(service.outcome("refused_capacity"), 1);
+    assert_eq!(service.waiting.now, waiting.len() as u64);
+    assert!(service.waiting.now >= 16);
+    drop(waiting);
+}
+
+#[test]
+fn no_new_connection_is_taken_while_the_servers_are_stopped() {
+    let host = Host::new();
+    let mut app = App::of(&host, 2);
+    app.server = "drain_timeout = \"10s\"".to_owned();
+    let up = host.up(&app);
+    let mut held = client::hold(V4, 2);
+    up.signal(Signal::TERM);
+    wait_for("new connections to be refused", seconds(5.0), || {
+        client::connect(V4).err().filter(|error| error.kind() == ErrorKind::ConnectionRefused)
+    });
+    assert_eq!(up.service().states(), ["draining", "draining"]);
+    assert!(up.service().outcome("refused_closing") > 0);
+    // What is there goes on until its client is done.
+    assert!(held.iter_mut().all(Client::is_served));
+    drop(held);
+    assert!(up.has_stopped().success());
+}

@@ -1,0 +1,183 @@
+//! The control plane may die: servers live on, the kernel goes on, and the next one finds all.
+
+#![forbid(unsafe_code)]
+
+use tests::{
+    app::App,
+    client::{self, Client},
+    host::{Host, Up, V4},
+    process::{Process, Signal},
+    wait::{seconds, wait_for, wait_until_eq},
+};
+
+/// Kills the distributor, and waits for the next one to answer.
+fn kill_distributor(up: &Up<'_>) {
+    let old = up.distributor();
+    old.kill(seconds(5.0));
+    wait_for("the next distributor", seconds(10.0), || (up.distributor() != old).then_some(()));
+    up.wait_answering();
+    up.wait_ready();
+}
+
+#[test]
+fn servers_outlive_the_distributor_and_are_found_again() {
+    let host = Host::new();
+    let up = host.up(&App::of(&host, 3));
+    let servers = ["app/1", "app/2", "app/3"].map(|name| up.process(name));
+    let mut held = client::hold(V4, 30);
+    kill_distributor(&up);
+    assert_eq!(["app/1", "app/2", "app/3"].map(|name| up.process(name)), servers);
+    assert_eq!(up.connections(), [10, 10, 10]);
+    assert!(held.iter_mut().all(Client::is_served));
+    let service = up.service();
+    assert!(service.servers.iter().all(|server| server.restarts == 0), "{service:#?}");
+    // It can do what the first one could.
+    let more = client::hold(V4, 30);
+    assert_eq!(up.connections(), [20, 20, 20]);
+    up.run(&["weight", "app/1", "200"]).expect_done();
+    drop((held, more));
+    up.wait_connections(&[0, 0, 0]);
+    servers[0].kill(seconds(5.0));
+    wait_for("the next instance", seconds(5.0), || {
+        up.process_if_any("app/1").filter(|next| *next != servers[0])
+    });
+    up.wait_ready();
+}
+
+#[test]
+fn the_kernel_steers_and_counts_while_there_is_no_distributor() {
+    let host = Host::new();
+    let up = host.up(&App::of(&host, 4));
+    let before = client::hold(V4, 40);
+    let selected = up.service().outcome("selected");
+    // Frozen, the monitor starts no other.
+    let monitor = up.monitor();
+    let distributor = up.distributor();
+    monitor.freeze(seconds(5.0));
+    distributor.kill(seconds(5.0));
+    let meanwhile = client::hold(V4, 100);
+    let by_name = client::by_name(&meanwhile);
+    assert!(by_name.len() == 4 && by_name.values().all(|count| *count == 25), "{by_name:?}");
+    drop(before);
+    monitor.signal(Signal::CONT);
+    up.wait_answering();
+    up.wait_ready();
+    up.wait_connections(&[25; 4]);
+    let service = up.service();
+    assert_eq!(service.outcome("selected"), selected + 100, "the counters go on where they were");
+    assert_eq!(service.totals().iter().sum::<u64>(), 140);
+    drop(meanwhile);
+    up.wait_connections(&[0; 4]);
+}
+
+#[test]
+fn a_server_that_died_without_a_distributor_is_started_again() {
+    let host = Host::new();
+    let up = host.up(&App::of(&host, 2));
+    let monitor = up.monitor();
+    let distributor = up.distributor();
+    let victim = up.process("app/1");
+    monitor.freeze(seconds(5.0));
+    distributor.kill(seconds(5.0));
+    victim.kill(seconds(5.0));
+    let held = client::hold(V4, 10);
+    assert!(held.iter().all(|client| client.server == "2"));
+    monitor.signal(Signal::CONT);
+    up.wait_answering();
+    wait_for("the next instance", seconds(10.0), || {
+        up.process_if_any("app/1").filter(|next| *next != victim)
+    });
+    up.wait_ready();
+    let server = up.service().server("app/1").clone();
+    assert_eq!(server.connections, 0);
+    assert_eq!(up.connections(), [0, 10]);
+    drop(held);
+}
+
+#[test]
+fn a_distributor_that_dies_again_and_again_costs_no_connection() {
+    let host = Host::new();
+    let up = host.up(&App::of(&host, 4));
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let served = std::thread::scope(|scope| {
+        let load = scope.spawn(|| {
+            let mut served = 0;
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                Client::open(V4).expect("every client is served");
+                served += 1;
+            }
+            served
+        });
+        for _ in 0..4 {
+            kill_distributor(&up);
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        load.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    });
+    assert!(served > 100, "only {served} clients in that time");
+    up.wait_connections(&[0; 4]);
+    let service = up.service();
+    assert_eq!(service.outcomes(["established", "closed", "move_failed"]), [served, served, 0]);
+}
+
+#[test]
+fn waiting_connections_outlive_the_distributor() {
+    let host = Host::new();
+    let up = host.start(&App::with(&host, 1, &["--listen", "[::]:8080", "--listen-after", "3000"]));
+    let waiting: Vec<_> = (0..10).map(|_| client::connect(V4).expect("a place in the room")).collect();
+    wait_until_eq("waiting", seconds(5.0), 10, || up.service().waiting.now);
+    let old = up.distributor();
+    old.kill(seconds(5.0));
+    for stream in waiting {
+        Client::greeted(stream).expect("served in the end");
+    }
+    assert_eq!(up.service().outcome("moved"), 10);
+}
+
+#[test]
+fn it_stops_in_good_order_though_its_distributor_is_dead() {
+    let host = Host::new();
+    let up = host.up(&App::of(&host, 2));
+    let monitor = up.monitor();
+    let distributor = up.distributor();
+    monitor.freeze(seconds(5.0));
+    distributor.kill(seconds(5.0));
+    up.signal(Signal::TERM);
+    monitor.signal(Signal::CONT);
+    assert!(up.has_stopped().success());
+}
+
+#[test]
+fn after_a_killed_monitor_the_next_one_starts_afresh() {
+    let host = Host::new();
+    let app = App::of(&host, 2);
+    let file = host.write("dist-ctl.toml", &app.toml());
+    let old = host.launch(host.command(&["up", "-f", &file]));
+    old.wait_answering();
+    old.wait_ready();
+    let servers = ["app/1", "app/2"].map(|name| old.process(name));
+    let distributor = old.distributor();
+    old.monitor().kill(seconds(5.0));
+    // Nobody is there to be its parent, so the distributor goes; the servers serve on.
+    wait_for("the end of the distributor", seconds(5.0), || (!distributor.runs()).then_some(()));
+    assert!(servers.iter().all(|server| server.runs()));
+    Client::open(V4).expect("the kernel and the servers need nobody");
+    old.forget();
+    let up = host.start_command(host.command(&["up", "-f", &file]));
+    up.wait_ready();
+    assert!(servers.iter().all(|server| !server.runs()), "the old servers are still there");
+    let held = client::hold(V4, 10);
+    assert_eq!(up.connections(), [5, 5]);
+    drop(held);
+}
+
+#[test]
+fn the_monitor_reaps_what_its_servers_leave_to_it() {
+    let host = Host::new();
+    let up = host.up(&App::with(&host, 1, &["--listen", "[::]:8080", "--daemonise"]));
+    let monitor = up.monitor();
+    let is_zombie = |process: &Process| process.exists() && !process.runs();
+    wait_until_eq("zombies", seconds(5.0), 0, || {
+        monitor.children().iter().filter(|child| is_zombie(child)).count()
+    });
+}

@@ -267,8 +267,8 @@ outcomes! {
     RefusedClosing = "refused_closing",
     /// Refused: there was no room to select, or selecting it failed.
     RefusedNoRoom = "refused_no_room",
-    /// A segment that opens no connection (a late FIN or RST) was left to the room, which
-    /// answers it as a listener does.
+    /// A segment that opens no connection (a late ACK, FIN or RST), or the ACK of a SYN cookie
+    /// that was sent in need, was left to the room, which answers it as a listener does.
     Stray = "stray",
     /// A segment whose TCP header could not be read.
     Malformed = "malformed",

@@ -6,16 +6,19 @@
 #![forbid(unsafe_code)]
 
 use std::{
-    fs::{self, File},
+    fs::{DirBuilder, File},
     io,
     net::{IpAddr, SocketAddr},
-    os::fd::{AsFd, AsRawFd},
+    os::{
+        fd::{AsFd, AsRawFd},
+        unix::fs::DirBuilderExt as _,
+    },
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context as _, anyhow};
 use aya::{
-    Ebpf, EbpfLoader,
+    Ebpf, EbpfError, EbpfLoader,
     maps::{Array, HashMap, Map, MapData, PerCpuArray, ReusePortSockArray, RingBuf, SkStorage},
     programs::{CgroupAttachMode, CgroupSockAddr, ProgramError, SkReuseport, SockOps, links::FdLink},
 };
@@ -82,7 +85,8 @@ impl Kernel {
         groups: usize,
         log: ProgramLog,
     ) -> anyhow::Result<(Self, Events, Logs)> {
-        fs::create_dir_all(pins).with_context(|| format!("create {} for the pins", pins.display()))?;
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(pins);
+        made.with_context(|| format!("create {} for the pins", pins.display()))?;
         let mut objects = Vec::new();
         for group in 0..groups {
             let mut object = load(pins, u32::try_from(group)?, log)?;
@@ -185,12 +189,17 @@ impl Kernel {
         self.sockets.set(home.index, listener, 0).context("put the listener into SOCKETS")
     }
 
-    /// Forgets a listener. Its entry in SOCKETS may be gone by itself: the kernel takes closing
-    /// sockets out.
-    pub fn release(&mut self, cookie: u64, index: u32) {
+    /// Has nothing selected by this index any more. The entry may be gone by itself: the kernel
+    /// takes closing sockets out.
+    pub fn vacate(&mut self, index: u32) {
         if let Err(error) = self.sockets.clear_index(&index) {
             debug!("SOCKETS[{index}] was empty already: {error}");
         }
+    }
+
+    /// Forgets whose a listener was. Not before it is closed and its queue is moved, or what
+    /// moves then stays counted where it was.
+    pub fn forget(&mut self, cookie: u64) {
         if let Err(error) = self.home.remove(&cookie) {
             debug!("HOME had no listener {cookie}: {error}");
         }
@@ -320,7 +329,7 @@ fn load(pins: &Path, group: u32, log: ProgramLog) -> anyhow::Result<Ebpf> {
     for name in PINNED.into_iter().chain([EVENTS]) {
         loader.map_pin_path(name, pins.join(name));
     }
-    loader.load(object::object()).context("create the eBPF maps")
+    loader.load(object::object()).map_err(said_of_maps).context("create the eBPF maps")
 }
 
 fn load_select(object: &mut Ebpf) -> anyhow::Result<()> {
@@ -365,6 +374,20 @@ fn keep(link: FdLink, pin: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What a process needs to load programs, as an operator reads it who is root already.
+const RIGHTS: &str = "needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON, which root in a container may lack";
+
+/// What the kernel said when maps were to be made.
+fn said_of_maps(error: EbpfError) -> anyhow::Error {
+    let error = anyhow::Error::from(error);
+    match error.root_cause().downcast_ref::<io::Error>() {
+        Some(said) if said.kind() == io::ErrorKind::PermissionDenied => {
+            anyhow!("the kernel refused it: {said} ({RIGHTS})")
+        }
+        _ => error,
+    }
+}
+
 /// What the kernel said, in a sentence, with what to do where that is known.
 fn said(error: ProgramError) -> anyhow::Error {
     let (io_error, last_line) = match &error {
@@ -374,9 +397,9 @@ fn said(error: ProgramError) -> anyhow::Error {
         _ => return anyhow::Error::from(error),
     };
     match io_error.kind() {
-        io::ErrorKind::PermissionDenied if last_line.is_empty() => anyhow!(
-            "the kernel refused it: {io_error} (needs root, or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON)"
-        ),
+        io::ErrorKind::PermissionDenied if last_line.is_empty() => {
+            anyhow!("the kernel refused it: {io_error} ({RIGHTS})")
+        }
         io::ErrorKind::InvalidInput if last_line.is_empty() => {
             anyhow!("the kernel refused it: {io_error} (needs Linux 5.15 or later)")
         }

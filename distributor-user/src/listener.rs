@@ -125,7 +125,9 @@ pub fn judge(facts: &Facts, listen: &[ListenAddress], uid: u32) -> Verdict {
             facts.address
         ));
     }
-    if facts.address.is_ipv6() && facts.v6only != listen[address].v6only {
+    // One IPv6 address is for IPv6 only, whatever was asked (__inet6_bind, Linux 6.18).
+    let for_all = facts.address.is_ipv6() && facts.address.ip().is_unspecified();
+    if for_all && facts.v6only != listen[address].v6only {
         return misbound(if facts.v6only {
             format!(
                 "listens on {0} for IPv6 only, the service for IPv4 too: turn IPV6_V6ONLY off in the \
@@ -242,6 +244,12 @@ mod tests {
         assert!(sentence(only, &["[::]:80"]).contains("for IPv6 only, the service for IPv4 too"));
         assert!(sentence(facts("[::]:80"), &["0.0.0.0:80", "[::]:80"]).contains("the service for IPv6 only"));
         assert_eq!(judge(&only, &listen(&["0.0.0.0:80", "[::]:80"]), 7), Verdict::Adopt { address: 1 });
+    }
+
+    #[test]
+    fn one_ipv6_address_is_for_ipv6_only_and_that_is_right() {
+        let one = Facts { v6only: true, ..facts("[::1]:80") };
+        assert_eq!(judge(&one, &listen(&["[::1]:80"]), 7), Verdict::Adopt { address: 0 });
     }
 
     #[test]

@@ -57,6 +57,10 @@ const SCAN_TRIES: u32 = 50;
 /// ...with this pause. After that, the tick finds it.
 const SCAN_PAUSE: Duration = Duration::from_millis(1);
 
+/// A listener that closes is told of before its queue is moved, and nothing tells when that is
+/// done. It takes some 10 us per connection; this is as good as never too early.
+const HOME_STAYS: Duration = Duration::from_secs(10);
+
 /// What a service needs of the world around it.
 pub struct Host<'a> {
     pub place: &'a instance::Instance,
@@ -85,6 +89,8 @@ pub struct Service {
     /// Cookies of sockets that were bound and do not listen yet -> entry.
     bound: Vec<(u64, usize)>,
     scans: Vec<Scan>,
+    /// Cookies of listeners that are no longer ours, and when HOME may forget them.
+    left: VecDeque<(Instant, u64)>,
     syncookies: bool,
     closing: bool,
     /// What the kernel was told last.
@@ -196,6 +202,7 @@ impl Service {
             waiting: Waiting::default(),
             bound: Vec::new(),
             scans: Vec::new(),
+            left: VecDeque::new(),
             syncookies: false,
             closing: false,
             told: None,
@@ -231,7 +238,8 @@ impl Service {
         for (cookie, home) in self.kernel.homes()? {
             let is_room = held.iter().any(|(label, _)| label.index == home.index);
             if home.slot != ROOM || !is_room {
-                self.kernel.release(cookie, home.index);
+                self.kernel.vacate(home.index);
+                self.left.push_back((Instant::now() + HOME_STAYS, cookie));
             }
         }
         Ok(())
@@ -508,7 +516,8 @@ impl Service {
             // Anew, at consecutive places. What is selected meanwhile and not there is served
             // by the next best server.
             for (offset, cookie) in them.cookies.drain(..).enumerate() {
-                self.kernel.release(cookie, them.first + offset as u32);
+                self.kernel.vacate(them.first + offset as u32);
+                self.left.push_back((Instant::now() + HOME_STAYS, cookie));
             }
             if them.places > 0 && found.len() as u32 > them.places {
                 self.indices.give_back(them.first);
@@ -616,7 +625,6 @@ impl Service {
         if let Some(exit) = run.exit.take() {
             let others_left = !run.cgroup.processes().is_empty();
             run.emptying = others_left;
-            let _ = host.link.send(&ToMonitor::Forget { id: run.id }, None);
             self.report(entry, Report::MainExited { exit, others_left }, host);
         }
     }
@@ -693,7 +701,7 @@ impl Service {
         }
         let Ok(load) = self.kernel.load() else { return };
         self.check_drained(&load, host);
-        self.free_retired(&load);
+        self.free_retired(&load, host);
         if load.waiting == 0 {
             self.waiting.nobody();
         }
@@ -710,7 +718,19 @@ impl Service {
                 self.scan(entry, None, host);
             }
         }
+        self.forget_left();
         self.write_plan();
+    }
+
+    /// What closed long ago, unless it was adopted again.
+    fn forget_left(&mut self) {
+        let now = Instant::now();
+        while let Some((_, cookie)) = self.left.pop_front_if(|(until, _)| *until <= now) {
+            let runs = self.entries.iter().filter_map(|entry| entry.run.as_ref());
+            if !runs.flat_map(|run| &run.listeners).any(|them| them.cookies.contains(&cookie)) {
+                self.kernel.forget(cookie);
+            }
+        }
     }
 
     fn check_drained(&mut self, load: &Load, host: &mut Host<'_>) {
@@ -725,13 +745,14 @@ impl Service {
         }
     }
 
-    fn free_retired(&mut self, load: &Load) {
+    fn free_retired(&mut self, load: &Load, host: &mut Host<'_>) {
         let (empty, busy): (Vec<_>, Vec<_>) =
             self.retired.drain(..).partition(|retired| places(load, retired.slot) == 0);
         self.retired = busy;
         for retired in empty {
             if let Some(entry) = retired.entry {
                 self.entries[entry].total_before += load.total[retired.slot as usize] - retired.base;
+                self.relabel(entry, host);
             }
             self.slots.give_back(retired.slot);
         }
@@ -752,7 +773,8 @@ impl Service {
             if let Err(error) = old.empty() {
                 error!("service {}: empty a room: {error}; who waits in it waits on", self.config.name);
             }
-            self.kernel.release(old.cookie, old.index);
+            self.kernel.vacate(old.index);
+            self.kernel.forget(old.cookie);
             self.indices.give_back(old.index);
             let drop = host.link.send(&ToMonitor::Drop { key: old.key }, None);
             let hold = self.tell_monitor_about(&self.current[group], true, host);
@@ -862,7 +884,7 @@ impl Service {
                 if empty { of(Report::CgroupEmpty) } else { None }
             }
             Action::RemoveInstance { .. } => {
-                self.retire(entry);
+                self.retire(entry, host);
                 None
             }
             Action::Log { level, sentence } => {
@@ -908,11 +930,15 @@ impl Service {
     }
 
     /// Clears up after an instance that has no process any more.
-    fn retire(&mut self, entry: usize) {
+    fn retire(&mut self, entry: usize, host: &mut Host<'_>) {
         let Some(run) = self.entries[entry].run.take() else { return };
+        // Not at its exit: a server in the background, or what a killed one left, is the next
+        // distributor's to know of. If the monitor is gone, so are we in a moment.
+        let _ = host.link.send(&ToMonitor::Forget { id: run.id }, None);
         for them in &run.listeners {
             for (offset, &cookie) in them.cookies.iter().enumerate() {
-                self.kernel.release(cookie, them.first + offset as u32);
+                self.kernel.vacate(them.first + offset as u32);
+                self.left.push_back((Instant::now() + HOME_STAYS, cookie));
             }
             if them.places > 0 {
                 self.indices.give_back(them.first);

@@ -74,7 +74,16 @@ pub(crate) fn run(ctx: &SkReuseportContext) -> u32 {
     let source;
     if migrating.is_null() {
         let Some(flags) = tcp_flags(ctx) else { return room(ctx, plan, Outcome::Malformed) };
-        if flags & (RST | FIN) != 0 || flags & (SYN | ACK) == 0 {
+        let opens = match flags & (SYN | ACK | FIN | RST) {
+            SYN => true,
+            // The ACK of a SYN cookie, or one that was under way when its connection was reset.
+            // They look the same, and a place for the second would stay taken until it expires.
+            // So it is believed only where every connection comes by a cookie; a cookie that the
+            // kernel sent in need is honoured by the room.
+            ACK => plan.flags & FLAG_COOKIES != 0,
+            _ => false,
+        };
+        if !opens {
             return room(ctx, plan, Outcome::Stray);
         }
         if plan.flags & FLAG_CLOSING != 0 {

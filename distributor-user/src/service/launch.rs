@@ -1,6 +1,7 @@
 //! Starting an instance of a server, and finding one again that already runs.
 
 use std::{
+    cmp::Reverse,
     os::fd::AsFd as _,
     time::{Duration, Instant, SystemTime},
 };
@@ -97,13 +98,42 @@ impl Service {
         Ok(())
     }
 
-    /// Takes over an instance that an earlier distributor started. `false`: it is not one of
-    /// this service's servers any more, or its label cannot be read.
-    pub fn take_over(&mut self, child: &Child, label: &Label, host: &mut Host<'_>) -> anyhow::Result<bool> {
-        let Some(entry) = self.find(&label.server) else { return Ok(false) };
+    /// Takes over the instances that an earlier distributor started. Returns those that are of
+    /// no server of this service any more.
+    pub fn take_over(
+        &mut self,
+        mut children: Vec<(Child, Label)>,
+        host: &mut Host<'_>,
+    ) -> anyhow::Result<Vec<Child>> {
+        // A launcher that failed may still be known beside the instance after it.
+        children.sort_by_key(|(_, label)| Reverse(label.instance));
+        let (mut found, mut strangers) = (Vec::<(usize, Child, Label)>::new(), Vec::new());
+        for (child, label) in children {
+            match self.find(&label.server) {
+                Some(entry) if found.iter().all(|(other, ..)| *other != entry) => {
+                    // All of them, before one that has died meanwhile is started in another slot.
+                    self.slots.claim(label.slot)?;
+                    found.push((entry, child, label));
+                }
+                _ => strangers.push(child),
+            }
+        }
+        self.retire_unclaimed()?;
+        for (entry, child, label) in found {
+            self.take_over_one(entry, &child, &label, host)?;
+        }
+        Ok(strangers)
+    }
+
+    fn take_over_one(
+        &mut self,
+        entry: usize,
+        child: &Child,
+        label: &Label,
+        host: &mut Host<'_>,
+    ) -> anyhow::Result<()> {
         let instance = Instance(label.instance);
         let (cgroup, notify_path) = self.places_of(entry, instance, host);
-        self.slots.claim(label.slot)?;
         let age = SystemTime::now().duration_since(label.started).unwrap_or(Duration::ZERO);
         let now = Instant::now();
         let started = now.checked_sub(age).unwrap_or(now);
@@ -146,12 +176,12 @@ impl Service {
         if let Some(exit) = child.exit {
             self.exited(entry, exit, host);
         }
-        Ok(true)
+        Ok(())
     }
 
     /// Slots that hold connections of instances which ended while nobody watched: not to be
     /// used before these are closed.
-    pub fn retire_unclaimed(&mut self) -> anyhow::Result<()> {
+    fn retire_unclaimed(&mut self) -> anyhow::Result<()> {
         let load = self.kernel.load()?;
         for slot in 0..load.word.len() as u32 {
             if super::places(&load, slot) > 0 && self.slots.claim(slot).is_ok() {

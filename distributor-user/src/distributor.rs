@@ -95,6 +95,10 @@ async fn serve(
     link: Link,
     inheritance: Inheritance,
 ) -> anyhow::Result<()> {
+    ensure!(
+        rustix::process::geteuid().is_root(),
+        "start dist-ctl: it needs root to load programs into the kernel: run it with sudo"
+    );
     let place = Instance::find(runtime_dir)?;
     let first = inheritance.children.is_empty() && inheritance.held.is_empty();
     match Distributor::begin(&config, &place, log, link, inheritance).await {
@@ -129,10 +133,6 @@ impl<'a> Distributor<'a> {
         mut link: Link,
         inheritance: Inheritance,
     ) -> anyhow::Result<Self> {
-        ensure!(
-            rustix::process::geteuid().is_root(),
-            "start dist-ctl: it needs root to load programs into the kernel: run it with sudo"
-        );
         let (inputs, received) = mpsc::unbounded_channel();
         let Inheritance { children, held, stop } = inheritance;
         let first = children.is_empty() && held.is_empty();
@@ -176,24 +176,29 @@ impl<'a> Distributor<'a> {
     /// Gives every child to its service. One that has none is killed: it is of another
     /// configuration, and nobody would ever stop it.
     fn take_over(&mut self, children: Vec<Child>) -> anyhow::Result<()> {
+        let (services, mut host) = self.split();
+        let mut by_service: Vec<Vec<(Child, Label)>> = services.iter().map(|_| Vec::new()).collect();
+        let mut strangers = Vec::new();
         for child in children {
             let label: Option<Label> = serde_json::from_slice(&child.label).ok();
-            let (services, mut host) = self.split();
             let owner = label
                 .as_ref()
-                .and_then(|label| services.iter_mut().find(|service| service.name() == label.service));
-            let taken = match (owner, &label) {
-                (Some(service), Some(label)) => service.take_over(&child, label, &mut host)?,
-                _ => false,
-            };
-            if !taken {
-                info!("process {} is of no configured server; kills it", child.pid);
-                let kill = ToMonitor::Signal { id: child.id, signal: 9 };
-                self.link.send(&kill, None)?;
-                self.link.send(&ToMonitor::Forget { id: child.id }, None)?;
+                .and_then(|label| services.iter().position(|service| service.name() == label.service));
+            match (owner, label) {
+                (Some(owner), Some(label)) => by_service[owner].push((child, label)),
+                _ => strangers.push(child),
             }
         }
-        self.services.iter_mut().try_for_each(Service::retire_unclaimed)
+        for (service, children) in services.iter_mut().zip(by_service) {
+            strangers.extend(service.take_over(children, &mut host)?);
+        }
+        for child in strangers {
+            info!("process {} is of no configured server; kills it", child.pid);
+            let kill = ToMonitor::Signal { id: child.id, signal: 9 };
+            self.link.send(&kill, None)?;
+            self.link.send(&ToMonitor::Forget { id: child.id }, None)?;
+        }
+        Ok(())
     }
 
     fn split(&mut self) -> (&mut Vec<Service>, Host<'_>) {

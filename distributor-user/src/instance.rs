@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, anyhow, ensure};
 use rustix::mount::{MountFlags, UnmountFlags};
 use tracing::info;
 
@@ -149,9 +149,11 @@ fn mount_bpffs(at: &Path) -> anyhow::Result<()> {
     }
     fs::create_dir_all(at).with_context(|| format!("create {}", at.display()))?;
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-    rustix::mount::mount("bpf", at, "bpf", flags, Some(c"mode=0700")).with_context(|| {
-        format!(
-            "mount a bpffs on {}, because {BPFFS} has none: run as root, or have one mounted with \
+    rustix::mount::mount("bpf", at, "bpf", flags, Some(c"mode=0700")).map_err(|error| {
+        // It was made for the mount; what was in it before is not ours.
+        let _ = fs::remove_dir(at);
+        anyhow!(
+            "mount a bpffs on {}, because {BPFFS} has none: {error}: run as root, or have one mounted with \
              mount -t bpf bpf {BPFFS}",
             at.display()
         )

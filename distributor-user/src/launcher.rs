@@ -16,7 +16,7 @@ use std::{
     },
     path::Path,
     process::{Command, ExitCode, Stdio},
-    sync::{Arc, atomic::AtomicBool},
+    ptr,
 };
 
 use nix::sys::signal::SigSet;
@@ -301,24 +301,23 @@ fn close_on_exec(first: RawFd) -> Result<()> {
     Ok(())
 }
 
-/// Unblocks every signal, and makes those that are ignored the default again: nohup ignores
-/// SIGHUP, shells SIGINT in the background, and we SIGPIPE. At exec the kernel does that for
-/// all that have a handler: so each one gets a handler.
+/// Unblocks every signal, and makes each the default again: nohup ignores SIGHUP, shells SIGINT
+/// in the background, and we SIGPIPE.
 fn restore_signals() -> Result<()> {
-    let step = "restore signals";
-    SigSet::empty().thread_set_mask().map_err(|error| failed(step, error.desc()))?;
-    let status = fs::read_to_string("/proc/self/status").map_err(|error| failed(step, reason(error)))?;
-    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    let ignored = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
-    for signal in 1..=64 {
-        if ignored & (1 << (signal - 1)) == 0 || signal_hook::consts::FORBIDDEN.contains(&signal) {
-            continue;
-        }
-        match signal_hook::flag::register(signal, Arc::new(AtomicBool::new(false))) {
-            Ok(_) => {}
-            // 32 and 33 are the C library's own, which ignores them in what it spawns.
-            Err(error) if error.kind() == io::ErrorKind::InvalidInput => {}
-            Err(error) => return Err(failed(step, reason(error))),
+    SigSet::empty().thread_set_mask().map_err(|error| failed("restore signals", error.desc()))?;
+    /// The kernel's struct sigaction, of which all zeros mean the default.
+    static DEFAULT: [u64; 4] = [0; 4];
+    /// The bytes of its mask of signals.
+    const MASK: usize = 8;
+    for signal in (1..=64).filter(|&signal| signal != libc::SIGKILL && signal != libc::SIGSTOP) {
+        // Not by the C library: it has two signals of its own, 32 and 33, ignores them in what it
+        // spawns, and lets nobody change that.
+        // SAFETY: The kernel reads DEFAULT, and no handler is left that anything counts on.
+        let done = unsafe {
+            libc::syscall(libc::SYS_rt_sigaction, signal, &raw const DEFAULT, ptr::null::<u64>(), MASK)
+        };
+        if done != 0 {
+            return Err(failed(format!("restore signal {signal}"), reason(io::Error::last_os_error())));
         }
     }
     Ok(())
@@ -381,11 +380,11 @@ fn drop_capabilities() -> Result<()> {
             Err(_) => break,
         }
     }
-    rustix::thread::clear_ambient_capability_set().map_err(dropped)?;
     let now = rustix::thread::capabilities(None).map_err(dropped)?;
     let limited = CapabilitySets {
         effective: now.effective & KEPT,
         permitted: now.permitted & KEPT,
+        // Takes the ambient ones with it: the kernel lets none be that are not inheritable.
         inheritable: CapabilitySet::empty(),
     };
     rustix::thread::set_capabilities(None, limited).map_err(dropped)

@@ -1,14 +1,17 @@
 //! One instance per runtime directory.
 //!
 //! Makes the directory and takes the lock in it, or says who has it. The lock is the kernel's,
-//! so that it is free as soon as its holder is dead, however it died. Only the monitor takes
-//! it; what else the directory holds is the distributor's.
+//! so that it is free as soon as its holder is dead, however it died. Its file says who that is
+//! and who made the directory, so that the next instance can clean up after a killed one. Only
+//! the monitor takes it; what else the directory holds is the distributor's.
 #![forbid(unsafe_code)]
 
 use std::{
     fs::{self, DirBuilder, File},
-    io::{self, Read as _, Write as _},
-    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
+    io::{self, Read as _},
+    os::unix::fs::{
+        DirBuilderExt as _, FileExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
+    },
     path::{Path, PathBuf},
 };
 
@@ -17,6 +20,9 @@ use rustix::fs::FlockOperation;
 
 /// Servers of any user may reach the sockets in it that are meant for them, and list nothing.
 const MODE: u32 = 0o711;
+
+/// The second line of the file, if an instance made the directory and not somebody else.
+const MADE: &str = "made this directory";
 
 /// Held for as long as it lives; cleans up after itself.
 #[derive(Debug)]
@@ -32,7 +38,7 @@ impl Lock {
         // An instance that exits removes the file, and maybe the directory, while it holds the
         // lock. Whoever had it open by then locks a file that is no longer there: once more.
         loop {
-            let directory_is_ours = make(directory)?;
+            let made = make(directory)?;
             let path = directory.join("lock");
             let mut file = match File::options()
                 .read(true)
@@ -45,13 +51,15 @@ impl Lock {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 opened => opened.with_context(|| format!("open {}", path.display()))?,
             };
-            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            let locked = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive);
+            // Of whoever holds it, or held it and was killed.
+            let mut written = String::new();
+            let _ = file.read_to_string(&mut written);
+            match locked {
                 Err(rustix::io::Errno::WOULDBLOCK) => {
-                    let mut holder = String::new();
-                    let _ = file.read_to_string(&mut holder);
-                    let holder = match holder.trim() {
-                        "" => "its pid is not known yet".to_owned(),
-                        pid => format!("pid {pid}"),
+                    let holder = match written.lines().next() {
+                        None => "its pid is not known yet".to_owned(),
+                        Some(pid) => format!("pid {pid}"),
                     };
                     bail!(
                         "another dist-ctl runs on {} ({holder}): stop it with dist-ctl down, or \
@@ -65,8 +73,13 @@ impl Lock {
             if !fs::metadata(&path).is_ok_and(|there| there.ino() == inode) {
                 continue;
             }
+            let directory_is_ours = made || written.lines().nth(1) == Some(MADE);
+            let mut text = format!("{}\n", std::process::id());
+            if directory_is_ours {
+                text.push_str(MADE);
+            }
             file.set_len(0)
-                .and_then(|()| writeln!(file, "{}", std::process::id()))
+                .and_then(|()| file.write_all_at(text.as_bytes(), 0))
                 .with_context(|| format!("write {}", path.display()))?;
             return Ok(Self { directory: directory.to_owned(), directory_is_ours, _file: file });
         }
@@ -87,7 +100,8 @@ impl Drop for Lock {
 fn make(directory: &Path) -> anyhow::Result<bool> {
     let shown = directory.display();
     if let Some(parent) = directory.parent() {
-        fs::create_dir_all(parent).with_context(|| format!("create {}", parent.display()))?;
+        fs::create_dir_all(parent)
+            .with_context(|| format!("create runtime directory {shown}: create {}", parent.display()))?;
     }
     match DirBuilder::new().mode(MODE).create(directory) {
         Ok(()) => {
@@ -157,6 +171,16 @@ mod tests {
         let mode = fs::metadata(&directory).unwrap().mode() & 0o7777;
         assert_eq!(mode, 0o711, "mode {mode:o}");
         drop(lock);
+        assert!(!directory.exists());
+    }
+
+    #[test]
+    fn a_directory_of_a_killed_instance_goes_with_the_next_one() {
+        let directory = place("killed");
+        // Killed: nothing is dropped, and the kernel takes the lock.
+        let killed = std::mem::ManuallyDrop::new(Lock::take(&directory).unwrap());
+        rustix::fs::flock(&killed._file, FlockOperation::Unlock).unwrap();
+        drop(Lock::take(&directory).unwrap());
         assert!(!directory.exists());
     }
 

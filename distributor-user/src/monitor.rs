@@ -168,7 +168,7 @@ impl Monitor {
             .id();
         self.queue.clear();
         self.channel = Some(ours);
-        tracing::info!("the distributor runs (pid {pid})");
+        tracing::debug!("the distributor runs (pid {pid})");
         Ok(pid)
     }
 

@@ -106,10 +106,15 @@ fn try_bind(address: &ListenAddress) -> io::Result<()> {
 
 /// Which process listens on an address that stands in the way of this one: `nginx (pid 12)`.
 fn holder(address: SocketAddr) -> Option<String> {
+    let network = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/net")).ok();
+    let ours = network("self")?;
     let processes: Vec<u32> = std::fs::read_dir("/proc")
         .ok()?
         .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        // In another network namespace the same address is another one.
+        .filter(|process| network(process).as_ref() == Some(&ours))
+        .filter_map(|process| process.parse().ok())
         .collect();
     processes.into_iter().find_map(|process| {
         let found = crate::listener::find(&[process]);

@@ -345,7 +345,7 @@ impl Server {
         let reason = match &self.state {
             State::Stopped { .. } => self.history.last_end.clone(),
             State::Starting { run, .. } => Some(run.awaits(policy)),
-            State::Ready { .. } => None,
+            State::Ready { .. } => self.history.last_end.as_ref().map(|end| format!("the one before {end}")),
             State::Draining { deadline, then, .. } => {
                 Some(format!("{}; its connections have {} to end", then.why(), left(*deadline)))
             }

@@ -18,6 +18,10 @@ use crate::message::{Exit, FromMonitor, ToMonitor};
 /// A distributor that ran this long was healthy: the one after it starts at once.
 const HEALTHY_RUN: Duration = Duration::from_secs(10);
 
+/// How long a distributor that was told to hurry may take before one more request replaces it.
+/// It only has to kill and to remove; people press Ctrl-C more often than that.
+const HURRY: Duration = Duration::from_secs(3);
+
 /// How many deaths in a row end the attempt to stop cleanly. With the backoff: four seconds.
 const DEATHS_WHILE_STOPPING: u32 = 6;
 
@@ -61,7 +65,10 @@ pub(super) enum Distributor {
 enum Wish {
     Run,
     Stop,
-    Hurry,
+    /// `since`: when the distributor that runs was told.
+    Hurry {
+        since: Instant,
+    },
 }
 
 struct Child {
@@ -137,6 +144,9 @@ impl<F> State<F> {
             (_, Event::DistributorStarted(Ok(pid))) => {
                 let (since, kill_at) = (now, None);
                 self.distributor = Running { pid, since, kill_at };
+                if let Wish::Hurry { since } = &mut self.wish {
+                    *since = now;
+                }
                 self.greeting().map(Action::Tell).collect()
             }
             (_, Event::DistributorStarted(Err(error))) => {
@@ -189,7 +199,7 @@ impl<F> State<F> {
         let stops = match self.wish {
             Wish::Run => 0,
             Wish::Stop => 1,
-            Wish::Hurry => 2,
+            Wish::Hurry { .. } => 2,
         };
         children.chain(held).chain([FromMonitor::Begin]).chain(std::iter::repeat_n(FromMonitor::Stop, stops))
     }
@@ -303,12 +313,16 @@ impl<F> State<F> {
         let wished = self.wish;
         self.wish = match wished {
             Wish::Run => Wish::Stop,
-            Wish::Stop | Wish::Hurry => Wish::Hurry,
+            Wish::Stop => Wish::Hurry { since: now },
+            Wish::Hurry { since } => Wish::Hurry { since },
         };
         match (self.distributor, wished) {
             (Distributor::Running { .. }, Wish::Run | Wish::Stop) => self.tell(FromMonitor::Stop),
+            (Distributor::Running { .. }, Wish::Hurry { since }) if now - since < HURRY => {
+                self.tell(FromMonitor::Stop)
+            }
             // It may hang: the next one may not.
-            (Distributor::Running { pid, .. }, Wish::Hurry) => vec![
+            (Distributor::Running { pid, .. }, Wish::Hurry { .. }) => vec![
                 Action::Say(format!(
                     "asked to stop once more: the distributor (pid {pid}) is killed, \
                      and the next one finishes"
@@ -512,13 +526,19 @@ mod tests {
     }
 
     #[test]
-    fn a_third_request_to_stop_replaces_a_distributor_that_may_hang() {
+    fn a_further_request_to_stop_replaces_a_distributor_that_had_its_time() {
         let now = Instant::now();
         let mut state = ready(now);
         state.step(Event::Stop, now);
         state.step(Event::Stop, now);
-        let actions = state.step(Event::Stop, now);
+        let soon = now + Duration::from_millis(2999);
+        assert_eq!(state.step(Event::Stop, soon), [Action::Tell(FromMonitor::Stop)]);
+        let late = now + Duration::from_secs(3);
+        let actions = state.step(Event::Stop, late);
         assert_eq!(actions.last(), Some(&Action::Signal { pid: 1, signal: 9 }));
+        dies(&mut state, 1, late);
+        state.step(Event::DistributorStarted(Ok(2)), late);
+        assert_eq!(state.step(Event::Stop, late), [Action::Tell(FromMonitor::Stop)], "so has the next one");
     }
 
     #[test]

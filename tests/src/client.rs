@@ -9,7 +9,7 @@
 use std::{
     collections::BTreeMap,
     io::{self, Read, Write},
-    net::{IpAddr, Shutdown, SocketAddr, TcpStream},
+    net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, SocketAddrV4, TcpStream},
     ops::Range,
     os::fd::AsFd,
     sync::atomic::{AtomicUsize, Ordering},
@@ -197,6 +197,39 @@ impl Begun {
             })
             .collect()
     }
+}
+
+/// The flags of a TCP segment.
+pub mod flag {
+    pub const FIN: u8 = 1;
+    pub const SYN: u8 = 1 << 1;
+    pub const RST: u8 = 1 << 2;
+    pub const PSH: u8 = 1 << 3;
+    pub const ACK: u8 = 1 << 4;
+}
+
+/// Sends one TCP segment that belongs to no connection, from 127.0.0.1.
+pub fn send_segment(source_port: u16, target: SocketAddrV4, flags: u8) -> io::Result<()> {
+    const WORDS_OF_HEADER: u8 = 5;
+    let (mut segment, mut pseudo) = ([0u8; 20], [0u8; 12]);
+    segment[0..2].copy_from_slice(&source_port.to_be_bytes());
+    segment[2..4].copy_from_slice(&target.port().to_be_bytes());
+    segment[4..12].copy_from_slice(b"seq.ack.");
+    segment[12] = WORDS_OF_HEADER << 4;
+    segment[13] = flags;
+    pseudo[0..4].copy_from_slice(&Ipv4Addr::LOCALHOST.octets());
+    pseudo[4..8].copy_from_slice(&target.ip().octets());
+    pseudo[9] = 6;
+    pseudo[11] = segment.len() as u8;
+    let words = pseudo.chunks(2).chain(segment.chunks(2));
+    let sum: u32 = words.map(|word| u32::from(u16::from_be_bytes([word[0], word[1]]))).sum();
+    // Fewer than 2^16 words, so what is carried over is carried over once more at most.
+    let sum = (sum & 0xffff) + (sum >> 16);
+    let sum = (sum & 0xffff) + (sum >> 16);
+    segment[16..18].copy_from_slice(&(!(sum as u16)).to_be_bytes());
+    let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::TCP))?;
+    socket.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into())?;
+    socket.send_to(&segment, &SocketAddr::from(target).into()).map(drop)
 }
 
 /// How many of these each process serves.

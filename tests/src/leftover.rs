@@ -159,10 +159,19 @@ pub fn cgroup(runtime: &Path) -> PathBuf {
     cgroup_mount().expect("cgroup v2 is mounted").join(instance_name(runtime))
 }
 
-/// What an instance's cgroup and pins are called.
+/// What an instance's cgroup and pins are called: after its directory, with every byte but
+/// letters, digits and `_` escaped, so that no two are called the same.
 pub fn instance_name(runtime: &Path) -> String {
-    let path = runtime.to_string_lossy();
-    format!("dist-ctl-{}", path.trim_start_matches('/').replace('/', "-"))
+    let mut name = "dist-ctl".to_owned();
+    for byte in runtime.to_string_lossy().bytes() {
+        match byte {
+            b'/' => name.push('-'),
+            b'_' => name.push('_'),
+            byte if byte.is_ascii_alphanumeric() => name.push(byte.into()),
+            byte => name.push_str(&format!("={byte:02x}")),
+        }
+    }
+    name
 }
 
 fn of_process(process: Process) -> Leftover {

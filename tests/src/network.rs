@@ -6,7 +6,7 @@
 //! server sends to it is lost on the way.
 
 use std::{
-    io,
+    fs, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::{AsFd, OwnedFd},
     thread,
@@ -147,6 +147,17 @@ impl Clients {
         netlink::set_neighbour(&self.link, self.v4(client), hardware)?;
         netlink::set_neighbour(&self.link, self.v6(client), hardware)
     }
+}
+
+/// How many SYNs had to be sent again in the calling thread's namespace.
+#[track_caller]
+pub fn syns_sent_again() -> u64 {
+    let text = fs::read_to_string("/proc/thread-self/net/netstat").expect("read the network's counters");
+    let mut lines = text.lines().filter_map(|line| line.strip_prefix("TcpExt: "));
+    let names = lines.next().expect("a line of names").split(' ');
+    let mut counters = names.zip(lines.next().expect("a line of numbers").split(' '));
+    let (_, counter) = counters.find(|(name, _)| *name == "TCPSynRetrans").expect("a counter of SYNs");
+    counter.parse().expect("a number")
 }
 
 /// Moves the calling thread into new namespaces of these kinds.

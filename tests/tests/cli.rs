@@ -116,7 +116,7 @@ fn status_shows_a_table_for_people() {
     let held = client::hold(V4, 6);
     let table = up.run(&["status"]).expect_done().stdout;
     let rows: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
-    assert_eq!(table.lines().next(), Some("app: [::]:8080; least-connections; waiting 0 of 4096"), "{table}");
+    assert_eq!(table.lines().next(), Some("app: [::]:8080; least-connections; waiting 0 of 1024"), "{table}");
     let column = |name: &str| {
         rows[1].iter().position(|title| *title == name).unwrap_or_else(|| panic!("no column {name}: {table}"))
     };

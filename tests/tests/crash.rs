@@ -71,7 +71,7 @@ fn the_queue_of_the_only_server_waits_for_its_next_instance() {
         assert_ne!(Client::greeted(stream).expect("served by the next instance").pid, victim.pid);
     }
     let service = up.service();
-    assert_eq!(service.outcomes(["parked", "moved", "move_failed"]), [100, 100, 0]);
+    assert_eq!(service.outcomes(["moved", "parked", "handed_over", "move_failed"]), [0, 100, 100, 0]);
     wait_until_eq("waiting", seconds(5.0), 0, || up.service().waiting.now);
     up.wait_connections(&[0]);
 }
@@ -81,31 +81,41 @@ fn limits_are_kept_when_a_queue_moves() {
     let host = Host::new();
     let mut app = App::of(&host, 3);
     app.limit = Some(20);
-    app.server = "restart = { delay = \"300ms\" }".to_owned();
     let up = host.up(&app);
     let victim = up.process("app/1");
     victim.freeze(seconds(5.0));
-    // 20 in the first one's queue, 12 on each of the others.
-    let mut held: Vec<TcpStream> = (0..60).map(|_| client::connect(V4).expect("a place")).collect();
+    // The first one has 20 in its queue, and will greet none of them.
+    let held: Vec<TcpStream> = (0..60).map(|_| client::connect(V4).expect("a place")).collect();
     up.wait_connections(&[20, 20, 20]);
-    let kept = held.split_off(44);
-    drop(kept);
+    wait_until_eq("greeted clients", seconds(5.0), 40, || held.iter().filter(|it| is_greeted(it)).count());
+    let (mut served, queued): (Vec<TcpStream>, Vec<TcpStream>) = held.into_iter().partition(is_greeted);
+    // 16 places on the others.
+    served.truncate(24);
     wait_until_eq("connections", seconds(5.0), 44, || up.connections().iter().sum());
-    let before = up.connections();
+
     victim.kill(seconds(5.0));
-    let free = 40 - before[1] - before[2];
-    let service = wait_for("the queue to have moved", seconds(5.0), || {
-        let service = up.service();
-        (service.outcome("moved") + service.outcome("parked") >= before[0]).then_some(service)
-    });
-    assert!(service.outcome("moved") >= free.min(before[0]));
+
+    // Who finds no place waits for the next instance, and is served as well.
+    let queued = queued.into_iter().map(Client::greeted);
+    let queued = queued.collect::<Result<Vec<_>, _>>().expect("none is reset");
+    assert!(queued.iter().all(|client| client.pid != victim.pid));
+    assert_eq!(client::by_name(&queued).get("1"), Some(&4));
+    let service = up.service();
+    assert_eq!(service.outcomes(["moved", "parked", "handed_over", "move_failed"]), [16, 4, 4, 0]);
+    assert_eq!(service.connections(), [4, 20, 20]);
     for server in &service.servers {
         assert!(server.connections_max <= 20, "{} had {}", server.name, server.connections_max);
     }
-    // Who found no place waits for the next instance, and is served as well.
-    let served = held.into_iter().map(Client::greeted).collect::<Result<Vec<_>, _>>().expect("none is reset");
-    assert_eq!(served.len(), 44);
-    assert_eq!(up.service().outcome("move_failed"), 0);
+    drop((served, queued));
+    up.wait_connections(&[0; 3]);
+}
+
+/// Something to read has arrived, and stays.
+fn is_greeted(stream: &TcpStream) -> bool {
+    stream.set_nonblocking(true).expect("no waiting");
+    let greeted = stream.peek(&mut [0]).is_ok_and(|bytes| bytes > 0);
+    stream.set_nonblocking(false).expect("waiting again");
+    greeted
 }
 
 /// From the kill to an answer of the next instance, with a client that waits in between. The

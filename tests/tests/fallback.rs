@@ -24,7 +24,7 @@ fn connections_wait_for_the_first_server_to_be_ready() {
     assert_eq!(service.states(), ["starting", "starting"], "the test was too slow to see the wait");
     assert_eq!(service.waiting.now, 20);
     assert_eq!(
-        service.outcomes(["wait_no_server", "established_waiting", "selected", "moved"]),
+        service.outcomes(["wait_no_server", "established_waiting", "selected", "handed_over"]),
         [20, 20, 0, 0]
     );
     up.wait_ready();
@@ -33,7 +33,7 @@ fn connections_wait_for_the_first_server_to_be_ready() {
     assert_eq!(served.len(), 20);
     wait_until_eq("waiting", seconds(5.0), 0, || up.service().waiting.now);
     let service = up.service();
-    assert_eq!(service.outcomes(["moved", "move_failed", "closed_waiting"]), [20, 0, 0]);
+    assert_eq!(service.outcomes(["handed_over", "moved", "move_failed", "closed_waiting"]), [20, 0, 0, 0]);
     assert_eq!(service.connections().iter().sum::<u64>(), 20);
     assert_eq!(service.waiting.max, 20);
     drop(served);
@@ -74,7 +74,7 @@ fn clients_that_leave_while_they_wait_are_forgotten() {
     let service = up.service();
     // Those that closed have said that they will send no more, and may still want an answer.
     assert!(service.waiting.now <= 20);
-    assert_eq!(service.outcomes(["wait_no_server", "moved"]), [30, 0]);
+    assert_eq!(service.outcomes(["wait_no_server", "handed_over"]), [30, 0]);
 }
 
 #[test]
@@ -87,7 +87,7 @@ fn a_connection_that_was_reset_while_it_waited_is_not_handed_over() {
     up.wait_ready();
     Client::greeted(alive).expect("served");
     let service = up.service();
-    assert_eq!(service.outcomes(["wait_no_server", "moved", "moved_dead"]), [2, 1, 1]);
+    assert_eq!(service.outcomes(["wait_no_server", "handed_over", "moved_dead"]), [2, 1, 1]);
     assert_eq!(host.inside("1").accepted, 1);
     up.wait_connections(&[0]);
 }

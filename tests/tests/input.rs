@@ -5,13 +5,14 @@
 use std::{
     io::{Read, Write},
     os::unix::{fs::PermissionsExt, net::UnixStream, process::CommandExt},
+    path::Path,
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
 use rustix::{
-    mount::{MountPropagationFlags, UnmountFlags, mount_change, unmount},
-    thread::UnshareFlags,
+    mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount},
+    thread::{CapabilitySet, UnshareFlags, remove_capability_from_bounding_set},
 };
 use tests::{
     app::App,
@@ -474,34 +475,119 @@ fn check_needs_no_rights() {
     assert!(ended.stdout.starts_with("app: [::]:8080, 3 servers"), "{ended}");
 }
 
-/// Runs a command where the mounts are others, in a thread that nothing else uses.
-fn elsewhere(host: &Host, change: impl FnOnce() + Send, words: &[&str]) -> Ended {
+/// Does something where the mounts may be changed, in a thread that nothing else uses. The host's
+/// directories are the same there.
+fn elsewhere<T: Send>(work: impl FnOnce() -> T + Send) -> T {
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
             unshare(UnshareFlags::NEWNS | UnshareFlags::FS).expect("make a mount namespace");
             mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
                 .expect("keep our mounts to ourselves");
-            change();
-            // The directories of a host need no sharing: they are only looked at afterwards.
-            let mut command = Command::new(program());
-            command.args(words).env("DIST_CTL_RUNTIME_DIR", host.runtime("main"));
-            command::run(&mut command, seconds(20.0))
+            work()
         });
         thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
+}
+
+/// Where most machines have their bpffs.
+const BPFFS: &str = "/sys/fs/bpf";
+
+/// Takes it away from the calling thread's mounts.
+fn unmount_bpffs() {
+    while unmount(BPFFS, UnmountFlags::DETACH).is_ok() {}
+}
+
+/// Puts an empty one there.
+fn mount_bpffs() {
+    unmount_bpffs();
+    mount("bpf", BPFFS, "bpf", MountFlags::empty(), None).expect("mount a bpffs");
+}
+
+/// Root, but not all of it: programs that the calling thread starts lack these.
+fn renounce(capabilities: &[CapabilitySet]) {
+    for capability in capabilities {
+        remove_capability_from_bounding_set(*capability).expect("renounce a capability");
+    }
 }
 
 #[test]
 fn without_cgroup_v2_it_says_so() {
     let host = Host::new();
     let file = host.write("dist-ctl.toml", &App::of(&host, 1).toml());
-    let unmount_all = || {
+    elsewhere(|| {
         while let Some(mount) = leftover::cgroup_mount_of_thread() {
             unmount(&mount, UnmountFlags::DETACH).expect("unmount cgroup v2");
         }
-    };
-    elsewhere(&host, unmount_all, &["up", "-f", &file]).expect_refusal(1, &["cgroup v2", "mount"]);
+        host.run(&["up", "-f", &file]).expect_refusal(1, &["cgroup v2", "mount"]);
+    });
     assert_eq!(leftover::of_instance(&host.runtime("main")), []);
+}
+
+#[test]
+fn a_bpffs_that_is_there_is_used_and_left_as_it_was() {
+    let host = Host::new();
+    let app = App::of(&host, 1);
+    elsewhere(|| {
+        mount_bpffs();
+        let entries = || std::fs::read_dir(BPFFS).expect("read the bpffs").count();
+        let before = entries();
+        let up = host.up(&app);
+        let pins = Path::new(BPFFS).join(leftover::instance_name(up.runtime()));
+        let service = std::fs::read_dir(&pins).expect("read the pins").next().expect("a service's pins");
+        assert!(service.expect("an entry").path().join("LOAD").exists());
+        assert!(!up.runtime().join("bpf").exists(), "it mounted one of its own all the same");
+        Client::open(V4).expect("connect");
+        up.stop();
+        assert_eq!(entries(), before);
+    });
+}
+
+#[test]
+fn without_a_bpffs_it_mounts_one_and_takes_it_away_again() {
+    let host = Host::new();
+    let app = App::of(&host, 1);
+    elsewhere(|| {
+        unmount_bpffs();
+        let up = host.up(&app);
+        let pins = up.runtime().join("bpf").join(leftover::instance_name(up.runtime()));
+        assert!(std::fs::read_dir(&pins).expect("read the pins").count() > 0);
+        Client::open(V4).expect("connect");
+        up.stop();
+    });
+    assert!(!host.runtime("main").exists());
+}
+
+#[test]
+fn where_no_bpffs_can_be_mounted_it_says_how() {
+    let host = Host::new();
+    let file = host.write("dist-ctl.toml", &App::of(&host, 1).toml());
+    elsewhere(|| {
+        unmount_bpffs();
+        renounce(&[CapabilitySet::SYS_ADMIN]);
+        let words = ["bpffs", "not permitted", "mount -t bpf bpf /sys/fs/bpf"];
+        host.run(&["up", "-f", &file]).expect_refusal(1, &words);
+    });
+    assert_eq!(leftover::of_instance(&host.runtime("main")), []);
+}
+
+#[test]
+fn root_that_may_not_load_programs_is_told_what_it_lacks() {
+    for (lacks, words) in [
+        (&[CapabilitySet::SYS_ADMIN, CapabilitySet::BPF][..], "CAP_BPF"),
+        (&[CapabilitySet::SYS_ADMIN, CapabilitySet::NET_ADMIN], "CAP_NET_ADMIN"),
+    ] {
+        let host = Host::new();
+        let file = host.write("dist-ctl.toml", &App::of(&host, 1).toml());
+        elsewhere(|| {
+            mount_bpffs();
+            let entries = || std::fs::read_dir(BPFFS).expect("read the bpffs").count();
+            let before = entries();
+            renounce(lacks);
+            host.run(&["up", "-f", &file]).expect_refusal(1, &["not permitted", words]);
+            assert_eq!(entries(), before);
+        });
+        assert_eq!(leftover::of_instance(&host.runtime("main")), []);
+    }
 }
 
 #[test]

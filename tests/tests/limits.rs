@@ -3,19 +3,43 @@
 #![forbid(unsafe_code)]
 
 use std::{
-    io::ErrorKind,
+    io::{BufRead, BufReader, ErrorKind, Write},
+    net::{Ipv4Addr, SocketAddrV4},
+    os::unix::net::UnixStream,
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
     thread,
     time::{Duration, Instant},
 };
 
+use rustix::process::setpriority_process;
 use tests::{
     app::App,
-    client::{self, Client},
-    host::{Host, V4},
-    network::Clients,
-    wait::{patience, seconds, stays, wait_for},
+    client::{self, Client, flag},
+    host::{Host, Up, V4, V6},
+    network::{self, Clients},
+    status::Status,
+    wait::{patience, seconds, wait_for},
 };
+
+/// The kernel's counts of the servers, asked for on one connection to the control socket: a
+/// command for each sample would get no CPU beside 200 busy threads.
+struct Counts(BufReader<UnixStream>);
+
+impl Counts {
+    fn of(up: &Up<'_>) -> Self {
+        let socket = UnixStream::connect(up.control_socket()).expect("connect to the control socket");
+        socket.set_read_timeout(Some(seconds(10.0))).expect("set a timeout");
+        Self(BufReader::new(socket))
+    }
+
+    fn read(&mut self) -> Vec<u64> {
+        self.0.get_mut().write_all(b"{\"command\":\"status\"}\n").expect("ask");
+        let mut answer = String::new();
+        self.0.read_line(&mut answer).expect("read the answer");
+        let answer: serde_json::Value = serde_json::from_str(&answer).expect("JSON");
+        Status::parse(&answer["status"].to_string()).only().connections()
+    }
+}
 
 #[test]
 fn a_limit_of_25_holds_under_200_client_threads() {
@@ -31,6 +55,8 @@ fn a_limit_of_25_holds_under_200_client_threads() {
         for thread in 0..200 {
             let (served, refused, over) = (&served, &refused, &over);
             scope.spawn(move || {
+                // The servers and those who watch them come first.
+                setpriority_process(None, 10).expect("be nice");
                 let mut number = thread;
                 while !over.load(Ordering::Relaxed) {
                     number += 1;
@@ -54,17 +80,11 @@ fn a_limit_of_25_holds_under_200_client_threads() {
                 }
             });
         }
+        let mut kernel = Counts::of(&up);
         let mut samples = 0;
         while Instant::now() < deadline {
-            let service = up.service();
-            for server in &service.servers {
-                assert!(
-                    server.connections <= 25,
-                    "the kernel counts {} on {}",
-                    server.connections,
-                    server.name
-                );
-            }
+            let counts = kernel.read();
+            assert!(counts.iter().all(|count| *count <= 25), "the kernel counts {counts:?}");
             for name in ["1", "2", "3", "4"] {
                 let inside = host.inside(name);
                 assert!(inside.now <= 25, "{} connections inside {name}", inside.now);
@@ -86,7 +106,12 @@ fn a_limit_of_25_holds_under_200_client_threads() {
     }
     let (served, refused) = (served.into_inner() as u64, refused.into_inner() as u64);
     assert!(served > 1000 && refused > 100, "served {served}, refused {refused}");
-    assert_eq!(service.outcomes(["selected", "established", "refused_limit"]), [served, served, refused]);
+    assert_eq!(service.outcomes(["selected", "established"]), [served, served]);
+    // The kernel sends a refused SYN again if its answer comes late, or comes from what is left
+    // of an older connection with these ports (TIME_WAIT).
+    let again = network::syns_sent_again();
+    let counted = service.outcome("refused_limit");
+    assert!((refused..=refused + again).contains(&counted), "{counted}: {refused} refused, {again} again");
     up.wait_connections(&[0; 4]);
 }
 
@@ -170,9 +195,9 @@ fn a_handshake_that_never_completes_gives_its_place_back() {
     assert_eq!(up.connections(), [10]);
 }
 
-/// Whoever only sends SYNs cannot take all places: at most half of them can be reserved.
+/// Whoever only sends SYNs can take all places, and no more, until they are free by themselves.
 #[test]
-fn handshakes_that_never_complete_leave_half_of_the_places() {
+fn handshakes_that_never_complete_take_no_more_than_the_limit() {
     let host = Host::new();
     let clients = Clients::join(1).expect("join a network of clients");
     let mut app = App::of(&host, 1);
@@ -180,12 +205,97 @@ fn handshakes_that_never_complete_leave_half_of_the_places() {
     let up = host.up(&app);
     clients.cut(0).expect("cut the wire");
     let target = (clients.server_v4(), 8080).into();
-    let begun = clients.network.run(|| client::begin(target, Some(clients.v4(0)), 200));
-    // Beyond its part it is refused, or its SYNs are answered into the void.
+    let begun = clients.network.run(|| client::begin(target, Some(clients.v4(0)), 200)).expect("send SYNs");
+    assert_eq!(up.service().outcomes(["selected", "refused_limit", "established"]), [20, 180, 0]);
+    assert_eq!(up.connections(), [0]);
     drop(begun);
+    let mut held = Vec::new();
+    wait_for("all places to be used", seconds(5.0), || {
+        held.extend(std::iter::from_fn(|| Client::open(V4).ok()));
+        (held.len() == 20).then_some(())
+    });
+    assert_eq!(up.connections(), [20]);
+}
+
+/// An ACK may be under way when its connection is reset. No handshake comes after it, so a place
+/// that it took would be lost to others until it expires.
+#[test]
+fn a_segment_that_opens_no_connection_takes_no_place() {
+    const STRAYS: [u8; 8] = [
+        flag::ACK,
+        flag::ACK | flag::PSH,
+        flag::ACK | flag::FIN,
+        flag::ACK | flag::RST,
+        flag::ACK | flag::SYN,
+        flag::SYN | flag::FIN,
+        flag::RST,
+        0,
+    ];
+    let host = Host::new();
+    let mut app = App::of(&host, 1);
+    app.limit = Some(1);
+    let up = host.up(&app);
+    let target = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 8080);
+    for (port, flags) in (4000..).zip(STRAYS) {
+        client::send_segment(port, target, flags).expect("send a segment");
+    }
+    assert_eq!(up.service().outcomes(["stray", "selected", "refused_limit"]), [STRAYS.len() as u64, 0, 0]);
+    let held = Client::open(V4).expect("the place is free");
+    client::send_segment(4000, target, flag::ACK).expect("send a segment");
+    assert_eq!(up.service().outcomes(["stray", "selected", "refused_limit"]), [STRAYS.len() as u64 + 1, 1, 0]);
+    drop(held);
+}
+
+/// With SYN cookies the kernel remembers nothing of a SYN, and asks for a listener again at the
+/// ACK. A place for each would halve the limit.
+#[test]
+fn with_syn_cookies_a_connection_takes_one_place() {
+    let host = Host::new();
+    always_send_cookies();
+    let mut app = App::of(&host, 2);
+    app.limit = Some(10);
+    let up = host.up(&app);
+    let held = client::hold(V4, 20);
+    assert_eq!(up.connections(), [10, 10]);
+    assert_eq!(client::connect(V4).expect_err("no place is left").kind(), ErrorKind::ConnectionRefused);
+    // Each was asked about twice.
+    let ways = ["selected", "refused_limit", "stray", "established"];
+    assert_eq!(up.service().outcomes(ways), [40, 1, 0, 20]);
+    drop(held);
+    up.wait_connections(&[0, 0]);
+    let held = client::hold(V6, 20);
+    assert_eq!(up.connections(), [10, 10]);
+    drop(held);
+}
+
+#[test]
+fn with_syn_cookies_a_limit_holds_under_50_client_threads() {
+    let host = Host::new();
+    always_send_cookies();
+    let mut app = App::of(&host, 2);
+    app.limit = Some(5);
+    let up = host.up(&app);
+    client::in_threads(50, 0..2_000, |number| {
+        // Who is let in at the SYN may find the place taken at the ACK: then it is reset.
+        let mut client = wait_for("a place", client::patience(), || Client::open(V4).ok());
+        if number % 2 == 0 {
+            client.say("close")?;
+            client.wait_for_end()?;
+        }
+        Ok(())
+    })
+    .expect("whoever is served is served to the end");
     let service = up.service();
-    assert!(service.outcome("selected") <= 10, "{:?}", service.outcomes);
-    stays("connections", Duration::from_millis(100), vec![0], || up.connections());
+    for server in &service.servers {
+        assert_eq!(server.connections_max, 5, "{}", server.name);
+    }
+    assert_eq!(service.outcomes(["established", "word_contended"]), [2_000, 0]);
+    up.wait_connections(&[0, 0]);
+}
+
+/// Every handshake in the calling thread's network goes by a SYN cookie.
+fn always_send_cookies() {
+    std::fs::write("/proc/sys/net/ipv4/tcp_syncookies", "2").expect("turn SYN cookies on");
 }
 
 #[test]

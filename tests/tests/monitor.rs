@@ -34,7 +34,6 @@ fn servers_outlive_the_distributor_and_are_found_again() {
     // It can do what the first one could.
     let more = client::hold(V4, 30);
     assert_eq!(up.connections(), [20, 20, 20]);
-    up.run(&["weight", "app/1", "200"]).expect_done();
     drop((held, more));
     up.wait_connections(&[0, 0, 0]);
     servers[0].kill(seconds(5.0));
@@ -42,6 +41,63 @@ fn servers_outlive_the_distributor_and_are_found_again() {
         up.process_if_any("app/1").filter(|next| *next != servers[0])
     });
     up.wait_ready();
+}
+
+#[test]
+fn live_changes_outlive_the_distributor_that_made_them() {
+    let host = Host::new();
+    let up = host.up(&App::of(&host, 3));
+    up.run(&["weight", "app/1", "200"]).expect_done();
+    up.run(&["limit", "app/2", "4"]).expect_done();
+    kill_distributor(&up);
+    let service = up.service();
+    assert_eq!(service.servers.iter().map(|server| server.weight).collect::<Vec<_>>(), [200, 100, 100]);
+    let limits: Vec<_> = service.servers.iter().map(|server| server.limit).collect();
+    assert_eq!(limits, [None, Some(4), None]);
+    let held = client::hold(V4, 16);
+    assert_eq!(up.connections(), [8, 4, 4]);
+    let more = client::hold(V4, 6);
+    assert_eq!(up.connections(), [12, 4, 6]);
+    drop((held, more));
+}
+
+#[test]
+fn a_daemon_outlives_the_distributor_and_is_found_again() {
+    let host = Host::new();
+    let up = host.up(&App::with(&host, 2, &["--listen", "[::]:8080", "--daemonise"]));
+    let mut held = client::hold(V4, 10);
+    kill_distributor(&up);
+    assert!(held.iter_mut().all(Client::is_served));
+    assert_eq!(up.connections(), [5, 5]);
+    let more = client::hold(V4, 10);
+    assert_eq!(client::by_process(held.iter().chain(&more)).len(), 2, "the same two processes");
+    // It is known whose end this is.
+    let first = held.iter().find(|client| client.server == "1").expect("one of the first server").pid;
+    drop((held, more));
+    Process::find(first).expect("the daemon runs").kill(seconds(5.0));
+    wait_until_eq("restarts", seconds(5.0), vec![1, 0], || {
+        up.service().servers.iter().map(|server| server.restarts).collect()
+    });
+    up.wait_ready();
+    assert_ne!(Client::open(V4).expect("served").pid, first);
+}
+
+#[test]
+fn what_a_killed_server_left_does_not_outlive_the_next_distributor() {
+    let host = Host::new();
+    let up = host.up(&App::with(&host, 1, &["--listen", "[::]:8080", "--child"]));
+    let (monitor, distributor) = (up.monitor(), up.distributor());
+    let server = up.process("app/1");
+    let child = server.children()[0];
+    monitor.freeze(seconds(5.0));
+    distributor.kill(seconds(5.0));
+    server.kill(seconds(5.0));
+    assert!(child.runs(), "nobody is there to kill it");
+    monitor.signal(Signal::CONT);
+    wait_for("the end of the child", seconds(10.0), || (!child.runs()).then_some(()));
+    up.wait_answering();
+    up.wait_ready();
+    assert_ne!(up.process("app/1"), server);
 }
 
 #[test]
@@ -117,7 +173,10 @@ fn a_distributor_that_dies_again_and_again_costs_no_connection() {
     assert!(served > 100, "only {served} clients in that time");
     up.wait_connections(&[0; 4]);
     let service = up.service();
-    assert_eq!(service.outcomes(["established", "closed", "move_failed"]), [served, served, 0]);
+    // Who came while listeners were being found again waited in the room for it.
+    let [directly, waited] = service.outcomes(["established", "established_waiting"]);
+    assert_eq!(directly + waited, served);
+    assert_eq!(service.outcomes(["handed_over", "closed", "move_failed"]), [waited, served, 0]);
 }
 
 #[test]
@@ -131,7 +190,7 @@ fn waiting_connections_outlive_the_distributor() {
     for stream in waiting {
         Client::greeted(stream).expect("served in the end");
     }
-    assert_eq!(up.service().outcome("moved"), 10);
+    assert_eq!(up.service().outcome("handed_over"), 10);
 }
 
 #[test]

@@ -12,7 +12,7 @@ use tests::{
     client::{self, Client},
     host::{Host, Up, V4, V6},
     network::Clients,
-    wait::seconds,
+    wait::{seconds, wait_for},
 };
 
 /// The named servers of these lines.
@@ -129,12 +129,18 @@ fn power_of_two_asks_all_when_both_candidates_are_full() {
     app.policy = Some("power-of-two");
     app.limit = Some(10);
     let up = host.up(&app);
-    let held = client::hold(V4, 40);
+    let mut held = client::hold(V4, 40);
+    assert_eq!(up.connections(), [10, 10, 10, 10]);
+    // With one place left, every second draw is of two full servers.
+    for _ in 0..30 {
+        held.pop();
+        wait_for("a free place", seconds(5.0), || (up.connections().iter().sum::<u64>() == 39).then_some(()));
+        held.push(Client::open(V4).expect("the place that is left"));
+    }
     assert_eq!(up.connections(), [10, 10, 10, 10]);
     let service = up.service();
-    assert_eq!(service.outcome("selected"), 40);
-    assert!(service.outcome("widened") > 0, "the last place of 40 was found by luck");
-    drop(held);
+    assert_eq!(service.outcomes(["selected", "refused_limit"]), [70, 0]);
+    assert!(service.outcome("widened") > 0, "the last place was found by luck, 30 times in a row");
 }
 
 #[test]
@@ -207,11 +213,17 @@ fn source_hash_moves_only_the_clients_of_the_server_that_goes() {
     let host = Host::new();
     let mut app = App::of(&host, 5);
     app.policy = Some("source-hash");
-    // Once it is killed, it stays away for the rest of the test.
+    // The first start after a failure is at once, and the second not within this test.
     app.server = "restart = { delay = \"60s\", max_delay = \"60s\", healthy_after = \"60s\" }".to_owned();
     let up = host.up(&app);
     let before = served(loopback_clients(500));
-    up.process("app/3").kill(seconds(5.0));
+    let first = up.process("app/3");
+    first.kill(seconds(5.0));
+    let second = wait_for("its next instance", seconds(5.0), || {
+        up.process_if_any("app/3").filter(|process| *process != first)
+    });
+    up.wait_ready();
+    second.kill(seconds(5.0));
     up.wait_state("app/3", "backoff");
     let after = served(loopback_clients(500));
     let mut heirs: BTreeMap<&str, usize> = BTreeMap::new();

@@ -2,10 +2,12 @@
 
 #![forbid(unsafe_code)]
 
+use std::process::Command;
+
 use tests::{
     app::App,
     client,
-    host::{Host, V4},
+    host::{Host, Up, V4},
     process::Process,
 };
 
@@ -23,10 +25,25 @@ fn started(host: &Host, server: &str, socket: Option<&'static str>, words: &[&st
     App { socket, server: server.to_owned(), ..App::running(2, command) }
 }
 
+/// Starts it as badly as possible: with ambient capabilities, a file open, signals ignored and
+/// blocked. Nothing of that may reach a server.
+fn up_from_a_bad_place<'h>(host: &'h Host, app: &App) -> Up<'h> {
+    let file = host.write("dist-ctl.toml", &app.toml());
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", "exec 7</etc/hosts; exec \"$@\"", "sh", "env", "--ignore-signal=HUP,USR1"]);
+    command.args(["--block-signal=USR2", "setpriv", "--inh-caps=+net_raw,+sys_admin"]);
+    command.args(["--ambient-caps=+net_raw,+sys_admin"]).arg(tests::host::program());
+    command.args(["up", "-f", &file]).env("DIST_CTL_RUNTIME_DIR", host.runtime("main"));
+    let up = host.start_command(command);
+    up.wait_ready();
+    up
+}
+
 #[test]
 fn a_server_of_another_user_has_no_capability_and_cannot_get_one() {
     let host = Host::new();
-    let up = host.up(&started(&host, "user = \"nobody\"", None, &["--listen", "[::]:8080"]));
+    let app = started(&host, "user = \"nobody\"", None, &["--listen", "[::]:8080"]);
+    let up = up_from_a_bad_place(&host, &app);
     let server = up.process("app/1");
     for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
         assert_eq!(capabilities(server, set), 0, "{set}");
@@ -45,7 +62,9 @@ fn a_server_of_another_user_has_no_capability_and_cannot_get_one() {
 #[test]
 fn a_server_of_root_has_only_what_it_needs_to_give_its_rights_up() {
     let host = Host::new();
-    let up = host.up(&started(&host, "", None, &["--listen", "[::]:8080"]));
+    let up = up_from_a_bad_place(&host, &started(&host, "", None, &["--listen", "[::]:8080"]));
+    // The scene is set: dist-ctl itself has what no server may get.
+    assert_ne!(capabilities(up.monitor(), "CapAmb"), 0);
     let server = up.process("app/1");
     for set in ["CapInh", "CapAmb"] {
         assert_eq!(capabilities(server, set), 0, "{set}");
@@ -84,8 +103,10 @@ fn a_server_gets_no_descriptor_of_ours() {
 #[test]
 fn a_server_starts_with_default_signals() {
     let host = Host::new();
-    let up = host.up(&started(&host, "", None, &["--listen", "[::]:8080"]));
+    let up = up_from_a_bad_place(&host, &started(&host, "", None, &["--listen", "[::]:8080"]));
     let server = up.process("app/1");
+    assert!(up.monitor().descriptors().contains_key(&7), "dist-ctl was given one");
+    assert!(!server.descriptors().contains_key(&7), "{:?}", server.descriptors());
     assert_eq!(u64::from_str_radix(&server.fact("SigBlk"), 16), Ok(0));
     // The Rust runtime itself ignores SIGPIPE (13) and nothing else.
     let ignored = u64::from_str_radix(&server.fact("SigIgn"), 16).expect("a set of signals");

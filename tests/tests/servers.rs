@@ -158,6 +158,16 @@ fn three_pythons_inherit_their_listener() {
 }
 
 #[test]
+fn three_pythons_of_another_user_inherit_their_listener() {
+    let host = Host::new();
+    let mut app = App::running(3, real::python_inherited(&host));
+    app.socket = Some("systemd");
+    app.server = "user = \"nobody\"".to_owned();
+    let up = host.up(&app);
+    each_serves_its_part(&up, 3);
+}
+
+#[test]
 fn two_tomcats_share_a_port() {
     let _alone = heavy();
     let host = Host::new();

@@ -27,6 +27,9 @@ fn a_killed_server_is_started_again_and_its_end_is_told() {
     up.wait_ready();
     let service = up.service();
     assert_eq!((service.server("app/1").restarts, service.server("app/2").restarts), (1, 0));
+    let reason = service.server("app/1").reason.as_deref().expect("what became of the one before");
+    assert!(reason.contains("was killed by SIGKILL after"), "{reason}");
+    assert_eq!(service.server("app/2").reason, None);
     let log = up.log();
     assert!(log.contains("server app/1 was killed by SIGKILL"), "{log}");
     let held = client::hold(V4, 4);
@@ -121,12 +124,14 @@ fn a_directory_that_does_not_exist_is_named() {
 fn a_server_that_never_listens_is_given_its_time_and_no_more() {
     let host = Host::new();
     let mut app = App::with(&host, 1, &["--never-listen"]);
-    app.server = "start_timeout = \"400ms\"\nrestart = { delay = \"10ms\", give_up_after = 2 }".to_owned();
+    app.server = "start_timeout = \"1s\"\nrestart = { delay = \"10ms\", give_up_after = 2 }".to_owned();
     let up = host.start(&app);
-    let reason = up.service().server("app/1").reason.clone().expect("a reason while it starts");
-    assert!(reason.contains("[::]:8080"), "{reason}");
+    wait_for("a reason while it starts", seconds(5.0), || {
+        let reason = up.service().server("app/1").reason.clone()?;
+        (reason == "waits for a listener on [::]:8080").then_some(())
+    });
     let reason = up.wait_state("app/1", "failed").reason.expect("a reason");
-    assert!(reason.contains("was not ready after 0.4s") && reason.contains("[::]:8080"), "{reason}");
+    assert!(reason.contains("was not ready after 1s") && reason.contains("[::]:8080"), "{reason}");
 }
 
 #[test]

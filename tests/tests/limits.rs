@@ -242,7 +242,10 @@ fn a_segment_that_opens_no_connection_takes_no_place() {
     assert_eq!(up.service().outcomes(["stray", "selected", "refused_limit"]), [STRAYS.len() as u64, 0, 0]);
     let held = Client::open(V4).expect("the place is free");
     client::send_segment(4000, target, flag::ACK).expect("send a segment");
-    assert_eq!(up.service().outcomes(["stray", "selected", "refused_limit"]), [STRAYS.len() as u64 + 1, 1, 0]);
+    assert_eq!(
+        up.service().outcomes(["stray", "selected", "refused_limit"]),
+        [STRAYS.len() as u64 + 1, 1, 0]
+    );
     drop(held);
 }
 

@@ -240,6 +240,9 @@ macro_rules! outcomes {
             /// Every outcome, in the order of its number.
             pub const ALL: &[Self] = &[$(Self::$variant),*];
 
+            /// How many there are: the entries of OUTCOMES.
+            pub const COUNT: usize = Self::ALL.len();
+
             /// The name an operator sees.
             pub const fn name(self) -> &'static str {
                 match self { $(Self::$variant => $name,)* }
@@ -317,9 +320,6 @@ outcomes! {
     /// The owner of a moved connection could not be recorded: MOVED is full.
     MovedLost = "moved_lost",
 }
-
-/// Number of [`Outcome`]s: the entries of OUTCOMES.
-pub const OUTCOMES: usize = Outcome::ALL.len();
 
 const _: () = {
     assert!(size_of::<Server>() == 32);

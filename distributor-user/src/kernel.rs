@@ -36,7 +36,7 @@ mod object {
 
 /// Maps that outlive a distributor. TAG is among them: its entries live in the sockets.
 const PINNED: [&str; 11] =
-    ["PLAN", "ACTIVE", "HASH", "LOAD", "SOCKETS", "HOME", "MOVED", "ADDRESSES", "PORTS", "COUNTERS", "TAG"];
+    ["PLAN", "ACTIVE", "HASH", "LOAD", "SOCKETS", "HOME", "MOVED", "ADDRESSES", "PORTS", "OUTCOMES", "TAG"];
 const EVENTS: &str = "EVENTS";
 
 /// What is read from the programs' log. A level above debug is never asked for.
@@ -110,7 +110,7 @@ impl Kernel {
             home: take("HOME")?.try_into()?,
             addresses: take("ADDRESSES")?.try_into()?,
             ports: take("PORTS")?.try_into()?,
-            counters: take("COUNTERS")?.try_into()?,
+            counters: take("OUTCOMES")?.try_into()?,
             tag: take("TAG")?.try_into()?,
             objects: Vec::new(),
         };
@@ -174,7 +174,7 @@ impl Kernel {
         Outcome::ALL
             .iter()
             .map(|&outcome| {
-                let counts = self.counters.get(&(outcome as u32), 0).context("read COUNTERS")?;
+                let counts = self.counters.get(&(outcome as u32), 0).context("read OUTCOMES")?;
                 Ok((outcome, counts.iter().sum()))
             })
             .collect()

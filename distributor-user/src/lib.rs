@@ -1,3 +1,8 @@
+//! The user-space half of dist-ctl.
+//!
+//! A library, so that tests reach every part; the binary `dist-ctl` is `main.rs`. Which file
+//! answers which question stands in ARCHITECTURE.md's code map.
+
 pub mod accept_queue;
 pub mod address;
 pub mod backoff;

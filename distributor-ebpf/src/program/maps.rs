@@ -16,9 +16,7 @@ use aya_ebpf::{
     maps::{Array, HashMap, PerCpuArray, ReusePortSockArray, RingBuf},
 };
 use distributor_ebpf::{
-    contract::{
-        self, Address, BUCKETS, Event, EventKind, GROUPS, Home, Load, OUTCOMES, Outcome, Plan, SLOTS, Tag,
-    },
+    contract::{self, Address, BUCKETS, Event, EventKind, GROUPS, Home, Load, Outcome, Plan, SLOTS, Tag},
     select::{NextTurn, earlier, next_turn},
     word::{self, Place},
 };
@@ -59,7 +57,7 @@ pub(crate) static ADDRESSES: HashMap<Address, u32> = HashMap::with_max_entries(2
 pub(crate) static PORTS: HashMap<u32, u32> = HashMap::with_max_entries(2 * GROUPS as u32, 0);
 /// One counter for each way out. Writer: the programs.
 #[map]
-static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(OUTCOMES as u32, 0);
+static OUTCOMES: PerCpuArray<u64> = PerCpuArray::with_max_entries(Outcome::COUNT as u32, 0);
 /// What user space has to know at once. Writer: the programs.
 #[map]
 static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 18, 0);
@@ -274,7 +272,7 @@ pub(crate) fn tag(socket: *mut bpf_sock) -> *mut Tag {
 /// One more for this way out.
 #[inline(always)]
 pub(crate) fn count(outcome: Outcome) {
-    if let Some(counter) = COUNTERS.get_ptr_mut(outcome as u32) {
+    if let Some(counter) = OUTCOMES.get_ptr_mut(outcome as u32) {
         // SAFETY: this CPU's own entry of a per-CPU map.
         unsafe { *counter = (*counter).wrapping_add(1) }
     }

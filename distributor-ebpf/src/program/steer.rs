@@ -70,7 +70,7 @@ pub(crate) fn run(ctx: &SkReuseportContext) -> u32 {
     let mut asks = Asks::New;
     let mut reserves = true;
     let mut cookie = 0;
-    let mut old = None;
+    let mut old = NOBODY;
     let source;
     if migrating.is_null() {
         let Some(flags) = tcp_flags(ctx) else { return room(ctx, plan, Outcome::Malformed) };
@@ -111,7 +111,7 @@ pub(crate) fn run(ctx: &SkReuseportContext) -> u32 {
                 bpf_get_socket_cookie((*ctx.md).__bindgen_anon_3.sk.cast())
             };
             let before = owner(cookie);
-            old = before.or_else(|| home(listener));
+            old = before.or_else(|| home(listener)).unwrap_or(NOBODY);
             if before.is_none() {
                 // Before the entry exists: its close looks into MOVED only if this is not 0.
                 loads.add(Sum::Moved, 1);
@@ -133,13 +133,15 @@ pub(crate) fn run(ctx: &SkReuseportContext) -> u32 {
             let new = match steered {
                 Steered::To(slot, _) => {
                     loads.add(Sum::Total(slot), 1);
-                    count(if old == Some(ROOM) { Outcome::HandedOver } else { Outcome::Moved });
+                    count(if old == ROOM { Outcome::HandedOver } else { Outcome::Moved });
                     debug!(ctx, "connection moves to slot {}", slot);
                     slot
                 }
                 _ => {
                     record_owner(cookie, ROOM);
                     if room(ctx, plan, Outcome::Parked) == SK_DROP {
+                        // The kernel resets it, and its close counts down where it was counted.
+                        record_owner(cookie, old);
                         count(Outcome::MoveFailed);
                         return SK_DROP;
                     }
@@ -187,21 +189,22 @@ fn arrived(
     room(ctx, plan, why)
 }
 
+/// The owner of a connection whose listener was never adopted: nobody has counted it. Not an
+/// `Option`, whose payload the verifier takes for read where there is none ("R1 !read_ok").
+const NOBODY: u32 = ROOM - 1;
+
 /// Takes the count of a moved connection from its old owner. The new server's was taken by
-/// `steer`; the room's is taken here. No old owner: a listener that was never adopted, so that
-/// nobody had counted it.
+/// `steer`; the room's is taken here.
 #[inline(always)]
-fn leave(loads: Loads, old: Option<u32>, new: u32, cookie: u64) {
-    if old == Some(new) {
+fn leave(loads: Loads, old: u32, new: u32, cookie: u64) {
+    if old == new {
         return;
     }
-    if let Some(slot) = old {
-        if slot == ROOM {
-            loads.add(Sum::Waiting, -1);
-            maps::tell(EventKind::HandedOver, cookie, 0, Address::default());
-        } else {
-            maps::change(slot, Change::Close);
-        }
+    if old == ROOM {
+        loads.add(Sum::Waiting, -1);
+        maps::tell(EventKind::HandedOver, cookie, 0, Address::default());
+    } else if old != NOBODY {
+        maps::change(old, Change::Close);
     }
     if new == ROOM {
         loads.add(Sum::Waiting, 1);
@@ -247,8 +250,7 @@ fn steer(
         let taken = if attempt < EXACT {
             // Only if nothing changed since the scan; otherwise another may be better now.
             let same = (seen ^ answer) & WORD_BITS == 0;
-            let taken =
-                word::take(seen, now, place, u64::from(server.limit), u64::from(server.reservable));
+            let taken = word::take(seen, now, place, u64::from(server.limit), u64::from(server.reservable));
             match taken {
                 Some(taken) if same && loads.swap(slot, seen, taken) => taken,
                 _ => continue,

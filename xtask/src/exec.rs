@@ -56,7 +56,7 @@ pub(crate) fn as_root(program: impl AsRef<OsStr>) -> Result<Command> {
         return Ok(Command::new(program));
     }
     let Some(sudo) = find("sudo") else {
-        bail!("{} has to run as root, and there is no sudo: run this as root", program.as_ref().display());
+        bail!("a step has to run as root, and there is no sudo: run this as root");
     };
     let mut command = Command::new(sudo);
     command.arg("--").arg(program);

@@ -3,6 +3,7 @@
 //! The library beside it finds the eBPF toolchain, for the build script too. What is
 //! printed here is read by people who have never seen this project.
 
+mod bench;
 mod ci;
 mod exec;
 mod interrupt;
@@ -34,6 +35,8 @@ enum Verb {
     Up(up::Arguments),
     /// Run all tests, those that need the kernel as root
     Test(test::Arguments),
+    /// Measure what dist-ctl costs, with real servers; see docs/benchmarks.md
+    Bench(bench::Arguments),
     /// Run everything that CI runs
     Ci,
 }
@@ -55,6 +58,7 @@ fn run(arguments: Arguments) -> Result<()> {
         Verb::Setup => setup::run(workspace).map(drop),
         Verb::Up(arguments) => up::run(workspace, &arguments),
         Verb::Test(arguments) => test::run(workspace, &arguments).map(drop),
+        Verb::Bench(arguments) => bench::run(workspace, &arguments),
         Verb::Ci => ci::run(workspace),
     }
 }

@@ -38,6 +38,8 @@ pub(crate) fn install(verb: &str, packages: Vec<Package>) -> Result<()> {
     if missing.is_empty() {
         return Ok(());
     }
+    // Said before apt-get update fails for the same reason.
+    as_root("apt-get")?;
     for Package { name, why } in &missing {
         say(&format!("{verb}: installing {name}: {why}"));
     }

@@ -236,6 +236,11 @@ impl Compiler {
         if version < LINKER_VERSION {
             return Err(format!("is {version}, and {LINKER_VERSION} is needed"));
         }
+        // A newer compiler's bitcode may be read by luck, as long as the program is tiny.
+        let program = fs::read(linker).map_err(|why| format!("cannot be read: {why}"))?;
+        if let Some(llvm) = linked_llvm(&program).filter(|llvm| *llvm < self.llvm) {
+            return Err(format!("has LLVM {llvm}, and {self} writes for {}", self.llvm));
+        }
         let directory = env::temp_dir().join(format!("dist-ctl-toolchain-{}", process::id()));
         let linked = (|| {
             fs::create_dir_all(&directory).map_err(|why| format!("cannot be tried: {why}"))?;
@@ -330,6 +335,16 @@ fn linkers(workspace: &Path) -> Vec<PathBuf> {
         .map(|directory| directory.join("bpf-linker"))
         .filter(|linker| linker.is_file())
         .collect()
+}
+
+/// The major version of the LLVM library that a program asks the loader for. A program that
+/// has LLVM inside asks for none, and then only trying it tells.
+fn linked_llvm(program: &[u8]) -> Option<u32> {
+    ["libLLVM.so.", "libLLVM-"].into_iter().find_map(|name| {
+        let at = program.windows(name.len()).position(|window| window == name.as_bytes())?;
+        let digits = program[at + name.len()..].iter().take_while(|byte| byte.is_ascii_digit());
+        String::from_utf8(digits.copied().collect()).ok()?.parse().ok()
+    })
 }
 
 /// Where rustup keeps a program of an installed toolchain.
@@ -440,6 +455,11 @@ mod tests {
                  it failed: Unknown attribute kind (102)",
             ),
             (
+                "linked against an older LLVM",
+                "echo bpf-linker 0.13.0; exit; libLLVM.so.21.1",
+                "has LLVM 21, and rustc 1.95.0 (LLVM 22) writes for 22",
+            ),
+            (
                 "its LLVM was removed",
                 "echo 'libLLVM.so.22.1: cannot open shared object file' >&2; exit 127",
                 "failed: libLLVM.so.22.1: cannot open shared object file",
@@ -449,6 +469,18 @@ mod tests {
             let refused = compiler.links_with(&linker);
             fs::remove_file(&linker).expect("it was just written");
             assert_eq!(refused, Err(reason.to_owned()), "{row}");
+        }
+    }
+
+    #[test]
+    fn the_llvm_of_a_linker_is_the_library_it_is_linked_against() {
+        for (program, llvm) in [
+            ("\0libc.so.6\0libLLVM.so.22.1\0", Some(22)),
+            ("\0libLLVM-19.so\0", Some(19)),
+            ("\0libLLVM.so.\0", None),
+            ("LLVM is inside", None),
+        ] {
+            assert_eq!(linked_llvm(program.as_bytes()), llvm, "{program:?}");
         }
     }
 

@@ -409,8 +409,8 @@ fn select_listener(ctx: &SkReuseportContext, plan: &'static Plan, slot: u32, loa
     if run.len == 0 {
         return false;
     }
-    let stride = plan.servers[slot].stride;
-    let turn = if stride == 0 { 0 } else { loads.turn(slot) / stride };
+    // A stride is never 0; a division that does not say what then would be a way to panic.
+    let turn = loads.turn(slot).checked_div(plan.servers[slot].stride).unwrap_or(0);
     let index = u32::from(run.first) + (turn % u64::from(run.len)) as u32;
     SOCKETS.select_reuseport(ctx, index).is_ok()
 }

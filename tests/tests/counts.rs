@@ -50,6 +50,16 @@ fn two_thousand_connections_at_once_spread_within_one() {
     up.wait_connections(&[0; 4]);
 }
 
+#[test]
+fn the_largest_service_has_256_servers() {
+    let host = Host::new();
+    let up = host.up(&App::of(&host, 256));
+    let held = client::hold(V4, 512);
+    assert_eq!(up.connections(), [2; 256]);
+    assert!(client::by_process(&held).values().all(|count| *count == 2));
+    assert_eq!(up.service().outcomes(["selected", "next_best", "widened"]), [512, 0, 0]);
+}
+
 /// Between a SYN and its connection lies a round trip, in which nothing is counted yet. Here
 /// it is made a long one: the SYN-ACKs are lost on the way until all SYNs have been sent.
 /// Without reservations all of them would go to the servers that held the fewest before.

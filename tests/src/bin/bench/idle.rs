@@ -1,15 +1,12 @@
 //! What dist-ctl takes while nothing happens.
 #![forbid(unsafe_code)]
 
-use std::{
-    fs,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use tests::{host::Host, process::Process};
 
-use crate::{Run, servers::demo, table::Table};
+use crate::{Run, cpu, servers::demo, table::Table};
 
 /// Percent of one CPU, and bytes.
 const CPU_BUDGET: f64 = 1.0;
@@ -27,12 +24,12 @@ pub(crate) fn run(run: &Run) -> Result<String> {
         let up = host.up(&demo(servers));
         run.pause(SETTLE)?;
         let processes = [("monitor", up.monitor()), ("distributor", up.distributor())];
-        let before = processes.map(|(_, process)| cpu_time(process));
+        let before = processes.map(|(_, process)| cpu::time_of(process.pid));
         let start = Instant::now();
         run.pause(during)?;
         let took = start.elapsed();
         for ((name, process), before) in processes.into_iter().zip(before) {
-            let percent = (cpu_time(process)? - before?).as_secs_f64() / took.as_secs_f64() * 100.0;
+            let percent = (cpu::time_of(process.pid)? - before?).as_secs_f64() / took.as_secs_f64() * 100.0;
             let bytes = resident(process);
             let kept = percent < CPU_BUDGET && bytes <= MEMORY_BUDGET;
             table.row([
@@ -50,19 +47,6 @@ pub(crate) fn run(run: &Run) -> Result<String> {
          {CPU_BUDGET} % of one CPU, and {} MiB.\n\n{table}",
         MEMORY_BUDGET >> 20
     ))
-}
-
-/// The CPU time of all threads: to the nanosecond, where `stat` only counts ticks.
-fn cpu_time(process: Process) -> Result<Duration> {
-    let mut sum = Duration::ZERO;
-    let tasks = format!("/proc/{}/task", process.pid);
-    for task in fs::read_dir(&tasks).with_context(|| format!("read {tasks}"))? {
-        let path = task?.path().join("schedstat");
-        let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
-        let time = text.split(' ').next().and_then(|word| word.parse().ok());
-        sum += Duration::from_nanos(time.with_context(|| format!("{}: {text:?}", path.display()))?);
-    }
-    Ok(sum)
 }
 
 fn resident(process: Process) -> u64 {

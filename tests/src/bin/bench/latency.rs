@@ -30,8 +30,9 @@ pub(crate) fn run(run: &Run) -> Result<String> {
     let host = Host::new();
     let sides = Sides::start(run, &host)?;
     let (first, last) = first_and_last_cpu()?;
-    for server in sides.processes()? {
-        pin(Some(server), last).context("give the servers a CPU")?;
+    let servers = sides.servers();
+    for server in servers.steered.iter().chain(&servers.plain) {
+        pin(Pid::from_raw(*server), last).context("give the servers a CPU")?;
     }
     // A thread, because the CPU is given to a thread, and this one goes on to clean up.
     let pairs = thread::scope(|scope| {
@@ -54,7 +55,7 @@ pub(crate) fn run(run: &Run) -> Result<String> {
         });
         client.join().expect("the client does not panic")
     })?;
-    sides.steered.stop();
+    sides.stop();
 
     let mut table = Table::new(["steered / plain", "median", "quartiles", "95 % of median", "budget"]);
     for (name, part, budget) in
@@ -62,14 +63,8 @@ pub(crate) fn run(run: &Run) -> Result<String> {
     {
         let ratios =
             pairs.iter().map(|(steered, plain)| quantile(steered, part) / quantile(plain, part)).collect();
-        let spread = Spread::of(ratios);
-        table.row([
-            name.to_owned(),
-            format!("{:.3}", spread.median),
-            format!("{:.3} to {:.3}", spread.quartiles.0, spread.quartiles.1),
-            format!("{:.3} to {:.3}", spread.interval.0, spread.interval.1),
-            budget.to_owned(),
-        ]);
+        let [median, quartiles, interval] = Spread::of(ratios).cells();
+        table.row([name.to_owned(), median, quartiles, interval, budget.to_owned()]);
     }
     Ok(format!("{rounds} rounds of {REQUESTS} requests for each side.\n\n{table}"))
 }
@@ -93,9 +88,9 @@ fn first_and_last_cpu() -> Result<(usize, usize)> {
     Ok((first, cpus.next_back().unwrap_or(first)))
 }
 
-/// Gives a thread, or our own, one CPU only. A demo server has only one thread.
-fn pin(thread: Option<Pid>, cpu: usize) -> io::Result<()> {
+/// Gives a process, or our own thread, one CPU only. A demo server has only one thread.
+fn pin(process: Option<Pid>, cpu: usize) -> io::Result<()> {
     let mut cpus = CpuSet::new();
     cpus.set(cpu);
-    Ok(sched_setaffinity(thread, &cpus)?)
+    Ok(sched_setaffinity(process, &cpus)?)
 }

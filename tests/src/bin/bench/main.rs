@@ -8,6 +8,7 @@
 
 mod bpf;
 mod connections;
+mod cpu;
 mod idle;
 mod latency;
 mod load;

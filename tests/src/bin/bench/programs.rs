@@ -19,7 +19,7 @@ use crate::{
     Run,
     bpf::{CGROUP_SOCK_ADDR, Empty, Runs, SK_REUSEPORT, SOCK_OPS},
     load::connect_for,
-    servers::{STEERED, WARM_UP, demo},
+    servers::{STEERED, demo},
     statistics::Spread,
     table::Table,
 };
@@ -32,7 +32,7 @@ const POLICIES: [&str; 5] =
 /// Of each server; never reached.
 const LIMIT: u32 = 1000;
 
-const CLIENTS: usize = 8;
+const IN_FLIGHT: usize = 64;
 
 /// For `select` with 8 and with 256 slots, in nanoseconds.
 const BUDGETS: [(usize, f64); 2] = [(8, 500.0), (256, 1000.0)];
@@ -100,13 +100,13 @@ fn measure(run: &Run, slots: usize, policy: &'static str, column: &mut Column) -
     let host = Host::new();
     let up = host.up(&App { policy: Some(policy), limit: Some(LIMIT), ..demo(slots) });
     let distributor = up.distributor().pid;
-    connect_for(STEERED, CLIENTS, WARM_UP)?;
+    connect_for(STEERED, IN_FLIGHT, during)?;
 
     let mut select = Vec::new();
     for _ in 0..pieces {
         run.check()?;
         let before = (Runs::of(distributor, SK_REUSEPORT)?, Runs::of(distributor, SOCK_OPS)?);
-        let connections = connect_for(STEERED, CLIENTS, during)?.connections() as f64;
+        let connections = connect_for(STEERED, IN_FLIGHT, during)?.connections() as f64;
         // Connections that are not quite closed yet are the next piece's: as many as came to
         // this one from the last.
         let selects = Runs::of(distributor, SK_REUSEPORT)?.since(before.0);

@@ -9,11 +9,10 @@ use std::{
     net::{Ipv4Addr, SocketAddr},
     os::{fd::OwnedFd, unix::process::CommandExt as _},
     process::{Child, Command, Stdio},
-    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
-use rustix::process::{Pid, setsid};
+use rustix::process::setsid;
 use socket2::{Domain, SockAddr, Socket, Type};
 use tests::{
     app::App,
@@ -57,13 +56,25 @@ impl<'h> Sides<'h> {
         Ok(sides)
     }
 
-    /// The processes of all servers of both sides.
-    pub(crate) fn processes(&self) -> Result<Vec<Pid>> {
-        let steered = self.steered.service().servers.into_iter().filter_map(|server| server.pid);
-        let plain = self.plain.0.iter().map(|child| child.id() as i32);
-        let pids: Option<Vec<_>> = steered.chain(plain).map(Pid::from_raw).collect();
-        pids.context("a process has an id above 0")
+    /// The processes of all servers.
+    pub(crate) fn servers(&self) -> Servers {
+        Servers {
+            steered: self.steered.service().servers.into_iter().filter_map(|server| server.pid).collect(),
+            plain: self.plain.0.iter().map(|child| child.id() as i32).collect(),
+        }
     }
+
+    /// Stops both, and checks that nothing of dist-ctl is left.
+    pub(crate) fn stop(self) {
+        drop(self.plain);
+        self.steered.stop();
+    }
+}
+
+/// The processes of each side, by their ids.
+pub(crate) struct Servers {
+    pub(crate) steered: Vec<i32>,
+    pub(crate) plain: Vec<i32>,
 }
 
 /// A connection to each server behind an address.
@@ -128,6 +139,3 @@ fn listener() -> Result<Socket> {
     socket.listen(BACKLOG).context("listen for the plain servers")?;
     Ok(socket)
 }
-
-/// How long both sides run before anything is measured.
-pub(crate) const WARM_UP: Duration = Duration::from_millis(500);

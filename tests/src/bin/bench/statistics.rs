@@ -25,6 +25,16 @@ impl Spread {
             interval: (values[rank], values[values.len() - 1 - rank]),
         }
     }
+
+    /// The three as a table shows them.
+    pub(crate) fn cells(&self) -> [String; 3] {
+        let Self { median, quartiles, interval } = self;
+        [
+            format!("{median:.3}"),
+            format!("{:.3} to {:.3}", quartiles.0, quartiles.1),
+            format!("{:.3} to {:.3}", interval.0, interval.1),
+        ]
+    }
 }
 
 /// The value below which a part of the sorted values lies; between two, in proportion.

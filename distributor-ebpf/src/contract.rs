@@ -311,7 +311,8 @@ outcomes! {
     BindRefused = "bind_refused",
     /// SO_REUSEPORT could not be set on a bind to an address of the service.
     BindFailed = "bind_failed",
-    /// A load word changed under us sixteen times in a row; the change was not made.
+    /// A load word changed under us sixteen times in a row: the active count was changed by an
+    /// addition, and the reservation left to expire.
     WordContended = "word_contended",
     /// The plan or load map could not be read, which cannot happen with array maps.
     NoPlan = "no_plan",

@@ -114,6 +114,8 @@ pub(crate) fn loads() -> Option<Loads> {
 /// A field of the load that is changed by atomic addition.
 #[derive(Clone, Copy)]
 pub(crate) enum Sum {
+    /// The active count, which is the lowest part of a slot's word.
+    Active(u32),
     Total(u32),
     Waiting,
     Moved,
@@ -160,6 +162,7 @@ impl Loads {
         // SAFETY: masked where there is an index; 8-byte aligned.
         unsafe {
             let field = match sum {
+                Sum::Active(slot) => &raw mut (*self.0).word[slot as usize & (SLOTS - 1)],
                 Sum::Total(slot) => &raw mut (*self.0).total[slot as usize & (SLOTS - 1)],
                 Sum::Waiting => &raw mut (*self.0).waiting,
                 Sum::Moved => &raw mut (*self.0).moved,
@@ -256,8 +259,15 @@ pub(crate) extern "C" fn change_word(slot: u64, what: u64, now: u64) -> u64 {
             return word::active(new);
         }
     }
+    // Then at least the active count, by an addition that needs no luck; the reservation ages.
     count(Outcome::WordContended);
-    word::active(loads.word(slot as usize))
+    let active = word::active(loads.word(slot as usize));
+    if what == Change::Establish as u64 && active < word::ACTIVE_MAX {
+        loads.add(Sum::Active(slot as u32), 1);
+    } else if (what == Change::Close as u64 || what == Change::GiveBackActive as u64) && active > 0 {
+        loads.add(Sum::Active(slot as u32), -1);
+    }
+    active
 }
 
 /// The tag of a socket; null if it has none.

@@ -141,6 +141,7 @@ pub(crate) fn run(ctx: &SkReuseportContext) -> u32 {
                     record_owner(cookie, ROOM);
                     if room(ctx, plan, Outcome::Parked) == SK_DROP {
                         // The kernel resets it, and its close counts down where it was counted.
+                        // (What NOBODY has counted has no tag, and its close asks no owner.)
                         record_owner(cookie, old);
                         count(Outcome::MoveFailed);
                         return SK_DROP;
@@ -230,11 +231,13 @@ fn steer(
     let place = place(asks as u64);
     let mut excluded = [NO_SLOT; TRIES];
     let mut failures = 0;
+    let mut narrow = narrows(plan.policy);
     for attempt in 0..ATTEMPTS {
         let mut answer = NOTHING;
-        if attempt == 0 && narrows(plan.policy) {
+        if narrow {
             answer = candidate(now, asks as u64, wide(source[0], source[1]), wide(source[2], source[3]));
             if answer == NOTHING {
+                narrow = false;
                 count(Outcome::Widened);
             }
         }
@@ -247,7 +250,7 @@ fn steer(
         let slot = (answer >> 56) as u32;
         let server = &plan.servers[slot as usize];
         let seen = loads.word(slot as usize);
-        let taken = if attempt < EXACT {
+        let taken = if attempt < EXACT && plan.policy != Policy::SourceHash as u32 {
             // Only if nothing changed since the scan; otherwise another may be better now.
             let same = (seen ^ answer) & WORD_BITS == 0;
             let taken = word::take(seen, now, place, u64::from(server.limit), u64::from(server.reservable));
@@ -256,7 +259,8 @@ fn steer(
                 _ => continue,
             }
         } else {
-            // Many arrive at once: any place in a good server is better than none.
+            // Many arrive at once, and any place in a good server is better than none; or the
+            // client has its server, whatever that holds.
             match take_place(u64::from(slot), asks as u64, now) {
                 NOTHING => continue,
                 taken => taken,
@@ -276,11 +280,16 @@ fn steer(
         let back = if asks == Asks::Established { Change::GiveBackActive } else { Change::GiveBackReserved };
         maps::change(slot, back);
         failures += 1;
+        narrow = false;
         if failures == TRIES {
             break;
         }
         let [a, b, c, _] = excluded;
         excluded = [slot, a, b, c];
+    }
+    // Where only races were lost, somebody else may have taken the last place.
+    if failures == 0 && scan(now, asks as u64, packed(excluded)) == NOTHING {
+        return Steered::Full;
     }
     Steered::Failed
 }

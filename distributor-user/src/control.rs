@@ -687,7 +687,8 @@ fn left(deadline: Instant) -> Duration {
 }
 
 /// True while a monitor or a distributor of the instance lives.
-fn is_up(runtime_dir: &Path) -> bool {
+/// Somebody runs, or is about to, on this runtime directory.
+pub fn is_up(runtime_dir: &Path) -> bool {
     lock_holder(runtime_dir).is_some() || BlockingUnixStream::connect(runtime_dir.join(SOCKET)).is_ok()
 }
 

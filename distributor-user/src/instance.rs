@@ -67,6 +67,13 @@ impl Instance {
         }
     }
 
+    /// Whether servers run of an instance that itself does not. Ask only if it does not.
+    pub fn is_abandoned(runtime_dir: &Path) -> bool {
+        let runtime_dir = std::path::absolute(runtime_dir).ok();
+        let cgroup = runtime_dir.zip(cgroup::mount_point().ok());
+        cgroup.is_some_and(|(dir, mount)| !Cgroup::at(mount.join(name(&dir))).processes().is_empty())
+    }
+
     /// Where the servers' notify sockets are: servers of any user may pass, and list nothing.
     pub fn notify_dir(&self) -> PathBuf {
         self.runtime_dir.join("notify")

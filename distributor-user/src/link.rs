@@ -119,7 +119,10 @@ impl Link {
     pub fn receive(&self) -> anyhow::Result<Option<FromMonitor>> {
         match self.channel.receive() {
             Ok(Some((message, _))) => Ok(Some(message)),
-            Ok(None) => bail!("hear from the monitor: it is gone"),
+            Ok(None) => bail!(
+                "the monitor is gone: servers and kernel go on, and nobody watches them; the next dist-ctl up \
+                 on this runtime directory ends them and starts afresh"
+            ),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
             Err(error) => Err(error).context("hear from the monitor"),
         }

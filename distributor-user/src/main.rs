@@ -11,13 +11,16 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use anyhow::bail;
 use distributor_user::{
     cli::{Command, Form, Invocation},
     config::Config,
     control::{self, ASK_TIMEOUT},
     demo, distributor, error,
+    instance::Instance,
     kernel::ProgramLog,
     launch,
+    lock::Lock,
     logging::{self, Verbosity},
     monitor,
     status::Status,
@@ -63,9 +66,15 @@ fn perform(invocation: &Invocation) -> anyhow::Result<ExitCode> {
         Command::Change(command) => {
             ask(directory, command)?;
         }
-        Command::Down => {
-            control::down(directory, DOWN_TIMEOUT)?.into_result()?;
-        }
+        Command::Down => match control::down(directory, DOWN_TIMEOUT) {
+            Err(_) if !control::is_up(directory) && Instance::is_abandoned(directory) => {
+                let _lock = Lock::take(directory)?;
+                Instance::find(directory)?.remove()?;
+            }
+            answer => {
+                answer?.into_result()?;
+            }
+        },
         Command::Check(file) => {
             let config = Config::read(file)?;
             print!("{config}");
@@ -75,7 +84,14 @@ fn perform(invocation: &Invocation) -> anyhow::Result<ExitCode> {
 }
 
 fn ask(directory: &Path, command: &control::Command) -> anyhow::Result<Option<Status>> {
-    control::ask(directory, command, ASK_TIMEOUT)?.into_result()
+    match control::ask(directory, command, ASK_TIMEOUT) {
+        Err(_) if !control::is_up(directory) && Instance::is_abandoned(directory) => bail!(
+            "the dist-ctl on {} was killed; its servers run on, and nobody watches them: dist-ctl up ends \
+             them and starts afresh, dist-ctl down only ends them",
+            directory.display()
+        ),
+        answer => answer?.into_result(),
+    }
 }
 
 fn show(status: &Status, form: Form) -> anyhow::Result<()> {

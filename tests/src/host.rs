@@ -157,8 +157,13 @@ impl Host {
     pub fn copy_for_all(&self, program: &Path) -> String {
         let name = program.file_name().and_then(|name| name.to_str()).expect("a program has a name");
         let copy = self.path(name);
-        fs::copy(program, &copy).unwrap_or_else(|error| panic!("copy {}: {error}", program.display()));
-        fs::set_permissions(&copy, fs::Permissions::from_mode(0o755)).expect("open the copy to all");
+        if !copy.exists() {
+            // By a process of its own: a file that we write ourselves is open for writing in
+            // every process that another test starts meanwhile, until it becomes its program,
+            // and a file that is written to cannot be run ("Text file busy").
+            command::run(Command::new("cp").arg(program).arg(&copy), seconds(20.0)).expect_done();
+            fs::set_permissions(&copy, fs::Permissions::from_mode(0o755)).expect("open the copy to all");
+        }
         self.path_text(name)
     }
 

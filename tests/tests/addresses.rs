@@ -10,7 +10,7 @@ use tests::{
     host::{Host, V4, V6},
     network::Clients,
     real,
-    wait::seconds,
+    wait::{seconds, wait_for, wait_until_eq},
 };
 
 /// Two servers on these addresses, each bound by the servers themselves.
@@ -194,7 +194,7 @@ fn a_server_that_binds_another_family_is_stopped_with_a_reason() {
         let server = up.wait_state(name, "failed");
         let reason = server.reason.expect("a reason");
         assert!(reason.contains("0.0.0.0:8080") && reason.contains("[::]:8080"), "{reason}");
-        assert_eq!(server.pid, None);
+        wait_until_eq("its process", seconds(5.0), None, || up.service().server(name).pid);
     }
     assert!(up.service().outcome("bind_refused") >= 2);
 }
@@ -234,7 +234,7 @@ fn a_server_that_listens_on_another_port_never_becomes_ready_and_says_where_it_l
     let mut app = App::with(&host, 1, &["--listen", "[::]:9090"]);
     app.server = "start_timeout = \"1s\"".to_owned();
     let up = host.start(&app);
-    let server = tests::wait::wait_for("a reason that names the address", seconds(5.0), || {
+    let server = wait_for("a reason that names the address", seconds(5.0), || {
         let server = up.service().server("app/1").clone();
         server.reason.as_ref()?.contains("9090").then_some(server)
     });

@@ -9,24 +9,26 @@ use tests::{
     app::App,
     client::{self, Client},
     host::{Host, V4, V6},
-    process::Signal,
+    process::{Process, Signal},
     wait::{seconds, wait_for, wait_until_eq},
 };
 
 #[test]
 fn connections_wait_for_the_first_server_to_be_ready() {
     let host = Host::new();
-    let up = host.start(&App::with(&host, 2, &["--listen", "[::]:8080", "--listen-after", "1500"]));
+    let go = host.path_text("go");
+    let up = host.start(&App::with(&host, 2, &["--listen", "[::]:8080", "--listen-when", &go]));
     let waiting: Vec<TcpStream> = (0..20)
         .map(|number| client::connect(if number % 2 == 0 { V4 } else { V6 }).expect("a place in the room"))
         .collect();
     let service = up.service();
-    assert_eq!(service.states(), ["starting", "starting"], "the test was too slow to see the wait");
+    assert_eq!(service.states(), ["starting", "starting"]);
     assert_eq!(service.waiting.now, 20);
     assert_eq!(
         service.outcomes(["wait_no_server", "established_waiting", "selected", "handed_over"]),
         [20, 20, 0, 0]
     );
+    host.write("go", "");
     up.wait_ready();
     let served: Vec<Client> =
         waiting.into_iter().map(|stream| Client::greeted(stream).expect("served in the end")).collect();
@@ -40,8 +42,66 @@ fn connections_wait_for_the_first_server_to_be_ready() {
     up.wait_connections(&[0, 0]);
 }
 
+/// Each server that becomes ready gets whoever waits then. So here both are, and full, and have
+/// places again when the distributor, which was stopped meanwhile, looks the next time.
 #[test]
 fn those_who_waited_are_shared_out_by_the_policy() {
+    let host = Host::new();
+    let go = host.write("go", "");
+    let app = App::with(&host, 0, &["--listen", "[::]:8080", "--listen-when", &go]);
+    let servers = [("a", "limit = 15"), ("b", "limit = 15"), ("dies", "limit = 20")];
+    let up = host.up(&app.named(servers.map(|(name, lines)| (name, lines.to_owned()))));
+    let dies = up.process("app/dies");
+    dies.freeze(seconds(5.0));
+    let all: Vec<TcpStream> = (0..50).map(|_| client::connect(V4).expect("a place")).collect();
+    up.wait_connections(&[15, 15, 20]);
+    wait_until_eq("greeted", seconds(5.0), 30, || all.iter().filter(|it| has_been_greeted(it)).count());
+    // Its next instance never listens, and the others are full: its queue has to wait.
+    std::fs::remove_file(&go).expect("remove the file");
+    dies.kill(seconds(5.0));
+    wait_until_eq("waiting", seconds(5.0), 20, || up.service().waiting.now);
+    assert_eq!(up.service().outcomes(["parked", "handed_over", "moved"]), [20, 0, 0]);
+    let distributor = up.distributor();
+    distributor.freeze(seconds(5.0));
+    let (served, waiting): (Vec<_>, Vec<_>) = all.into_iter().partition(has_been_greeted);
+    drop(served);
+    wait_until_eq("connections of servers and rooms", seconds(5.0), 20, connections);
+    distributor.signal(Signal::CONT);
+    let served: Vec<Client> =
+        waiting.into_iter().map(|stream| Client::greeted(stream).expect("served in the end")).collect();
+    assert_eq!(client::by_name(&served), [("a".to_owned(), 10), ("b".to_owned(), 10)].into());
+    let service = up.service();
+    assert_eq!((service.connections(), service.waiting.now), (vec![10, 10, 0], 0));
+    assert_eq!(service.outcomes(["handed_over", "parked", "moved", "move_failed"]), [20, 20, 0, 0]);
+    drop(served);
+    up.wait_connections(&[0; 3]);
+}
+
+/// Its greeting has come, and is still to be read.
+fn has_been_greeted(stream: &TcpStream) -> bool {
+    stream.set_nonblocking(true).expect("look without waiting");
+    let greeted = stream.peek(&mut [0]).is_ok();
+    stream.set_nonblocking(false).expect("wait again");
+    greeted
+}
+
+/// How many connections to the service the calling thread's network has, accepted or not. Not
+/// by the distributor, which is stopped.
+fn connections() -> usize {
+    const PORT: &str = ":1F90";
+    const LISTEN: &str = "0A";
+    const TIME_WAIT: &str = "06";
+    let sockets = std::fs::read_to_string("/proc/thread-self/net/tcp6").expect("list the sockets");
+    let is_connection = |line: &&str| {
+        let mut words = line.split_whitespace().skip(1);
+        let (local, state) = (words.next(), words.nth(1));
+        local.is_some_and(|local| local.ends_with(PORT)) && state != Some(LISTEN) && state != Some(TIME_WAIT)
+    };
+    sockets.lines().filter(is_connection).count()
+}
+
+#[test]
+fn the_queue_of_a_server_that_dies_goes_to_the_other() {
     let host = Host::new();
     let up = host.up(&App::of(&host, 2));
     for name in ["app/1", "app/2"] {
@@ -51,9 +111,8 @@ fn those_who_waited_are_shared_out_by_the_policy() {
     let queued: Vec<TcpStream> = (0..30).map(|_| client::connect(V4).expect("a place")).collect();
     up.wait_connections(&[15, 15]);
     up.process("app/1").kill(seconds(5.0));
-    // All of the first one's go to the second; then all go to the first, which is new.
     up.wait_connections(&[0, 30]);
-    assert_eq!(up.service().outcome("moved"), 15);
+    assert_eq!(up.service().outcomes(["moved", "move_failed", "parked"]), [15, 0, 0]);
     up.process("app/2").signal(Signal::CONT);
     let served: Vec<Client> =
         queued.into_iter().map(|stream| Client::greeted(stream).expect("served")).collect();
@@ -80,10 +139,12 @@ fn clients_that_leave_while_they_wait_are_forgotten() {
 #[test]
 fn a_connection_that_was_reset_while_it_waited_is_not_handed_over() {
     let host = Host::new();
-    let up = host.start(&App::with(&host, 1, &["--listen", "[::]:8080", "--listen-after", "1500"]));
+    let go = host.path_text("go");
+    let up = host.start(&App::with(&host, 1, &["--listen", "[::]:8080", "--listen-when", &go]));
     let dead = client::connect(V4).expect("a place");
     let alive = client::connect(V4).expect("a place");
     client::reset(dead).expect("reset");
+    host.write("go", "");
     up.wait_ready();
     Client::greeted(alive).expect("served");
     let service = up.service();
@@ -102,11 +163,7 @@ fn the_next_best_server_takes_what_the_chosen_one_cannot() {
     let distributor = up.distributor();
     distributor.freeze(seconds(5.0));
     first.signal(Signal::USR1);
-    wait_for("the listener to be gone", seconds(5.0), || {
-        let sockets =
-            first.descriptors().into_values().filter(|target| target.starts_with("socket:")).count();
-        (sockets == 0).then_some(())
-    });
+    wait_for_no_socket(first);
     let held = client::hold(V4, 30);
     assert!(held.iter().all(|client| client.server != "1"));
     distributor.signal(Signal::CONT);
@@ -128,10 +185,7 @@ fn connections_wait_when_no_server_can_be_selected() {
     distributor.freeze(seconds(5.0));
     for server in servers {
         server.signal(Signal::USR1);
-        wait_for("the listener to be gone", seconds(5.0), || {
-            let open = server.descriptors().into_values().any(|target| target.starts_with("socket:"));
-            (!open).then_some(())
-        });
+        wait_for_no_socket(server);
     }
     let waiting: Vec<TcpStream> =
         (0..10).map(|_| client::connect(V4).expect("a place in the room")).collect();
@@ -143,6 +197,41 @@ fn connections_wait_when_no_server_can_be_selected() {
         Client::greeted(stream).expect("served by the next instance");
     }
     assert_eq!(up.service().outcome("move_failed"), 0);
+}
+
+/// Left to itself, the kernel would share them out among all listeners of the address, the full
+/// server's too.
+#[test]
+fn a_full_server_is_left_alone_when_the_other_cannot_be_selected() {
+    let host = Host::new();
+    let app = App::with(&host, 0, &["--listen", "[::]:8080", "--closable"]);
+    let up = host.up(&app.named([("full", "limit = 5".to_owned()), ("gone", "limit = 5".to_owned())]));
+    let mut held = client::hold(V4, 10);
+    held.retain(|client| client.server == "full");
+    up.wait_connections(&[5, 0]);
+    let gone = up.process("app/gone");
+    let distributor = up.distributor();
+    distributor.freeze(seconds(5.0));
+    gone.signal(Signal::USR1);
+    wait_for_no_socket(gone);
+    let waiting: Vec<TcpStream> =
+        (0..30).map(|_| client::connect(V4).expect("a place in the room")).collect();
+    distributor.signal(Signal::CONT);
+    let service = up.service();
+    assert_eq!(service.outcomes(["wait_select_failed", "selected", "refused_limit"]), [30, 10, 0]);
+    assert_eq!(service.server("app/full").connections_max, 5);
+    assert_eq!(host.inside("full").most, 5);
+    assert!(held.iter_mut().all(Client::is_served));
+    drop((held, waiting));
+}
+
+/// Waits until a server has closed all its listeners and connections.
+#[track_caller]
+fn wait_for_no_socket(server: Process) {
+    wait_for("the listener to be gone", seconds(5.0), || {
+        let open = server.descriptors().into_values().any(|target| target.starts_with("socket:"));
+        (!open).then_some(())
+    });
 }
 
 #[test]

@@ -253,22 +253,22 @@ fn a_segment_that_opens_no_connection_takes_no_place() {
 /// ACK. A place for each would halve the limit.
 #[test]
 fn with_syn_cookies_a_connection_takes_one_place() {
-    let host = Host::new();
-    always_send_cookies();
-    let mut app = App::of(&host, 2);
-    app.limit = Some(10);
-    let up = host.up(&app);
-    let held = client::hold(V4, 20);
-    assert_eq!(up.connections(), [10, 10]);
-    assert_eq!(client::connect(V4).expect_err("no place is left").kind(), ErrorKind::ConnectionRefused);
-    // Each was asked about twice.
-    let ways = ["selected", "refused_limit", "stray", "established"];
-    assert_eq!(up.service().outcomes(ways), [40, 1, 0, 20]);
-    drop(held);
-    up.wait_connections(&[0, 0]);
-    let held = client::hold(V6, 20);
-    assert_eq!(up.connections(), [10, 10]);
-    drop(held);
+    for address in [V4, V6] {
+        let host = Host::new();
+        always_send_cookies();
+        let mut app = App::of(&host, 2);
+        app.limit = Some(10);
+        let up = host.up(&app);
+        let held = client::hold(address, 20);
+        assert_eq!(up.connections(), [10, 10]);
+        let error = client::connect(address).expect_err("no place is left");
+        assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
+        // Each was asked about twice.
+        let ways = ["selected", "refused_limit", "stray", "established"];
+        assert_eq!(up.service().outcomes(ways), [40, 1, 0, 20]);
+        drop(held);
+        up.wait_connections(&[0, 0]);
+    }
 }
 
 #[test]
@@ -319,7 +319,17 @@ fn a_lower_limit_closes_nothing_and_lets_nobody_in() {
     up.wait_connections(&[0, 30]);
     let again = client::hold(V4, 20);
     assert_eq!(up.connections(), [5, 45]);
-    drop((held, more, again));
+    // The other one has five places left. When they are taken nobody is let in any more.
+    let rest = client::hold(V4, 5);
+    assert_eq!(up.connections(), [5, 50]);
+    assert_eq!(up.service().outcomes(["selected", "next_best", "refused_limit"]), [65, 0, 0]);
+    for _ in 0..7 {
+        let error = client::connect(V4).expect_err("both are full");
+        assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
+    }
+    assert_eq!(up.connections(), [5, 50]);
+    assert_eq!(up.service().outcomes(["selected", "next_best", "refused_limit"]), [65, 0, 7]);
+    drop((held, more, again, rest));
 }
 
 #[test]
@@ -329,10 +339,13 @@ fn a_raised_limit_lets_more_in() {
     app.limit = Some(2);
     let up = host.up(&app);
     let first = client::hold(V4, 2);
-    client::connect(V4).expect_err("full");
+    assert_eq!(client::connect(V4).expect_err("full").kind(), ErrorKind::ConnectionRefused);
+    assert_eq!(up.service().outcomes(["selected", "refused_limit"]), [2, 1]);
     up.run(&["limit", "app/1", "4"]).expect_done();
     let second = client::hold(V4, 2);
-    client::connect(V4).expect_err("full again");
+    assert_eq!(up.service().outcomes(["selected", "refused_limit"]), [4, 1], "nobody was refused below 4");
+    assert_eq!(client::connect(V4).expect_err("full again").kind(), ErrorKind::ConnectionRefused);
     assert_eq!(up.connections(), [4]);
+    assert_eq!(up.service().outcomes(["selected", "refused_limit"]), [4, 2]);
     drop((first, second));
 }

@@ -187,6 +187,27 @@ fn source_hash_keeps_a_client_at_its_server() {
     assert_eq!(up.service().outcomes(["selected", "widened"]), [2000, 0]);
 }
 
+/// Connections that arrive at once change a server's word under each other. That must never look
+/// like a server that has no place.
+#[test]
+fn source_hash_keeps_one_client_on_one_server_under_concurrency() {
+    let host = Host::new();
+    let mut app = App::of(&host, 4);
+    app.policy = Some("source-hash");
+    let up = host.up(&app);
+    client::in_threads(12, 0..3_000, |_| Client::open(V4).map(drop)).expect("every connection is served");
+    let service = up.service();
+    let mut totals = service.totals();
+    totals.sort_unstable();
+    assert_eq!(totals, [0, 0, 0, 3_000], "{:?}", service.outcomes);
+    assert_eq!(
+        service.outcomes(["selected", "next_best", "established", "widened"]),
+        [3_000, 0, 3_000, 0],
+        "{:?}",
+        service.outcomes
+    );
+}
+
 #[test]
 fn source_hash_keeps_ipv6_clients_too() {
     let host = Host::new();

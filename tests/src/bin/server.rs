@@ -58,6 +58,8 @@ struct Options {
     stdin: bool,
     backlog: i32,
     listen_after: Duration,
+    /// Listens once there is such a file.
+    listen_when: Option<PathBuf>,
     /// Tells NOTIFY_SOCKET so long after it listens.
     ready_after: Option<Duration>,
     /// Tells NOTIFY_SOCKET nothing until SIGUSR2.
@@ -90,6 +92,7 @@ impl Options {
                 "--stdin" => options.stdin = true,
                 "--backlog" => options.backlog = value()?.parse()?,
                 "--listen-after" => options.listen_after = milliseconds(value()?)?,
+                "--listen-when" => options.listen_when = Some(value()?.into()),
                 "--ready-after" => options.ready_after = Some(milliseconds(value()?)?),
                 "--ready-on-signal" => options.ready_on_signal = true,
                 "--never-listen" => options.never_listen = true,
@@ -127,6 +130,9 @@ fn run(options: Options) -> Result<ExitCode> {
     raise_descriptor_limit()?;
     let signals = Signals::new(&options)?;
     thread::sleep(options.listen_after);
+    while options.listen_when.as_ref().is_some_and(|file| !file.exists()) {
+        thread::sleep(Duration::from_millis(5));
+    }
     if options.never_listen {
         loop {
             thread::park();

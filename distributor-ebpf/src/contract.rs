@@ -9,8 +9,8 @@ pub const VERSION: u32 = 1;
 
 /// Server instances of one service that can hold connections at the same time.
 ///
-/// 256 and not 1,024: one pass over the slots costs about 3 ns each, so 1,024 would spend
-/// 3 us on every connection where the budget for `select` is 1 us (docs/benchmarks.md).
+/// 256 and not 1,024: the pass over the slots costs the same for each one in use, and 256 of
+/// them already cost more than the microsecond that `select` is to take (docs/benchmarks.md).
 pub const SLOTS: usize = 256;
 
 /// Listening addresses of one service. Each is one reuseport group.

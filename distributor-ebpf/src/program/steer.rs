@@ -71,6 +71,7 @@ pub(crate) fn run(ctx: &SkReuseportContext) -> u32 {
     let mut reserves = true;
     let mut cookie = 0;
     let mut old = NOBODY;
+    let hashes = plan.policy == Policy::SourceHash as u32;
     let source;
     if migrating.is_null() {
         let Some(flags) = tcp_flags(ctx) else { return room(ctx, plan, Outcome::Malformed) };
@@ -91,7 +92,7 @@ pub(crate) fn run(ctx: &SkReuseportContext) -> u32 {
             return SK_DROP;
         }
         reserves = flags & SYN == 0 || plan.flags & FLAG_COOKIES == 0;
-        source = arriving_source(ctx);
+        source = if hashes { arriving_source(ctx) } else { [0; 4] };
     } else {
         // SAFETY: not null, and the verifier knows it for a socket.
         let state = unsafe { (*migrating).state };
@@ -100,7 +101,7 @@ pub(crate) fn run(ctx: &SkReuseportContext) -> u32 {
             count(Outcome::MovedDead);
             return SK_DROP;
         }
-        source = socket_source(migrating);
+        source = if hashes { socket_source(migrating) } else { [0; 4] };
         if state == TCP_NEW_SYN_RECV {
             asks = Asks::HalfOpen;
         } else {
@@ -418,9 +419,12 @@ fn select_listener(ctx: &SkReuseportContext, plan: &'static Plan, slot: u32, loa
     if run.len == 0 {
         return false;
     }
-    // A stride is never 0; a division that does not say what then would be a way to panic.
-    let turn = loads.turn(slot).checked_div(plan.servers[slot].stride).unwrap_or(0);
-    let index = u32::from(run.first) + (turn % u64::from(run.len)) as u32;
+    let mut index = u32::from(run.first);
+    if run.len > 1 {
+        // A stride is never 0; a division that does not say what then would be a way to panic.
+        let turn = loads.turn(slot).checked_div(plan.servers[slot].stride).unwrap_or(0);
+        index += (turn % u64::from(run.len)) as u32;
+    }
     SOCKETS.select_reuseport(ctx, index).is_ok()
 }
 
@@ -460,9 +464,16 @@ fn record_owner(cookie: u64, slot: u32) {
 /// The flags byte of the TCP header.
 #[inline(always)]
 fn tcp_flags(ctx: &SkReuseportContext) -> Option<u8> {
+    const AT: usize = 13;
+    let (data, end) = (ctx.data(), ctx.data_end());
+    if data + AT < end {
+        // SAFETY: inside the packet, as the line before says, and the verifier checks.
+        return Some(unsafe { *((data + AT) as *const u8) });
+    }
+    // Not in the first fragment of a paged packet.
     let mut flags = 0u8;
     // SAFETY: one byte is written to `flags`; the data begins at the TCP header.
-    let error = unsafe { bpf_skb_load_bytes(ctx.as_ptr(), 13, (&raw mut flags).cast::<c_void>(), 1) };
+    let error = unsafe { bpf_skb_load_bytes(ctx.as_ptr(), AT as u32, (&raw mut flags).cast::<c_void>(), 1) };
     (error == 0).then_some(flags)
 }
 

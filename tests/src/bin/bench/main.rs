@@ -77,6 +77,10 @@ fn run() -> Result<String> {
         "verifier" => verifier::run(&run),
         _ => bail!("{name}: no such benchmark"),
     };
+    if section.is_err() {
+        // Ctrl-C stops dist-ctl as well; that nobody answers any more is not what went wrong.
+        run.check()?;
+    }
     section.with_context(|| format!("benchmark {name}"))
 }
 

@@ -183,6 +183,22 @@ fn every_outcome_is_explained() {
 }
 
 #[test]
+fn every_benchmark_shows_what_was_measured() {
+    const START: &str = "<!-- bench ";
+    let text = read("docs/benchmarks.md");
+    let mut shown = 0;
+    for block in text.split(START).skip(1) {
+        let (name, below) = block.split_once(" -->").expect("the end of a block's first line");
+        let (measured, _) = below
+            .split_once(&format!("<!-- end {name} -->"))
+            .unwrap_or_else(|| panic!("the block {name} has no end"));
+        assert!(!measured.trim().is_empty(), "nothing is shown for {name}: run cargo xtask bench --write");
+        shown += 1;
+    }
+    assert!(shown >= 6, "only {shown} blocks were found");
+}
+
+#[test]
 fn every_command_is_in_the_readme() {
     let cli = read("distributor-user/src/cli.rs");
     let (_, verbs) = cli.split_once("\nenum Verb {\n").expect("the commands");

@@ -312,7 +312,7 @@ outcomes! {
     /// SO_REUSEPORT could not be set on a bind to an address of the service.
     BindFailed = "bind_failed",
     /// A load word changed under us sixteen times in a row: the active count was changed by an
-    /// addition, and the reservation left to expire.
+    /// addition, and the reservation left to expire; or a server was looked for again.
     WordContended = "word_contended",
     /// The plan or load map could not be read, which cannot happen with array maps.
     NoPlan = "no_plan",

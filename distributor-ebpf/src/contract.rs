@@ -26,6 +26,10 @@ pub const BUCKETS: usize = 8_192;
 /// The largest limit: the active count of a load word has 20 bits, and stays below its end.
 pub const LIMIT_MAX: u32 = 1_000_000;
 
+/// The most connections of one service that may wait. Each is a socket in the kernel's memory
+/// that nobody reads; more than these, and most would wait in vain.
+pub const CAPACITY_MAX: u32 = 16_384;
+
 /// The largest weight. Used counts times weights must stay below 2^63 (`select`).
 pub const WEIGHT_MAX: u32 = 1_000;
 

@@ -134,8 +134,18 @@ impl Invocation {
                 arguments.push(word);
             }
             Source::Command(form) => {
-                let CommandForm { name, listen, servers, policy, limit, weight, socket, user, command } =
-                    form;
+                let CommandForm {
+                    name,
+                    listen,
+                    servers,
+                    policy,
+                    limit,
+                    weight,
+                    waiting,
+                    socket,
+                    user,
+                    command,
+                } = form;
                 option("name", name);
                 for address in listen {
                     option("listen", address);
@@ -147,7 +157,7 @@ impl Invocation {
                         option(name, value);
                     }
                 }
-                for (name, value) in [("limit", limit), ("weight", weight)] {
+                for (name, value) in [("limit", limit), ("weight", weight), ("waiting", waiting)] {
                     if let Some(value) = value {
                         option(name, &value.to_string());
                     }
@@ -177,8 +187,20 @@ impl Source {
             return Err(refusal(Some("up"), ErrorKind::UnknownArgument, &sentence));
         }
         let given = typed.form_options();
-        let Up { file, name, listen, servers, policy, limit, weight, socket, user, command, stray: _ } =
-            typed;
+        let Up {
+            file,
+            name,
+            listen,
+            servers,
+            policy,
+            limit,
+            weight,
+            waiting,
+            socket,
+            user,
+            command,
+            stray: _,
+        } = typed;
         let sentence = match (file, given.first(), servers) {
             (None, None, _) => return Ok(Self::File(PathBuf::from(DEFAULT_FILE))),
             (Some(path), None, _) => return Ok(Self::File(path)),
@@ -190,6 +212,7 @@ impl Source {
                     policy,
                     limit,
                     weight,
+                    waiting,
                     socket,
                     user,
                     command,
@@ -392,6 +415,11 @@ struct Up {
     #[arg(long, value_name = "N", value_parser = number, allow_negative_numbers = true)]
     weight: Option<i64>,
 
+    /// How many connections may wait when no server has a place, 0 to 16384; 0 refuses them at
+    /// once [default: 1024]
+    #[arg(long, value_name = "N", value_parser = number, allow_negative_numbers = true)]
+    waiting: Option<i64>,
+
     /// How a server gets its listener [default: own, it binds by itself; others: systemd, as
     /// LISTEN_FDS; stdin, as standard input]
     #[arg(long)]
@@ -423,6 +451,7 @@ impl Up {
             ("--policy", self.policy.is_some()),
             ("--limit", self.limit.is_some()),
             ("--weight", self.weight.is_some()),
+            ("--waiting", self.waiting.is_some()),
             ("--socket", self.socket.is_some()),
             ("--user", self.user.is_some()),
             ("--name", self.name.is_some()),
@@ -545,7 +574,7 @@ mod tests {
     #[test]
     fn the_command_form_is_understood() {
         let line = "dist-ctl up --listen :80 --listen [::1]:81 --servers 3 --policy first --limit 9 \
-            --weight 8 --socket stdin --user me --name shop -- ./server --port 80 -- -x";
+            --weight 8 --waiting 7 --socket stdin --user me --name shop -- ./server --port 80 -- -x";
         let strings = |texts: &[&str]| texts.iter().map(|text| text.to_string()).collect();
         let form = CommandForm {
             name: "shop".to_owned(),
@@ -554,6 +583,7 @@ mod tests {
             policy: Some("first".to_owned()),
             limit: Some(9),
             weight: Some(8),
+            waiting: Some(7),
             socket: Some("stdin".to_owned()),
             user: Some("me".to_owned()),
             command: strings(&["./server", "--port", "80", "--", "-x"]),
@@ -566,7 +596,19 @@ mod tests {
         let Command::Up(Source::Command(form)) = command("dist-ctl up --listen :80 --servers 1 -- x") else {
             panic!("not the command form");
         };
-        assert_eq!((form.name.as_str(), form.limit, form.user), ("app", None, None));
+        assert_eq!((form.name.as_str(), form.limit, form.waiting, form.user), ("app", None, None, None));
+    }
+
+    #[test]
+    fn a_negative_number_is_read_for_the_configuration_to_refuse() {
+        for option in ["limit", "weight", "waiting"] {
+            let line = format!("dist-ctl up --listen :80 --servers 1 --{option} -1 -- x");
+            let Command::Up(source) = command(&line) else {
+                panic!("{line}: not up");
+            };
+            let sentence = source.read().unwrap_err().to_string();
+            assert!(sentence.starts_with(&format!("--{option}: -1 is out of range, write ")), "{sentence}");
+        }
     }
 
     #[test]
@@ -660,11 +702,12 @@ mod tests {
             policy in prop::option::of(".*"),
             limit in prop::option::of(any::<i64>()),
             weight in prop::option::of(any::<i64>()),
+            waiting in prop::option::of(any::<i64>()),
             socket in prop::option::of(".*"),
             user in prop::option::of(".*"),
             command in prop::collection::vec(".*", 1..4),
         ) -> CommandForm {
-            CommandForm { name, listen, servers, policy, limit, weight, socket, user, command }
+            CommandForm { name, listen, servers, policy, limit, weight, waiting, socket, user, command }
         }
     }
 
@@ -712,6 +755,10 @@ mod tests {
             "dist-ctl up -f x.toml -- ./server",
             "--file x.toml and COMMAND exclude each other, write what COMMAND says into the file, or leave out --file",
         ),
+        (
+            "dist-ctl up -f x.toml --waiting -1",
+            "--file x.toml and --waiting exclude each other, write what --waiting says into the file, or leave out --file",
+        ),
         ("dist-ctl up -f x.toml -f y.toml", "the argument '--file <FILE>' cannot be used multiple times"),
         (
             "dist-ctl up --servers 4 -- ./server",
@@ -736,6 +783,10 @@ mod tests {
         (
             "dist-ctl up --listen :80 --servers four -- ./server",
             "invalid value 'four' for '--servers <N>': write a number",
+        ),
+        (
+            "dist-ctl up --listen :80 --servers 4 --waiting forever -- ./server",
+            "invalid value 'forever' for '--waiting <N>': write a number",
         ),
         (
             "dist-ctl up --listen :80 --servers 4 ./server",

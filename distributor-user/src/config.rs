@@ -3,8 +3,8 @@
 //! Takes a file, or the command-line form of `up`; both become the same `written::Written`,
 //! which `meant` turns into a [`Config`] once. Everything the rest of the program needs is
 //! then here: no default to fill in, no name to look up, no text to parse. Refuses with all
-//! the problems it finds, one sentence each. Reads the user database and the list of CPUs,
-//! and changes nothing.
+//! the problems it finds, one sentence each. Reads the user database, the list of CPUs and the
+//! files that hold a reply, and changes nothing.
 #![forbid(unsafe_code)]
 
 mod cpus;
@@ -65,6 +65,8 @@ pub struct Service {
     pub listen: Vec<ListenAddress>,
     /// How a server is chosen for a connection.
     pub policy: Policy,
+    /// Who may wait when no server has a place.
+    pub waiting: Waiting,
     /// Whom the servers run as. `None`: as the distributor, that is root.
     pub user: Option<User>,
     /// How the servers get their listeners.
@@ -75,6 +77,18 @@ pub struct Service {
     pub backlog: u32,
     /// 1 to 256: the numbered ones, then the named ones.
     pub servers: Vec<Server>,
+}
+
+/// Waiting for a place. First come, first served: there is no other order, so none is kept here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Waiting {
+    /// Connections that may wait, up to `CAPACITY_MAX`. 0: whom nobody can serve at once is
+    /// refused.
+    pub capacity: u32,
+    /// How long one may wait.
+    pub timeout: Duration,
+    /// What a client is told whose time is up; empty: its connection is reset.
+    pub reply: Vec<u8>,
 }
 
 /// One server, with everything it needs to be started.
@@ -175,6 +189,8 @@ pub struct CommandForm {
     pub limit: Option<i64>,
     /// --weight
     pub weight: Option<i64>,
+    /// --waiting
+    pub waiting: Option<i64>,
     /// --socket
     pub socket: Option<String>,
     /// --user
@@ -225,7 +241,7 @@ impl fmt::Display for Config {
     }
 }
 
-/// `shop: [::]:8080, 5 servers (1 to 4, big), least-connections, socket own, user shop, limit 200, weight 100 (big: 200)`
+/// `shop: [::]:8080, 5 servers (1 to 4, big), least-connections, socket own, user shop, limit 200, weight 100 (big: 200), waiting 1024 for 30s with a reply`
 impl fmt::Display for Service {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: ", self.name)?;
@@ -263,7 +279,21 @@ impl fmt::Display for Service {
         };
         write!(f, ", limit {}", most_and_others(&self.servers, limit))?;
         let weight = |server: &Server| server.weight.to_string();
-        write!(f, ", weight {}", most_and_others(&self.servers, weight))
+        write!(f, ", weight {}, {}", most_and_others(&self.servers, weight), self.waiting)
+    }
+}
+
+/// `waiting 1024 for 30s with a reply`, or `no waiting`
+impl fmt::Display for Waiting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.capacity == 0 {
+            return f.write_str("no waiting");
+        }
+        write!(f, "waiting {} for {}", self.capacity, duration::write(self.timeout))?;
+        match self.reply.is_empty() {
+            true => Ok(()),
+            false => f.write_str(" with a reply"),
+        }
     }
 }
 

@@ -276,7 +276,7 @@ fn check_says_what_it_understood() {
     let ended = host.run(&["check", &file]).expect_done();
     assert_eq!(
         ended.stdout,
-        "app: [::]:8080, 5 servers (1 to 4, big), least-connections, socket own, limit 200, weight 100 (big: 200)\n"
+        "app: [::]:8080, 5 servers (1 to 4, big), least-connections, socket own, limit 200, weight 100 (big: 200), waiting 1024 for 30s\n"
     );
 }
 

@@ -209,6 +209,7 @@ fn every_wrong_command_line_is_refused_with_its_sentence() {
         ("up --listen :80 --servers 1 --policy best -- true", &["--policy", "best", "first"]),
         ("up --listen :80 --servers 1 --limit 0 -- true", &["--limit", "0"]),
         ("up --listen :80 --servers 1 --weight 1001 -- true", &["--weight", "1001", "1000"]),
+        ("up --listen :80 --servers 1 --waiting -1 -- true", &["--waiting", "-1", "16384"]),
         ("up --listen :80 --servers 1 --socket tcp -- true", &["--socket", "tcp", "systemd"]),
         ("up --listen :80 --servers 1 --user no-such-user -- true", &["--user", "no-such-user"]),
         ("up --listen :80 --servers 1 --name a/b -- true", &["--name", "a/b"]),

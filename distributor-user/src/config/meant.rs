@@ -5,14 +5,20 @@
 //! throws the result away when there is a problem.
 #![forbid(unsafe_code)]
 
-use std::{ops::RangeInclusive, path::PathBuf, time::Duration};
+use std::{
+    fs::{self, File},
+    io::{self, Read as _},
+    ops::RangeInclusive,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
-use distributor_ebpf::contract::{GROUPS, LIMIT_MAX, SLOTS, WEIGHT_MAX};
+use distributor_ebpf::contract::{CAPACITY_MAX, GROUPS, LIMIT_MAX, SLOTS, WEIGHT_MAX};
 use rustix::process::{Resource, Signal};
 
 use super::{
     Config, Control, Machine, Output, Policy, Problems, Readiness, Restart, Server, Service, SocketMode,
-    User, cpus, duration,
+    User, Waiting, cpus, duration,
     environment::{self, Facts},
     expand::{Names, expand},
     is_name,
@@ -35,10 +41,18 @@ const RESTART_DELAY: Duration = Duration::from_millis(100);
 const RESTART_MAX_DELAY: Duration = Duration::from_secs(30);
 const HEALTHY_AFTER: Duration = Duration::from_secs(10);
 const GIVE_UP_AFTER: u32 = 10;
+const CAPACITY: u32 = 1024;
+/// By then people have gone, and a program had better be told to try again.
+const WAITING_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A server that dies at once is started a hundred times a second at most.
 const SHORTEST_DELAY: Duration = Duration::from_millis(10);
 const INSTANT: Duration = Duration::from_millis(1);
+/// Who wants less than this wants nobody to wait, which a capacity of 0 says.
+const SHORTEST_WAIT: Duration = Duration::from_millis(10);
+/// More than a page that says "come back later" needs. It is sent to up to `CAPACITY_MAX`
+/// clients at once, and lies in the kernel's memory until they have taken it.
+const REPLY_BYTES: usize = 65_536;
 
 /// The signals a program may take as a request to stop.
 const SIGNALS: [(&str, Signal); 9] = [
@@ -72,6 +86,13 @@ const RESOURCES: [(&str, Resource); 16] = [
     ("sigpending", Resource::Sigpending),
     ("stack", Resource::Stack),
 ];
+
+/// Who of those that wait is served first.
+#[derive(Clone, Copy)]
+enum Order {
+    /// Who came first.
+    First,
+}
 
 /// The configuration that was meant, if no problem was added.
 pub(super) fn config(written: &Written, machine: &Machine, problems: &Problems) -> Config {
@@ -141,6 +162,7 @@ impl<'r> Reading<'r> {
         Service {
             name: written.name.clone(),
             policy: self.choice(&written.policy, &Policy::ALL, Policy::name, Policy::default()),
+            waiting: self.waiting(&written.waiting),
             socket,
             readiness: self.choice(&shared.readiness, &Readiness::ALL, Readiness::name, Readiness::Listening),
             backlog: self.number(&shared.backlog, 1..=65_535, BACKLOG),
@@ -191,6 +213,35 @@ impl<'r> Reading<'r> {
             taken.push(Taken { address: *address, typed: &given.value, service: &written.name });
         }
         addresses
+    }
+
+    fn waiting(&self, written: &written::Waiting) -> Waiting {
+        // The only one there is: another word is refused, and nothing has to be remembered.
+        let Order::First = self.choice(&written.order, &Order::ALL, Order::name, Order::First);
+        Waiting {
+            capacity: self.number(&written.capacity, 0..=CAPACITY_MAX, CAPACITY),
+            timeout: self.duration(&written.timeout, SHORTEST_WAIT, WAITING_TIMEOUT),
+            reply: self.reply(written),
+        }
+    }
+
+    fn reply(&self, written: &written::Waiting) -> Vec<u8> {
+        let (place, reply) = match (written.reply.given(), written.reply_file.given()) {
+            (None, None) => return Vec::new(),
+            // One of them will be deleted, so nothing else is said of either.
+            (Some(_), Some(file)) => {
+                let sentence =
+                    format!("{:?} stands beside reply, write only one of reply and reply_file", file.value);
+                self.refuse(&file.place, sentence);
+                return Vec::new();
+            }
+            (Some(text), None) => (&text.place, reply_text(&text.value)),
+            (None, Some(file)) => (&file.place, reply_file(&file.value)),
+        };
+        reply.unwrap_or_else(|sentence| {
+            self.refuse(place, sentence);
+            Vec::new()
+        })
     }
 
     fn user(&self, shared: &written::Shared) -> Option<User> {
@@ -376,9 +427,7 @@ impl<'r> Reading<'r> {
     fn absolute(&self, given: &Given<String>, names: &Names<'_>, write: &str) -> PathBuf {
         let path = PathBuf::from(self.expanded(&given.place, &given.value, names));
         if !path.is_absolute() {
-            let sentence =
-                format!("{:?} is not an absolute path, {write} one that begins with /", given.value);
-            self.refuse(&given.place, sentence);
+            self.refuse(&given.place, not_absolute(&given.value, write));
         }
         path
     }
@@ -572,6 +621,18 @@ impl<'r> Reading<'r> {
     }
 }
 
+impl Order {
+    /// Every order.
+    const ALL: [Self; 1] = [Self::First];
+
+    /// The name an operator writes.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::First => "first",
+        }
+    }
+}
+
 /// What all servers of a service have in common.
 struct Common<'a> {
     service: &'a str,
@@ -603,13 +664,58 @@ fn overlap(typed: &str, service: &str, other: &Taken<'_>) -> String {
 
 fn unknown(typed: &str, known: impl IntoIterator<Item = &'static str>) -> String {
     let known: Vec<&str> = known.into_iter().collect();
-    match nearest(typed, known.iter().copied()) {
-        Some(nearest) => format!("{typed:?} is unknown, did you mean {nearest:?}?"),
-        None => {
+    match (nearest(typed, known.iter().copied()), known.as_slice()) {
+        (Some(nearest), _) => format!("{typed:?} is unknown, did you mean {nearest:?}?"),
+        (None, [only]) => format!("{typed:?} is unknown, write {only:?}"),
+        (None, _) => {
             let known: Vec<String> = known.iter().map(|name| format!("{name:?}")).collect();
             format!("{typed:?} is unknown, write one of {}", known.join(", "))
         }
     }
+}
+
+/// The reply that was written, or a sentence.
+fn reply_text(text: &str) -> Result<Vec<u8>, String> {
+    match text.len() {
+        0 => {
+            Err("is empty, write what a client is to be told, or leave it out to reset the connection"
+                .to_owned())
+        }
+        length if length > REPLY_BYTES => {
+            Err(format!("has {length} bytes, which is too long, write {REPLY_BYTES} at most"))
+        }
+        _ => Ok(text.into()),
+    }
+}
+
+/// The reply that lies in this file, or a sentence.
+fn reply_file(path: &str) -> Result<Vec<u8>, String> {
+    if !Path::new(path).is_absolute() {
+        return Err(not_absolute(path, "write"));
+    }
+    let unreadable = |error: io::Error| {
+        format!("{path:?} cannot be read: {error}; write the path of a file that holds the reply")
+    };
+    // Before it is opened: a pipe would be waited for, and some devices never end.
+    if !fs::metadata(path).map_err(unreadable)?.is_file() {
+        return Err(format!("{path:?} is no regular file, write the path of one that holds the reply"));
+    }
+    let mut reply = Vec::new();
+    let one_too_many = REPLY_BYTES as u64 + 1;
+    File::open(path).and_then(|file| file.take(one_too_many).read_to_end(&mut reply)).map_err(unreadable)?;
+    match reply.len() {
+        0 => Err(format!(
+            "{path:?} is empty, fill it with what a client is to be told, or leave it out to reset the connection"
+        )),
+        length if length > REPLY_BYTES => {
+            Err(format!("{path:?} is too long, write the path of a file with {REPLY_BYTES} bytes at most"))
+        }
+        _ => Ok(reply),
+    }
+}
+
+fn not_absolute(typed: &str, write: &str) -> String {
+    format!("{typed:?} is not an absolute path, {write} one that begins with /")
 }
 
 fn not_a_name(typed: &str) -> String {

@@ -458,6 +458,137 @@ colour = "red""#,
     ),
 ];
 
+/// What may be wrong with waiting. Goes behind `SERVICE` and `[service.shop.waiting]`, so its
+/// first line is line 6.
+const WAITING: &[Row] = &[
+    (
+        "a_capacity_above_the_most",
+        "capacity = 16385",
+        &[
+            "shop.toml:6: service.shop.waiting.capacity: 16385 is out of range, write a number from 0 to 16384",
+        ],
+    ),
+    (
+        "a_negative_capacity",
+        "capacity = -1",
+        &["shop.toml:6: service.shop.waiting.capacity: -1 is out of range, write a number from 0 to 16384"],
+    ),
+    (
+        "a_capacity_in_words",
+        r#"capacity = "none""#,
+        &[r#"shop.toml:6: service.shop.waiting.capacity: "none" is text, write a number: capacity = 1024"#],
+    ),
+    (
+        "a_wait_that_is_none",
+        r#"timeout = "9ms""#,
+        &[r#"shop.toml:6: service.shop.waiting.timeout: "9ms" is too short, write at least "10ms""#],
+    ),
+    (
+        "a_wait_without_a_unit",
+        "timeout = 30",
+        &[r#"shop.toml:6: service.shop.waiting.timeout: 30 has no unit, write "30s""#],
+    ),
+    (
+        "a_wait_that_is_no_duration",
+        r#"timeout = "never""#,
+        &[
+            r#"shop.toml:6: service.shop.waiting.timeout: "never" is no duration, write for example "500ms", "30s" or "1m30s""#,
+        ],
+    ),
+    (
+        "an_empty_reply",
+        r#"reply = """#,
+        &[
+            "shop.toml:6: service.shop.waiting.reply: is empty, write what a client is to be told, or leave it out to reset the connection",
+        ],
+    ),
+    (
+        "a_reply_that_is_a_number",
+        "reply = 503",
+        &[
+            r#"shop.toml:6: service.shop.waiting.reply: 503 is a number, write text: reply = "HTTP/1.1 503 Service Unavailable\r\n\r\n""#,
+        ],
+    ),
+    (
+        "a_reply_in_a_file_that_is_not_there",
+        r#"reply_file = "/no/such/reply""#,
+        &[
+            r#"shop.toml:6: service.shop.waiting.reply_file: "/no/such/reply" cannot be read: No such file or directory (os error 2); write the path of a file that holds the reply"#,
+        ],
+    ),
+    (
+        "a_reply_in_a_file_with_a_nul_in_its_name",
+        r#"reply_file = "/reply\u0000""#,
+        &[
+            r#"shop.toml:6: service.shop.waiting.reply_file: "/reply\0" cannot be read: file name contained an unexpected NUL byte; write the path of a file that holds the reply"#,
+        ],
+    ),
+    (
+        "a_reply_from_a_device_that_never_ends",
+        r#"reply_file = "/dev/zero""#,
+        &[
+            r#"shop.toml:6: service.shop.waiting.reply_file: "/dev/zero" is no regular file, write the path of one that holds the reply"#,
+        ],
+    ),
+    (
+        "a_reply_in_a_directory",
+        r#"reply_file = "/""#,
+        &[
+            r#"shop.toml:6: service.shop.waiting.reply_file: "/" is no regular file, write the path of one that holds the reply"#,
+        ],
+    ),
+    (
+        "a_reply_in_a_file_with_a_relative_path",
+        r#"reply_file = "busy.http""#,
+        &[
+            r#"shop.toml:6: service.shop.waiting.reply_file: "busy.http" is not an absolute path, write one that begins with /"#,
+        ],
+    ),
+    (
+        "two_replies",
+        r#"reply = "busy"
+reply_file = "/no/such/reply""#,
+        &[
+            r#"shop.toml:7: service.shop.waiting.reply_file: "/no/such/reply" stands beside reply, write only one of reply and reply_file"#,
+        ],
+    ),
+    (
+        "an_order_that_is_invented",
+        r#"order = "random""#,
+        &[r#"shop.toml:6: service.shop.waiting.order: "random" is unknown, write "first""#],
+    ),
+    (
+        "an_order_that_is_mistyped",
+        r#"order = "frist""#,
+        &[r#"shop.toml:6: service.shop.waiting.order: "frist" is unknown, did you mean "first"?"#],
+    ),
+    (
+        "a_field_of_waiting_that_is_mistyped",
+        r#"time_out = "3s""#,
+        &[r#"shop.toml:6: service.shop.waiting.time_out: unknown field, did you mean "timeout"?"#],
+    ),
+    (
+        "a_field_of_waiting_that_is_invented",
+        "priority = 3",
+        &[
+            "shop.toml:6: service.shop.waiting.priority: unknown field, write one of capacity, timeout, reply, reply_file, order",
+        ],
+    ),
+    (
+        "all_mistakes_of_waiting_are_told_in_order",
+        r#"order = "last"
+capacity = 20000
+reply = ""
+timeout = "0s""#,
+        &[
+            r#"shop.toml:6: service.shop.waiting.order: "last" is unknown, write "first""#,
+            "shop.toml:7: service.shop.waiting.capacity: 20000 is out of range, write a number from 0 to 16384",
+            "shop.toml:8: service.shop.waiting.reply: is empty, write what a client is to be told, or leave it out to reset the connection",
+            r#"shop.toml:9: service.shop.waiting.timeout: "0s" is too short, write at least "10ms""#,
+        ],
+    ),
+];
+
 /// What may be wrong elsewhere; these are whole files.
 const FILES: &[Row] = &[
     (
@@ -696,11 +827,59 @@ command = ["shop"]"#,
         "a_table_that_is_not_there_yet",
         r#"[service.shop]
 listen = [":80"]
-[service.shop.waiting]
-capacity = 10
+[service.shop.metrics]
+port = 10
 [service.shop.server]
 command = ["shop"]"#,
-        &["shop.toml:3: service.shop.waiting: unknown field, write one of listen, policy, server, servers"],
+        &[
+            "shop.toml:3: service.shop.metrics: unknown field, write one of listen, policy, waiting, server, servers",
+        ],
+    ),
+    (
+        "waiting_as_a_number",
+        r#"[service.shop]
+listen = [":80"]
+waiting = 100
+[service.shop.server]
+command = ["shop"]"#,
+        &["shop.toml:3: service.shop.waiting: 100 is a number, write [service.shop.waiting]"],
+    ),
+    (
+        "waiting_one_table_too_deep",
+        r#"[service.shop]
+listen = [":80"]
+[service.shop.server]
+command = ["shop"]
+[service.shop.server.waiting]
+capacity = 10"#,
+        &["shop.toml:5: service.shop.server.waiting: belongs in [service.shop], write it there"],
+    ),
+    (
+        "fields_of_waiting_everywhere_else",
+        r#"[service.shop]
+listen = [":80"]
+capacity = 10
+order = "first"
+[service.shop.server]
+command = ["shop"]
+capacity = 10
+timeout = "3s"
+reply = "busy"
+reply_file = "/busy"
+[[service.shop.servers]]
+name = "big"
+capacity = 10
+timeout = "3s""#,
+        &[
+            "shop.toml:3: service.shop.capacity: belongs in [service.shop.waiting], write it there",
+            "shop.toml:4: service.shop.order: belongs in [service.shop.waiting], write it there",
+            "shop.toml:7: service.shop.server.capacity: belongs in [service.shop.waiting], write it there",
+            "shop.toml:8: service.shop.server.timeout: belongs in [service.shop.waiting], write it there",
+            "shop.toml:9: service.shop.server.reply: belongs in [service.shop.waiting], write it there",
+            "shop.toml:10: service.shop.server.reply_file: belongs in [service.shop.waiting], write it there",
+            "shop.toml:13: service.shop.servers.big.capacity: belongs in [service.shop.waiting], write it there",
+            "shop.toml:14: service.shop.servers.big.timeout: belongs in [service.shop.waiting], write it there",
+        ],
     ),
     (
         "a_control_mode_that_is_a_number",
@@ -777,6 +956,39 @@ fn wrong_servers_are_refused_with_these_sentences() {
 }
 
 #[test]
+fn wrong_waiting_is_refused_with_these_sentences() {
+    for (name, text, sentences) in WAITING {
+        assert_refused(name, &format!("{SERVICE}[service.shop.waiting]\n{text}"), sentences);
+    }
+}
+
+#[test]
+fn a_reply_that_is_too_long_is_refused() {
+    let text = format!("{SERVICE}[service.shop.waiting]\nreply = \"{}\"", "x".repeat(65_537));
+    assert_refused(
+        "65,537 bytes",
+        &text,
+        &["shop.toml:6: service.shop.waiting.reply: has 65537 bytes, which is too long, write 65536 at most"],
+    );
+}
+
+#[test]
+fn a_file_that_holds_no_reply_is_refused() {
+    let path = std::env::temp_dir().join(format!("dist-ctl-test-no-reply-{}", std::process::id()));
+    for (reply, sentence) in [
+        ("", "is empty, fill it with what a client is to be told, or leave it out to reset the connection"),
+        (&"x".repeat(65_537), "is too long, write the path of a file with 65536 bytes at most"),
+    ] {
+        std::fs::write(&path, reply).unwrap();
+        let text = format!("{SERVICE}[service.shop.waiting]\nreply_file = {path:?}");
+        let refused = Config::parse_for(&text, "shop.toml", &machine());
+        std::fs::remove_file(&path).unwrap();
+        let sentence = format!("shop.toml:6: service.shop.waiting.reply_file: {path:?} {sentence}");
+        assert_eq!(refused.unwrap_err().sentences(), [sentence]);
+    }
+}
+
+#[test]
 fn wrong_files_are_refused_with_these_sentences() {
     for (name, text, sentences) in FILES {
         assert_refused(name, text, sentences);
@@ -842,6 +1054,7 @@ fn wrong_command_forms_are_refused_by_the_names_of_their_options() {
         policy: Some("fast".to_owned()),
         limit: Some(0),
         weight: Some(0),
+        waiting: Some(-1),
         socket: Some("fd".to_owned()),
         user: Some("no-such-user".to_owned()),
         command: vec!["{port}".to_owned()],
@@ -855,6 +1068,7 @@ fn wrong_command_forms_are_refused_by_the_names_of_their_options() {
             r#"--socket: "fd" is unknown, write one of "own", "systemd", "stdin""#,
             r#"--user: "no-such-user" is no user of this machine, write one that `getent passwd` lists"#,
             r#"--policy: "fast" is unknown, write one of "least-connections", "weighted-round-robin", "power-of-two", "source-hash", "first""#,
+            "--waiting: -1 is out of range, write a number from 0 to 16384",
             "--servers: 0 leaves no server to run, write 1 or more, or name some servers",
             r#"COMMAND: "{port}" names {port}, write {name}, {index} or {service}, or {{port}} for the braces themselves"#,
             "--weight: 0 is out of range, write a number from 1 to 1000",

@@ -10,6 +10,9 @@ use super::*;
 /// Every option, for people; and for these tests.
 const EXAMPLE: &str = include_str!("../../../docs/dist-ctl.toml");
 
+/// The reply in the example.
+const BUSY: &str = "HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+
 const LEAST: &str = r#"
 [service.shop]
 listen = [":8080"]
@@ -72,6 +75,7 @@ fn what_is_left_out_has_its_default() {
             name: "shop".to_owned(),
             listen: vec!["[::]:8080".parse().unwrap()],
             policy: Policy::LeastConnections,
+            waiting: Waiting { capacity: 1024, timeout: Duration::from_secs(30), reply: Vec::new() },
             user: None,
             socket: SocketMode::Own,
             readiness: Readiness::Listening,
@@ -90,6 +94,7 @@ fn the_example_means_what_it_says() {
     let (uid, gid) = service.user.as_ref().map(|user| (user.uid, user.gid)).unwrap();
 
     assert_eq!(config.control.mode, 0o660);
+    assert_eq!(service.waiting.reply, BUSY.as_bytes());
     assert_eq!(uid, nix_uid("daemon"));
     assert!(service.user.as_ref().unwrap().groups.contains(&gid));
     assert_eq!(first.command, strings(["java", "-Dname=1", "-jar", "shop.jar"]));
@@ -115,14 +120,22 @@ fn the_example_means_what_it_says() {
 
 #[test]
 fn the_example_shows_every_field_there_is() {
-    let problems = Problems::default();
-    let written = written::read(EXAMPLE, &problems).unwrap();
-    problems.unless_none(None).unwrap();
-    let shown = format!("{written:#?}");
+    let written = |text: &str| {
+        let problems = Problems::default();
+        let written = written::read(text, &problems).unwrap();
+        problems.unless_none(None).unwrap();
+        written
+    };
     // Debug prints a field that was left out as "field: Absent".
-    let absent: Vec<&str> = shown.lines().filter(|line| line.contains("Absent")).collect();
-    assert_eq!(absent, Vec::<&str>::new());
-    assert_eq!(written.services[0].servers.len(), 1);
+    let absent = |text: &str| -> Vec<String> {
+        let shown = format!("{:#?}", written(text));
+        let absent = shown.lines().filter(|line| line.contains("Absent"));
+        absent.map(|line| line.trim().to_owned()).collect()
+    };
+    // It excludes reply, so it stands in a comment.
+    assert_eq!(absent(EXAMPLE), ["reply_file: Absent,"]);
+    assert_eq!(absent(&EXAMPLE.replace("# reply_file = ", "reply_file = ")), Vec::<String>::new());
+    assert_eq!(written(EXAMPLE).services[0].servers.len(), 1);
 }
 
 /// Each `# Default: VALUE` of the example, written out, changes nothing.
@@ -155,7 +168,7 @@ fn the_defaults_that_the_example_names_are_the_defaults() {
             checked += 1;
         }
     }
-    assert_eq!(checked, 20);
+    assert_eq!(checked, 23);
 }
 
 #[test]
@@ -207,6 +220,44 @@ fn readers_get_through_the_mode_by_default() {
 }
 
 #[test]
+fn a_reply_is_the_same_from_the_file_and_from_a_file_of_its_own() {
+    let path = std::env::temp_dir().join(format!("dist-ctl-test-reply-{}", std::process::id()));
+    let waiting = |reply: &str| {
+        let config = Config::parse_for(&format!("{LEAST}[service.shop.waiting]\n{reply}"), "", &machine());
+        config.map(|mut config| config.services.remove(0).waiting.reply)
+    };
+    let from_file = |reply: &[u8]| {
+        std::fs::write(&path, reply).unwrap();
+        waiting(&format!("reply_file = {path:?}"))
+    };
+    let text = waiting(&format!("reply = {BUSY:?}"));
+    let file = from_file(BUSY.as_bytes());
+    // A page in another encoding than TOML's is sent as it is.
+    let bytes = from_file(b"belegt f\xfcr heute\0");
+    let longest = from_file(&[b'x'; 65_536]);
+    std::fs::remove_file(&path).unwrap();
+
+    assert_eq!(text, Ok(BUSY.as_bytes().to_vec()));
+    assert_eq!(file, text);
+    assert_eq!(bytes, Ok(b"belegt f\xfcr heute\0".to_vec()));
+    assert_eq!(longest.map(|reply| reply.len()), Ok(65_536));
+}
+
+#[test]
+fn the_extremes_of_waiting_are_accepted() {
+    for (text, capacity, timeout) in [
+        ("capacity = 0", 0, Duration::from_secs(30)),
+        ("capacity = 16384", 16_384, Duration::from_secs(30)),
+        ("timeout = \"10ms\"", 1024, Duration::from_millis(10)),
+        ("timeout = \"168h\"", 1024, Duration::from_hours(168)),
+    ] {
+        let config = parse(&format!("{LEAST}[service.shop.waiting]\n{text}"));
+        let meant = Waiting { capacity, timeout, reply: Vec::new() };
+        assert_eq!(config.services[0].waiting, meant, "{text}");
+    }
+}
+
+#[test]
 fn giving_up_after_0_is_never_giving_up() {
     let config = parse(&format!("{LEAST}restart.give_up_after = 0"));
     assert_eq!(config.services[0].servers[0].restart.give_up_after, None);
@@ -221,6 +272,7 @@ fn the_command_form_means_the_same_as_a_file() {
         policy: Some("first".to_owned()),
         limit: Some(20),
         weight: Some(7),
+        waiting: Some(0),
         socket: Some("systemd".to_owned()),
         user: Some("root".to_owned()),
         command: strings(["shop", "--name={name}"]),
@@ -229,6 +281,8 @@ fn the_command_form_means_the_same_as_a_file() {
         [service.shop]
         listen = [":8080", "127.0.0.2:81"]
         policy = "first"
+        [service.shop.waiting]
+        capacity = 0
         [service.shop.server]
         command = ["shop", "--name={name}"]
         count = 3
@@ -244,12 +298,25 @@ fn the_command_form_means_the_same_as_a_file() {
 fn check_says_what_was_understood() {
     assert_eq!(
         parse(LEAST).to_string(),
-        "shop: [::]:8080, 1 server (1), least-connections, socket own, limit none, weight 100\n"
+        "shop: [::]:8080, 1 server (1), least-connections, socket own, limit none, weight 100, waiting 1024 for 30s\n"
     );
     assert_eq!(
         parse(EXAMPLE).to_string(),
-        "shop: [::]:8080, 5 servers (1 to 4, big), least-connections, socket own, user daemon, limit 200 (big: 400), weight 100 (big: 200)\n"
+        "shop: [::]:8080, 5 servers (1 to 4, big), least-connections, socket own, user daemon, limit 200 (big: 400), weight 100 (big: 200), waiting 1024 for 30s with a reply\n"
     );
+}
+
+#[test]
+fn check_says_who_may_wait() {
+    for (text, said) in [
+        ("", "waiting 1024 for 30s"),
+        ("capacity = 7\ntimeout = \"90s\"", "waiting 7 for 1m30s"),
+        ("timeout = \"1500ms\"\nreply = \"busy\"", "waiting 1024 for 1s500ms with a reply"),
+        ("capacity = 0\ntimeout = \"5s\"\nreply = \"busy\"", "no waiting"),
+    ] {
+        let shown = parse(&format!("{LEAST}[service.shop.waiting]\n{text}")).to_string();
+        assert_eq!(shown.trim_end().split_once(", weight 100, ").unwrap().1, said, "{text}");
+    }
 }
 
 fn nix_uid(name: &str) -> u32 {

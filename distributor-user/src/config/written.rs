@@ -65,8 +65,19 @@ pub(super) struct Service {
     pub(super) name: String,
     pub(super) listen: List<String>,
     pub(super) policy: Field<String>,
+    pub(super) waiting: Waiting,
     pub(super) server: Shared,
     pub(super) servers: Vec<Named>,
+}
+
+/// `[service.NAME.waiting]`
+#[derive(Debug, Default)]
+pub(super) struct Waiting {
+    pub(super) capacity: Field<i64>,
+    pub(super) timeout: Field<String>,
+    pub(super) reply: Field<String>,
+    pub(super) reply_file: Field<String>,
+    pub(super) order: Field<String>,
 }
 
 /// `[service.NAME.server]`: what all its servers share.
@@ -201,6 +212,7 @@ pub(super) fn from_command(form: &CommandForm) -> Written {
             name: form.name.clone(),
             listen: list("--listen", &form.listen),
             policy: text("--policy", &form.policy),
+            waiting: Waiting { capacity: number("--waiting", form.waiting), ..Waiting::default() },
             server: Shared {
                 particulars: Particulars {
                     command: list("COMMAND", &form.command),
@@ -237,8 +249,14 @@ fn written(mut root: Section<'_>) -> Written {
 fn service(name: String, mut section: Section<'_>) -> Service {
     let listen = section.texts("listen", "[\"[::]:8080\"]");
     let policy = section.text("policy", "\"least-connections\"");
+    let waiting_section = section.table("waiting");
+    let waiting_place = waiting_section.place.field.clone();
+    let (waiting, waiting_fields) = waiting(waiting_section);
     let mut shared_section = section.table("server");
     let server = shared(&mut shared_section);
+    // First, because what is refused here is known from here on, and so belongs to nobody else.
+    section.belongs_elsewhere(&waiting_fields, &waiting_place);
+    shared_section.belongs_elsewhere(&waiting_fields, &waiting_place);
     shared_section.belongs_elsewhere(&section.known, &section.place.field);
     let server_place = shared_section.place.field.clone();
     let server_fields = shared_section.finish();
@@ -251,15 +269,27 @@ fn service(name: String, mut section: Section<'_>) -> Service {
                 section.rename(&name.value);
             }
             let named = Named { place: section.place.clone(), name, particulars: particulars(&mut section) };
+            section.belongs_elsewhere(&waiting_fields, &waiting_place);
             section.belongs_elsewhere(&server_fields, &server_place);
             section.finish();
             named
         })
         .collect();
     section.belongs_elsewhere(&server_fields, &server_place);
-    let service = Service { place: section.place.clone(), name, listen, policy, server, servers };
+    let service = Service { place: section.place.clone(), name, listen, policy, waiting, server, servers };
     section.finish();
     service
+}
+
+fn waiting(mut section: Section<'_>) -> (Waiting, Vec<&'static str>) {
+    let waiting = Waiting {
+        capacity: section.number("capacity", "1024"),
+        timeout: section.duration("timeout"),
+        reply: section.text("reply", "\"HTTP/1.1 503 Service Unavailable\\r\\n\\r\\n\""),
+        reply_file: section.text("reply_file", "\"/etc/dist-ctl/busy.http\""),
+        order: section.text("order", "\"first\""),
+    };
+    (waiting, section.finish())
 }
 
 fn shared(section: &mut Section<'_>) -> Shared {

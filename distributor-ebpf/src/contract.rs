@@ -5,7 +5,7 @@
 //! meaning raises [`VERSION`], and a distributor never touches maps of another version.
 
 /// The version of everything in this file. Part of the directory that holds the pins.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Server instances of one service that can hold connections at the same time.
 ///
@@ -19,6 +19,28 @@ pub const GROUPS: usize = 16;
 /// Listeners of one service: those of the servers and the rooms. At most 32,768 sockets fit
 /// into one reuseport group (`reuseport_add_sock`, Linux 6.18).
 pub const SOCKETS: usize = 16_384;
+
+/// Indices of SOCKETS below this are for servers' listeners, the others for rooms.
+pub const SERVERS_END: usize = SOCKETS / 2;
+
+/// Rooms of one group: at most half of SOCKETS over all groups, and few enough that making one
+/// stays cheap, which walks the group for IPv6.
+pub const ROOMS: usize = 1_024;
+
+/// Entries of a ring of rooms: more than a group has rooms, so that no entry is overwritten
+/// before it was used.
+pub const RING: usize = 2_048;
+
+/// If the attendant has not been seen for so long, new connections go past those that wait, to
+/// any server with a place: nobody would hand over to those, and nobody is to starve.
+pub const UNATTENDED: u64 = 1_000_000_000;
+
+/// How long handshakes that were never completed make us suspicious, in nanoseconds: 8 epochs.
+pub const SUSPICION: u64 = 8 << 30;
+
+/// Buckets of the histogram of waits: the first counts those below a microsecond, and each
+/// further one up to twice as much as the one before. The last has no end.
+pub const WAITS: usize = 32;
 
 /// Entries of the consistent-hash table. 8,192 gives each of 256 servers 32 on average.
 pub const BUCKETS: usize = 8_192;
@@ -86,8 +108,8 @@ pub struct Server {
     pub stride: u64,
     /// Changes when the slot gets a new owner, so that the kernel restarts its maximum.
     pub generation: u32,
-    /// Zero; keeps the size a multiple of 8 without padding.
-    pub reserved: u32,
+    /// So many reservations that expire at once are suspicious; 0 = none ever are.
+    pub suspect: u32,
 }
 
 /// The listeners of one slot in one group: `len` indices of SOCKETS from `first` on.
@@ -105,6 +127,9 @@ pub const FLAG_CLOSING: u32 = 1;
 /// A SYN makes no reservation, because its connection comes back as a SYN cookie's ACK
 /// (net.ipv4.tcp_syncookies = 2).
 pub const FLAG_COOKIES: u32 = 1 << 1;
+/// The kernel moves connections without waking their new server, so a bell is rung: BELLS
+/// tells which connections are one.
+pub const FLAG_BELL: u32 = 1 << 2;
 
 /// User space's decisions for one service. PLAN holds two copies; ACTIVE says which is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,7 +143,7 @@ pub struct Plan {
     pub count: u32,
     /// Entries of `order` that count: the eligible slots.
     pub eligible: u32,
-    /// Connections that may wait.
+    /// Connections that may wait. 0 = none: who cannot be served is refused.
     pub capacity: u32,
     /// Zero; keeps the size a multiple of 8 without padding.
     pub reserved: u32,
@@ -126,8 +151,6 @@ pub struct Plan {
     pub servers: [Server; SLOTS],
     /// The eligible slots, in the configuration's order.
     pub order: [u16; SLOTS],
-    /// Per group the index in SOCKETS of its current room.
-    pub rooms: [u32; GROUPS],
     /// Per group and slot: `runs[group * SLOTS + slot]`.
     pub runs: [Run; GROUPS * SLOTS],
 }
@@ -150,19 +173,147 @@ pub struct Load {
     pub waiting_most: u64,
     /// The clock of turns: where the last chosen slot stood.
     pub clock: u64,
-    /// Entries of MOVED: connections whose owner is not the one their tag names.
+    /// Entries of OWNERS.
+    pub owned: u64,
+    /// Per group the current room, its sequence number in the ring, and how many SYNs it was
+    /// given: sequence << 16 | SYNs.
+    pub current: [u64; GROUPS],
+    /// Per group how many spare rooms were ever taken.
+    pub spares_taken: [u64; GROUPS],
+    /// Until when (`bpf_ktime_get_ns`) no reservation is made, because too many expired.
+    pub suspicious_until: u64,
+    /// Connections of dead servers that were ever parked: their order among themselves, and
+    /// before everybody else.
+    pub orphans: u64,
+    /// How long those waited that were handed over: see [`WAITS`].
+    pub waits: [u64; WAITS],
+    /// The sum of these times, in microseconds.
+    pub waited: u64,
+}
+
+/// The rooms of one group, in the order in which they are to be used. ROOMS holds one for each
+/// group. One writer: user space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Rooms {
+    /// Entries of `ring` that were ever made: the one with the sequence number `s`, below this,
+    /// stands at `s % RING`.
+    pub made: u64,
+    /// Rooms with a smaller sequence number are closed: none of them is current any more.
+    pub least: u64,
+    /// Entries of `spare` that were ever made, likewise.
+    pub spares: u64,
+    /// Whoever comes behind this in the order is parked and not handed over: somebody in another
+    /// room is before him.
+    pub bound: u64,
+    /// So many connections complete their handshake in a room before the next one is current.
+    pub share: u32,
+    /// So many connections of a closing listener are parked in the same spare room.
+    pub chunk: u32,
+    /// SYNs that a room is given before the next one becomes current, although no handshake was
+    /// completed: fewer than its SYN queue holds, or a flood would fill that, and the kernel
+    /// would drop SYNs without a word.
+    pub crowd: u32,
+    /// Connections in the last room there is, beyond which the next one is refused: fewer than
+    /// its accept queue holds, or the kernel would drop SYNs without a word.
+    pub full: u32,
+    /// Rooms that become current one after the other: indices in SOCKETS.
+    pub ring: [u32; RING],
+    /// Rooms for connections that are parked.
+    pub spare: [u32; RING],
+}
+
+/// What user space tells of the thread that hands over. One entry; one writer: user space.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Attendant {
+    /// When it was last at work (`bpf_ktime_get_ns`).
+    pub seen: u64,
+    /// 1 if it sleeps, so that WAKES must be written for it to look.
+    pub asleep: u64,
+    /// The cgroup (inode number) in which rooms are made: nobody needs to know of each.
+    pub cgroup: u64,
+}
+
+/// What the kernel knows of a listener. STATES holds one for each index of SOCKETS. One writer:
+/// the programs; but user space makes it zero before it gives the index to a room.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct State {
+    /// Connections that completed their handshake in it.
+    pub completed: u64,
+    /// Connections that came to wait in it, in either way.
+    pub entered: u64,
+    /// Those of them that do not any more: handed over, parked elsewhere, or gone.
+    pub gone: u64,
+    /// The place in the order of the first that came: the time when its handshake was completed,
+    /// or its number if it came from a dead server, which is smaller. 0 = nobody came.
+    pub first: u64,
+    /// Since when the first that came waits (`bpf_ktime_get_ns`).
+    pub since: u64,
+    /// Connections that were moved to it, if it is a server's.
     pub moved: u64,
 }
 
+/// Whose a connection is that waited or was moved. OWNERS holds it by the connection's cookie,
+/// until it closes. One writer: the programs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Owner {
+    /// A slot, or [`in_room`].
+    pub owner: u32,
+    /// Zero; keeps the size a multiple of 8 without padding.
+    pub reserved: u32,
+    /// Since when it waits, or waited (`bpf_ktime_get_ns`).
+    pub since: u64,
+    /// Its place in the order: see [`State::first`].
+    pub order: u64,
+}
+
+/// Where a closing listener's connections are parked. PARKED holds it by the listener's cookie.
+/// One writer: the programs; user space removes it when the listener is closed for good.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Parked {
+    /// The room of the last one.
+    pub index: u32,
+    /// How many of them are in there.
+    pub count: u32,
+}
+
+/// The owner that is a room, by its index in SOCKETS.
+#[inline(always)]
+pub const fn in_room(index: u32) -> u32 {
+    1 << 31 | index
+}
+
+/// The index of the room that is the owner; `None` for a slot.
+#[inline(always)]
+pub const fn room_of(owner: u32) -> Option<u32> {
+    if owner >> 31 == 1 { Some(owner & !(1 << 31)) } else { None }
+}
+
+/// The bucket of a wait: see [`WAITS`].
+#[inline(always)]
+pub const fn wait_bucket(microseconds: u64) -> usize {
+    let bucket = (u64::BITS - microseconds.leading_zeros()) as usize;
+    if bucket < WAITS { bucket } else { WAITS - 1 }
+}
+
 /// Which slot the children of a listener belong to. TAG, a socket storage that is cloned to
-/// every child: user space writes the listener's, the kernel marks its child's.
+/// every child: user space writes the listener's, the kernel marks its child's, and user space
+/// marks a child that it dismisses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Tag {
-    /// A slot, or [`ROOM`].
+    /// A slot, [`ROOM`] or [`DISMISSED`].
     pub slot: u32,
     /// 1 once this connection was counted as established. 0 in a listener's own tag.
     pub counted: u32,
+    /// The room's index in SOCKETS.
+    pub index: u32,
+    /// The room's group.
+    pub group: u32,
 }
 
 /// Where a listener belongs. HOME holds it by the listener's cookie; a distributor that takes
@@ -178,6 +329,14 @@ pub struct Home {
 
 /// The slot number that means "waits in a room".
 pub const ROOM: u32 = u32::MAX;
+/// The slot number of a connection that waited and is being turned away by user space.
+pub const DISMISSED: u32 = u32::MAX - 1;
+
+/// A client as BELLS knows it: the words of its IP address folded into one, and its port.
+#[inline(always)]
+pub const fn client(ip: [u32; 4], port: u32) -> u64 {
+    ((ip[0] ^ ip[1] ^ ip[2] ^ ip[3]) as u64) << 16 | (port & 0xffff) as u64
+}
 
 /// An address a service listens on. The key of ADDRESSES.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -219,12 +378,6 @@ pub enum EventKind {
     ListenerClosed = 2,
     /// A server tried to bind a port of the service to another address, and was refused.
     Misbound = 3,
-    /// A connection began to wait in a room.
-    Waiting = 4,
-    /// A connection that waited was given to a server.
-    HandedOver = 5,
-    /// A connection that waited is gone.
-    Left = 6,
     /// A socket was bound to an address of the service by a process of this cgroup: that tells
     /// whose the socket is when it listens, where the kernel does not tell the process.
     Bound = 7,
@@ -266,13 +419,20 @@ outcomes! {
     WaitNoServer = "wait_no_server",
     /// A new connection went to the room, because selecting a server failed repeatedly.
     WaitSelectFailed = "wait_select_failed",
-    /// Refused: every eligible server is at its limit.
+    /// A new connection went to the room, because no server has a place.
+    WaitLimit = "wait_limit",
+    /// A new connection went to the room, because others wait already.
+    WaitTurn = "wait_turn",
+    /// A new connection went to the room, because too many handshakes are never completed for
+    /// it to reserve a place.
+    WaitSuspect = "wait_suspect",
+    /// Refused: every eligible server is at its limit, and nobody may wait.
     RefusedLimit = "refused_limit",
     /// Refused: as many wait as may.
     RefusedCapacity = "refused_capacity",
     /// Refused: the service is being stopped.
     RefusedClosing = "refused_closing",
-    /// Refused: there was no room to select, or selecting it failed.
+    /// Refused: there was no room to select, or the last one is full.
     RefusedNoRoom = "refused_no_room",
     /// A segment that opens no connection (a late ACK, FIN or RST), or the ACK of a SYN cookie
     /// that was sent in need, was left to the room, which answers it as a listener does.
@@ -287,8 +447,14 @@ outcomes! {
     MovedHalfOpen = "moved_half_open",
     /// A connection of a closing listener was parked in the room: no server has a place.
     Parked = "parked",
-    /// A half-open connection of a closing listener was parked in the room.
+    /// A connection of a closing listener was parked behind others, for want of a spare room.
+    ParkedBehind = "parked_behind",
+    /// A half-open connection of a closing listener was left to the current room.
     ParkedHalfOpen = "parked_half_open",
+    /// A half-open connection of a closing listener was given up while we are suspicious.
+    DroppedHalfOpen = "dropped_half_open",
+    /// A bell: a connection of ours that wakes a server to which others were moved.
+    Bell = "bell",
     /// A connection of a closing listener was already reset by its client.
     MovedDead = "moved_dead",
     /// A connection of a closing listener was lost: no server and no room could take it.
@@ -301,6 +467,8 @@ outcomes! {
     Closed = "closed",
     /// Counted down: a waiting connection is gone.
     ClosedWaiting = "closed_waiting",
+    /// Counted down: a waiting connection was dismissed by user space.
+    Dismissed = "dismissed",
     /// A connection that is not ours (no tag), or was never counted.
     Untagged = "untagged",
     /// A listener appeared in the cgroup.
@@ -322,19 +490,25 @@ outcomes! {
     NoPlan = "no_plan",
     /// An event was lost because EVENTS was full.
     EventLost = "event_lost",
-    /// The owner of a moved connection could not be recorded: MOVED is full.
-    MovedLost = "moved_lost",
+    /// The owner of a connection could not be recorded: OWNERS is full.
+    OwnerLost = "owner_lost",
 }
 
 const _: () = {
     assert!(size_of::<Server>() == 32);
     assert!(size_of::<Run>() == 4);
-    assert!(size_of::<Plan>() == 24 + SLOTS * (32 + 2) + GROUPS * 4 + GROUPS * SLOTS * 4);
-    assert!(size_of::<Load>() == SLOTS * 32 + 32);
-    assert!(size_of::<Tag>() == 8);
+    assert!(size_of::<Plan>() == 24 + SLOTS * (32 + 2) + GROUPS * SLOTS * 4);
+    assert!(size_of::<Load>() == SLOTS * 32 + 32 + GROUPS * 16 + 16 + WAITS * 8 + 8);
+    assert!(size_of::<Rooms>() == 48 + RING * 8);
+    assert!(size_of::<Attendant>() == 24);
+    assert!(size_of::<State>() == 48);
+    assert!(size_of::<Owner>() == 24);
+    assert!(size_of::<Parked>() == 8);
+    assert!(size_of::<Tag>() == 16);
     assert!(size_of::<Home>() == 8);
     assert!(size_of::<Address>() == 24);
     assert!(size_of::<Event>() == 56);
+    assert!(RING.is_power_of_two() && RING > ROOMS && SOCKETS < 1 << 31);
     assert!(SLOTS.is_power_of_two() && BUCKETS.is_power_of_two() && SOCKETS <= 1 << 16);
 };
 
@@ -354,10 +528,9 @@ impl Plan {
             reservable: 0,
             stride: TURN,
             generation: 0,
-            reserved: 0,
+            suspect: 0,
         }; SLOTS],
         order: [0; SLOTS],
-        rooms: [SOCKETS as u32; GROUPS],
         runs: [Run { first: 0, len: 0 }; GROUPS * SLOTS],
     };
 }
@@ -372,13 +545,19 @@ impl Load {
         waiting: 0,
         waiting_most: 0,
         clock: 0,
-        moved: 0,
+        owned: 0,
+        current: [0; GROUPS],
+        spares_taken: [0; GROUPS],
+        suspicious_until: 0,
+        orphans: 0,
+        waits: [0; WAITS],
+        waited: 0,
     };
 }
 
 #[cfg(feature = "user")]
 mod pod {
-    use super::{Address, Event, Home, Load, Plan, Tag};
+    use super::{Address, Event, Home, Load, Owner, Parked, Plan, Rooms, State, Tag};
 
     macro_rules! pod {
         ($($name:ty),*) => {$(
@@ -388,5 +567,5 @@ mod pod {
         )*};
     }
 
-    pod!(Address, Event, Home, Load, Plan, Tag);
+    pod!(Address, Event, Home, Load, Owner, Parked, Plan, Rooms, State, Tag);
 }

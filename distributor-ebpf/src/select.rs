@@ -196,7 +196,7 @@ mod tests {
                     reservable: limit,
                     stride: stride(weight),
                     generation: 0,
-                    reserved: 0,
+                    suspect: 0,
                 };
             }
             Self { plan, load: Box::new(Load::ZERO), held: vec![0; servers.len()] }

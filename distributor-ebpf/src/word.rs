@@ -73,6 +73,12 @@ pub fn roll(word: u64, now: u64) -> u64 {
     either(same, word, aged)
 }
 
+/// Reservations that expire when the word is rolled to `now`.
+#[inline(always)]
+pub fn expired(word: u64, now: u64) -> u64 {
+    reserved(word) - reserved(roll(word, now))
+}
+
 /// The word with one more place taken, or `None` if that would exceed a bound.
 ///
 /// `limit` bounds all places, `reservable` the reservations among them.
@@ -151,6 +157,14 @@ mod tests {
         assert_eq!(used(roll(taken, 7)), 1);
         assert_eq!(used(roll(taken, 8)), 1);
         assert_eq!(used(roll(taken, 9)), 0);
+    }
+
+    #[test]
+    fn what_expires_is_told_once() {
+        assert_eq!(expired(word(5, 3, 4, 10), 10), 0);
+        assert_eq!(expired(word(5, 3, 4, 10), 11), 3);
+        assert_eq!(expired(roll(word(5, 3, 4, 10), 11), 11), 0);
+        assert_eq!(expired(word(5, 3, 4, 10), 12), 7);
     }
 
     #[test]

@@ -53,6 +53,8 @@ pub enum Command {
     Distributor(Source),
     /// Become a server; the monitor starts this.
     Launch,
+    /// Keeps rooms, in this cgroup.
+    Keep(PathBuf),
     /// Be a small server to try dist-ctl with.
     Demo {
         /// Where it listens. Empty: what its environment says.
@@ -102,6 +104,7 @@ impl Invocation {
             Verb::Check { file } => Command::Check(file),
             Verb::Distributor(up) => Command::Distributor(Source::new(up)?),
             Verb::Launch => Command::Launch,
+            Verb::Keep { cgroup } => Command::Keep(cgroup),
             Verb::Demo { listen, name } => Command::Demo { listen, name },
         };
         Ok(Self {
@@ -380,6 +383,9 @@ enum Verb {
     Launch,
 
     #[command(hide = true)]
+    Keep { cgroup: PathBuf },
+
+    #[command(hide = true)]
     Demo {
         #[arg(long)]
         listen: Vec<ListenAddress>,
@@ -561,6 +567,7 @@ mod tests {
             ),
             ("dist-ctl resume shop/1", Command::Change(control::Command::Resume { server: server() })),
             ("dist-ctl launch", Command::Launch),
+            ("dist-ctl keep /sys/fs/cgroup/a", Command::Keep(PathBuf::from("/sys/fs/cgroup/a"))),
             (
                 "dist-ctl demo --listen :80 --name a",
                 Command::Demo { listen: vec![":80".parse().unwrap()], name: Some("a".to_owned()) },

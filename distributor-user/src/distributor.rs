@@ -8,7 +8,7 @@
 use std::{
     collections::HashMap,
     fs::DirBuilder,
-    os::{fd::OwnedFd, unix::fs::DirBuilderExt as _},
+    os::unix::fs::DirBuilderExt as _,
     path::Path,
     sync::Arc,
     time::{Duration, Instant},
@@ -25,18 +25,20 @@ use tokio::{
 use tracing::{debug, error, info};
 
 use crate::{
+    attendant, bell,
     config::Config,
     control::{self, Command, Request, Response},
     instance::Instance,
+    keeper,
     kernel::ProgramLog,
     link::{Child, Held, Inheritance, Link},
     message::{FromMonitor, ToMonitor},
     notify, room, server,
-    service::{Host, Label, Service},
+    service::{self, Host, Label, Service},
     status::Status,
 };
 
-/// How often what is only seen by looking is looked at: who drains, who waits.
+/// How often what is only seen by looking is looked at: who drains.
 const RESTLESS: Duration = Duration::from_millis(20);
 /// How often all is looked at, whether or not there is a reason.
 const LOOK_AROUND: Duration = Duration::from_secs(1);
@@ -63,10 +65,9 @@ pub enum Input {
         instance: server::Instance,
         message: notify::Message,
     },
-    Rooms {
+    Attendant {
         service: usize,
-        group: usize,
-        result: anyhow::Result<Vec<(OwnedFd, u64)>>,
+        says: attendant::Says,
     },
     Control(Request),
 }
@@ -148,14 +149,19 @@ impl<'a> Distributor<'a> {
             }
             _ => {}
         }
-        let mut rooms = rooms_by_service(held, &link)?;
+        let options = service::Options { log, bell: bell::is_needed()? };
+        if options.bell {
+            info!("this kernel moves a connection without waking its new server; a bell is rung for that");
+        }
+        let mut keepers = keepers(held, &link)?;
         let mut services = Vec::new();
         for (number, service) in config.services.iter().enumerate() {
-            let held = rooms.remove(&service.name).unwrap_or_default();
+            let keeper = keepers.remove(&service.name);
             let mut host = Host { place, link: &mut link, inputs: &inputs };
-            services.push(Service::open(number, service.clone(), log, held, &mut host).await?);
+            services.push(Service::open(number, service.clone(), options, keeper, &mut host)?);
         }
-        for (_, held) in rooms.into_values().flatten() {
+        // Of services that are no longer configured: their rooms close.
+        for held in keepers.into_values() {
             link.send(&ToMonitor::Drop { key: held.key }, None)?;
         }
         let announced = vec![!first; services.len()];
@@ -287,9 +293,7 @@ impl<'a> Distributor<'a> {
             Input::Notified { service, entry, instance, message } => {
                 services[service].notified(entry, instance, &message, &mut host);
             }
-            Input::Rooms { service, group, result } => {
-                services[service].room_opened(group, result, &mut host)
-            }
+            Input::Attendant { service, says } => services[service].attendant_says(says, &mut host)?,
             Input::Control(request) => {
                 debug!("{} asks {:?}", request.peer, request.command);
                 let response = self.answer(request.command);
@@ -420,9 +424,7 @@ impl<'a> Distributor<'a> {
     }
 
     /// Everything is stopped: removes what is outside of the processes, and says so.
-    fn finish(mut self) -> anyhow::Result<()> {
-        let (services, mut host) = self.split();
-        services.iter_mut().try_for_each(|service| service.close(&mut host))?;
+    fn finish(self) -> anyhow::Result<()> {
         let Self { place, link, services, .. } = self;
         drop(services);
         place.remove()?;
@@ -430,20 +432,24 @@ impl<'a> Distributor<'a> {
     }
 }
 
-/// The rooms that the monitor holds, by the service they belong to.
-fn rooms_by_service(
-    held: Vec<Held>,
-    link: &Link,
-) -> anyhow::Result<HashMap<String, Vec<(room::Label, Held)>>> {
-    let mut rooms: HashMap<String, Vec<_>> = HashMap::new();
+/// The keepers whose sockets the monitor holds, by their service: the latest of each.
+fn keepers(held: Vec<Held>, link: &Link) -> anyhow::Result<HashMap<String, Held>> {
+    let mut keepers: HashMap<String, Held> = HashMap::new();
     for held in held {
-        match serde_json::from_slice::<room::Label>(&held.label) {
-            Ok(label) => rooms.entry(label.service.clone()).or_default().push((label, held)),
+        let older = match serde_json::from_slice::<keeper::Label>(&held.label) {
+            // Keys only grow.
+            Ok(label) if keepers.get(&label.service).is_none_or(|other| other.key < held.key) => {
+                keepers.insert(label.service, held)
+            }
+            Ok(_) => Some(held),
             Err(error) => {
                 debug!("a held descriptor has no readable label ({error}); it is dropped");
-                link.send(&ToMonitor::Drop { key: held.key }, None)?;
+                Some(held)
             }
+        };
+        if let Some(older) = older {
+            link.send(&ToMonitor::Drop { key: older.key }, None)?;
         }
     }
-    Ok(rooms)
+    Ok(keepers)
 }

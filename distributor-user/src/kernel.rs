@@ -6,14 +6,17 @@
 #![forbid(unsafe_code)]
 
 use std::{
+    collections::HashSet,
     fs::{DirBuilder, File},
     io,
+    mem::offset_of,
     net::{IpAddr, SocketAddr},
     os::{
-        fd::{AsFd, AsRawFd},
+        fd::{AsFd, AsRawFd, BorrowedFd},
         unix::fs::DirBuilderExt as _,
     },
     path::{Path, PathBuf},
+    sync::atomic::{AtomicU32, AtomicU64, Ordering, fence},
 };
 
 use anyhow::{Context as _, anyhow};
@@ -23,21 +26,42 @@ use aya::{
     programs::{CgroupAttachMode, CgroupSockAddr, ProgramError, SkReuseport, SockOps, links::FdLink},
 };
 use aya_log::EbpfLogger;
-use distributor_ebpf::contract::{
-    Address, BUCKETS, Event, EventKind, Home, Load, Outcome, Plan, Tag, VERSION,
+use distributor_ebpf::{
+    contract::{
+        Address, Attendant, BUCKETS, DISMISSED, Event, EventKind, FLAG_CLOSING, GROUPS, Home, Load, Outcome,
+        Owner, Parked, Plan, RING, ROOM, Rooms, Run, SLOTS, SOCKETS, Server, State, Tag, VERSION,
+    },
+    word,
 };
 use tracing::debug;
 
-use crate::{address::ListenAddress, watch::Watch};
+use crate::{address::ListenAddress, room::Room, shared::Shared, watch::Watch};
 
 mod object {
     include!(concat!(env!("OUT_DIR"), "/object.rs"));
 }
 
 /// Maps that outlive a distributor. TAG is among them: its entries live in the sockets.
-const PINNED: [&str; 11] =
-    ["PLAN", "ACTIVE", "HASH", "LOAD", "SOCKETS", "HOME", "MOVED", "ADDRESSES", "PORTS", "OUTCOMES", "TAG"];
-const EVENTS: &str = "EVENTS";
+const PINNED: [&str; 18] = [
+    "PLAN",
+    "ACTIVE",
+    "HASH",
+    "LOAD",
+    "SOCKETS",
+    "HOME",
+    "OWNERS",
+    "PARKED",
+    "ROOMS",
+    "STATES",
+    "ATTENDANT",
+    "BELLS",
+    "ADDRESSES",
+    "PORTS",
+    "OUTCOMES",
+    "TAG",
+    "EVENTS",
+    "WAKES",
+];
 
 /// What is read from the programs' log. A level above debug is never asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,6 +81,7 @@ pub struct Kernel {
     home: HashMap<MapData, u64, Home>,
     addresses: HashMap<MapData, Address, u32>,
     ports: HashMap<MapData, u32, u32>,
+    parked: HashMap<MapData, u64, Parked>,
     counters: PerCpuArray<MapData, u64>,
     tag: SkStorage<MapData, Tag>,
     /// The loaded programs: one copy for each group, because `select` has its group built in.
@@ -67,6 +92,30 @@ pub struct Kernel {
 pub struct Events {
     ring: RingBuf<MapData>,
     ready: Watch,
+}
+
+/// What the attendant works with: its own handles on the maps, so that it waits for nobody. All
+/// that is read and written often is memory; what the integers mean is the contract's to say.
+pub struct Desk {
+    load: Shared<Load>,
+    plan: Shared<Plan>,
+    active: Shared<u32>,
+    rooms: Shared<Rooms>,
+    states: Shared<State>,
+    attendant: Shared<Attendant>,
+    sockets: ReusePortSockArray<MapData>,
+    tag: SkStorage<MapData, Tag>,
+    home: HashMap<MapData, u64, Home>,
+    owners: HashMap<MapData, u64, Owner>,
+    parked: HashMap<MapData, u64, Parked>,
+    bells: HashMap<MapData, u64, u32>,
+    wakes: RingBuf<MapData>,
+}
+
+/// A program and two listeners, to try what the kernel does. Nothing of it is pinned, and all
+/// is gone when it is dropped.
+pub struct Probe {
+    object: Ebpf,
 }
 
 /// The programs' log lines, one reader per loaded object.
@@ -99,7 +148,7 @@ impl Kernel {
         let mut take = |name: &str| -> anyhow::Result<Map> {
             first.take_map(name).with_context(|| format!("the eBPF object has no {name} map"))
         };
-        let ring = RingBuf::try_from(take(EVENTS)?)?;
+        let ring = RingBuf::try_from(take("EVENTS")?)?;
         let events = Events { ready: Watch::new(ring.as_fd())?, ring };
         let mut kernel = Self {
             plan: take("PLAN")?.try_into()?,
@@ -110,6 +159,7 @@ impl Kernel {
             home: take("HOME")?.try_into()?,
             addresses: take("ADDRESSES")?.try_into()?,
             ports: take("PORTS")?.try_into()?,
+            parked: take("PARKED")?.try_into()?,
             counters: take("OUTCOMES")?.try_into()?,
             tag: take("TAG")?.try_into()?,
             objects: Vec::new(),
@@ -180,10 +230,16 @@ impl Kernel {
             .collect()
     }
 
-    /// Makes a listener one of ours: its children count for `home`, and it can be selected by
-    /// its index. In this order, so that nothing reaches it uncounted.
-    pub fn adopt(&mut self, listener: &impl AsRawFd, cookie: u64, home: Home) -> anyhow::Result<()> {
-        let tag = Tag { slot: home.slot, counted: 0 };
+    /// Makes a listener in a group one of ours: its children count for `home`, and it can be
+    /// selected by its index. In this order, so that nothing reaches it uncounted.
+    pub fn adopt(
+        &mut self,
+        listener: &impl AsRawFd,
+        cookie: u64,
+        home: Home,
+        group: usize,
+    ) -> anyhow::Result<()> {
+        let tag = Tag { slot: home.slot, counted: 0, index: home.index, group: u32::try_from(group)? };
         self.tag.insert(listener, tag, 0).context("tag the listener")?;
         self.home.insert(cookie, home, 0).context("write HOME")?;
         self.sockets.set(home.index, listener, 0).context("put the listener into SOCKETS")
@@ -203,11 +259,289 @@ impl Kernel {
         if let Err(error) = self.home.remove(&cookie) {
             debug!("HOME had no listener {cookie}: {error}");
         }
+        // It is there only if a connection had to be parked.
+        let _ = self.parked.remove(&cookie);
     }
 
     /// Every listener that is or was ours, by its cookie.
     pub fn homes(&self) -> anyhow::Result<Vec<(u64, Home)>> {
         self.home.iter().collect::<Result<_, _>>().context("read HOME")
+    }
+}
+
+impl Probe {
+    /// Loads it.
+    pub fn load() -> anyhow::Result<Self> {
+        let mut loader = EbpfLoader::new();
+        // Only two sockets are put into one of them.
+        for name in ["HOME", "OWNERS", "PARKED", "STATES", "SOCKETS"] {
+            loader.map_max_entries(name, 2);
+        }
+        let mut object =
+            loader.load(object::object()).map_err(said_of_maps).context("create the eBPF maps")?;
+        let program: &mut SkReuseport =
+            object.program_mut("probe").context("the eBPF object has no probe program")?.try_into()?;
+        program.load().map_err(said).context("load the probe program")?;
+        Ok(Self { object })
+    }
+
+    /// Puts it in charge of the group that `listener` is in.
+    pub fn attach(&mut self, listener: impl AsFd) -> anyhow::Result<()> {
+        let program: &mut SkReuseport =
+            self.object.program_mut("probe").context("the eBPF object has no probe program")?.try_into()?;
+        program.attach(listener).map_err(said).context("attach the probe program")
+    }
+
+    /// Which listeners it chooses: the first one, as long as it is there, and then the second.
+    pub fn choose(&mut self, listeners: [BorrowedFd<'_>; 2]) -> anyhow::Result<()> {
+        let map = self.object.map_mut("SOCKETS").context("the eBPF object has no SOCKETS map")?;
+        let mut sockets = ReusePortSockArray::try_from(map)?;
+        for (index, listener) in (0..).zip(listeners) {
+            sockets.set(index, &listener, 0).context("put a listener into SOCKETS")?;
+        }
+        Ok(())
+    }
+}
+
+impl Desk {
+    /// Opens the maps that [`Kernel::open`] has pinned.
+    pub fn open(pins: &Path) -> anyhow::Result<Self> {
+        fn map(pins: &Path, name: &str) -> anyhow::Result<Map> {
+            let data = MapData::from_pin(pins.join(name)).with_context(|| format!("open the {name} map"))?;
+            Ok(Map::from_map_data(data)?)
+        }
+        fn shared<T>(pins: &Path, name: &str, entries: usize) -> anyhow::Result<Shared<T>> {
+            let data = MapData::from_pin(pins.join(name)).with_context(|| format!("open the {name} map"))?;
+            Shared::of(data.fd().as_fd(), entries).with_context(|| format!("map {name} into memory"))
+        }
+        Ok(Self {
+            load: shared(pins, "LOAD", 1)?,
+            plan: shared(pins, "PLAN", 2)?,
+            active: shared(pins, "ACTIVE", 1)?,
+            rooms: shared(pins, "ROOMS", GROUPS)?,
+            states: shared(pins, "STATES", SOCKETS)?,
+            attendant: shared(pins, "ATTENDANT", 1)?,
+            sockets: map(pins, "SOCKETS")?.try_into()?,
+            tag: map(pins, "TAG")?.try_into()?,
+            home: map(pins, "HOME")?.try_into()?,
+            owners: map(pins, "OWNERS")?.try_into()?,
+            parked: map(pins, "PARKED")?.try_into()?,
+            bells: map(pins, "BELLS")?.try_into()?,
+            wakes: map(pins, "WAKES")?.try_into()?,
+        })
+    }
+
+    /// Connections that wait.
+    pub fn waiting(&self) -> u64 {
+        self.load.long(0, offset_of!(Load, waiting)).load(Ordering::SeqCst)
+    }
+
+    /// Some server in the plan in force has a free place, and the service is not being stopped.
+    pub fn has_place(&self, now: u64) -> bool {
+        let active = self.active.word(0, 0).load(Ordering::Acquire) as usize & 1;
+        let field = |offset: usize| self.plan.word(active, offset).load(Ordering::Relaxed);
+        if field(offset_of!(Plan, flags)) & FLAG_CLOSING != 0 {
+            return false;
+        }
+        let slots = (field(offset_of!(Plan, count)) as usize).min(SLOTS);
+        (0..slots).any(|slot| {
+            let server = offset_of!(Plan, servers) + slot * size_of::<Server>();
+            let limit = field(server + offset_of!(Server, limit));
+            let places = self.load.long(0, offset_of!(Load, word) + slot * 8).load(Ordering::SeqCst);
+            word::used(word::roll(places, word::epoch(now))) < u64::from(limit)
+        })
+    }
+
+    /// Rolls every slot's word to the present epoch, as whoever looks at it next would. Epochs
+    /// repeat after 73 minutes, and a word that nobody touched for so long would pass for fresh.
+    pub fn stamp_words(&self, now: u64) {
+        for slot in 0..SLOTS {
+            let places = self.load.long(0, offset_of!(Load, word) + slot * 8);
+            let seen = places.load(Ordering::SeqCst);
+            let rolled = word::roll(seen, word::epoch(now));
+            // If a program was faster, it has rolled it.
+            let _ = places.compare_exchange(seen, rolled, Ordering::SeqCst, Ordering::SeqCst);
+        }
+    }
+
+    /// The sequence number of the group's current room.
+    pub fn current(&self, group: usize) -> u64 {
+        let current = self.load.long(0, offset_of!(Load, current) + group * 8).load(Ordering::SeqCst) >> 16;
+        current.max(self.least(group).load(Ordering::Relaxed))
+    }
+
+    /// Spare rooms of the group that were ever taken.
+    pub fn spares_taken(&self, group: usize) -> u64 {
+        self.load.long(0, offset_of!(Load, spares_taken) + group * 8).load(Ordering::SeqCst)
+    }
+
+    /// [`Rooms::least`]
+    pub fn least(&self, group: usize) -> &AtomicU64 {
+        self.rooms.long(group, offset_of!(Rooms, least))
+    }
+
+    /// [`Rooms::made`]
+    pub fn made(&self, group: usize) -> &AtomicU64 {
+        self.rooms.long(group, offset_of!(Rooms, made))
+    }
+
+    /// [`Rooms::spares`]
+    pub fn spares(&self, group: usize) -> &AtomicU64 {
+        self.rooms.long(group, offset_of!(Rooms, spares))
+    }
+
+    /// [`Rooms::bound`]
+    pub fn bound(&self, group: usize) -> &AtomicU64 {
+        self.rooms.long(group, offset_of!(Rooms, bound))
+    }
+
+    /// [`Rooms::share`]
+    pub fn share(&self, group: usize) -> &AtomicU32 {
+        self.rooms.word(group, offset_of!(Rooms, share))
+    }
+
+    /// [`Rooms::chunk`]
+    pub fn chunk(&self, group: usize) -> &AtomicU32 {
+        self.rooms.word(group, offset_of!(Rooms, chunk))
+    }
+
+    /// [`Rooms::crowd`]
+    pub fn crowd(&self, group: usize) -> &AtomicU32 {
+        self.rooms.word(group, offset_of!(Rooms, crowd))
+    }
+
+    /// [`Rooms::full`]
+    pub fn full(&self, group: usize) -> &AtomicU32 {
+        self.rooms.word(group, offset_of!(Rooms, full))
+    }
+
+    /// The entry of [`Rooms::ring`] for this sequence number.
+    pub fn ring(&self, group: usize, sequence: u64) -> &AtomicU32 {
+        self.rooms.word(group, offset_of!(Rooms, ring) + sequence as usize % RING * 4)
+    }
+
+    /// The entry of [`Rooms::spare`] for this sequence number.
+    pub fn spare(&self, group: usize, sequence: u64) -> &AtomicU32 {
+        self.rooms.word(group, offset_of!(Rooms, spare) + sequence as usize % RING * 4)
+    }
+
+    /// What came of the listener at this index.
+    pub fn state(&self, index: u32) -> State {
+        let field = |offset: usize| self.states.long(index as usize, offset).load(Ordering::SeqCst);
+        State {
+            completed: field(offset_of!(State, completed)),
+            gone: field(offset_of!(State, gone)),
+            entered: field(offset_of!(State, entered)),
+            first: field(offset_of!(State, first)),
+            since: field(offset_of!(State, since)),
+            moved: field(offset_of!(State, moved)),
+        }
+    }
+
+    /// Makes a room of a socket that is bound and does not listen yet, by letting it listen once
+    /// its connections will be counted; then it can be selected by its index.
+    pub fn admit(&mut self, room: &Room) -> anyhow::Result<()> {
+        for field in 0..size_of::<State>() / 8 {
+            self.states.long(room.index as usize, field * 8).store(0, Ordering::SeqCst);
+        }
+        let tag = Tag { slot: ROOM, counted: 0, index: room.index, group: u32::try_from(room.group)? };
+        self.tag.insert(room, tag, 0).context("tag a room")?;
+        self.home.insert(room.cookie, Home { slot: ROOM, index: room.index }, 0).context("write HOME")?;
+        room.open().context("listen")?;
+        self.sockets.set(room.index, room, 0).context("put a room into SOCKETS")
+    }
+
+    /// The index of a room, by its cookie.
+    pub fn index_of(&self, cookie: u64) -> Option<u32> {
+        self.home.get(&cookie, 0).ok().filter(|home| home.slot == ROOM).map(|home| home.index)
+    }
+
+    /// Forgets a room that has closed.
+    pub fn forget(&mut self, cookie: u64) {
+        // Nobody else removes it.
+        let _ = self.home.remove(&cookie);
+    }
+
+    /// Forgets all rooms but these.
+    pub fn forget_rooms_except(&mut self, cookies: &HashSet<u64>) -> anyhow::Result<()> {
+        let homes: Vec<(u64, Home)> = self.home.iter().collect::<Result<_, _>>().context("read HOME")?;
+        for (cookie, home) in homes {
+            if home.slot == ROOM && !cookies.contains(&cookie) {
+                self.forget(cookie);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whose a connection is that waits.
+    pub fn owner(&self, cookie: u64) -> Option<Owner> {
+        self.owners.get(&cookie, 0).ok()
+    }
+
+    /// Marks a connection as one that is turned away: it is counted down when it is closed from
+    /// our side, and as such.
+    pub fn dismiss(&mut self, connection: BorrowedFd<'_>, index: u32) -> anyhow::Result<()> {
+        let tag = Tag { slot: DISMISSED, counted: 1, index, group: 0 };
+        self.tag.insert(&connection, tag, 0).context("tag a connection")
+    }
+
+    /// A closing listener has closed: forgets where its connections are parked.
+    pub fn forget_parked(&mut self, cookie: u64) {
+        // It is there only if a connection had to be parked.
+        let _ = self.parked.remove(&cookie);
+    }
+
+    /// All listeners of servers in the plan in force: their group, and their index in SOCKETS.
+    pub fn listeners(&self) -> Vec<(usize, u32)> {
+        let active = self.active.word(0, 0).load(Ordering::Acquire) as usize & 1;
+        let field = |offset: usize| self.plan.word(active, offset).load(Ordering::Relaxed);
+        let slots = (field(offset_of!(Plan, count)) as usize).min(SLOTS);
+        let runs = (0..GROUPS).flat_map(|group| (0..slots).map(move |slot| (group, slot)));
+        runs.flat_map(|(group, slot)| {
+            let run = field(offset_of!(Plan, runs) + (group * SLOTS + slot) * size_of::<Run>());
+            let [first, len] = [run as u16, (run >> 16) as u16].map(u32::from);
+            (first..first + len).map(move |index| (group, index))
+        })
+        .collect()
+    }
+
+    /// From now on a connection of this client is a bell for the listener at this index.
+    pub fn expect_bell(&mut self, client: u64, index: u32) -> anyhow::Result<()> {
+        self.bells.insert(client, index, 0).context("write BELLS")
+    }
+
+    /// That bell was rung.
+    pub fn forget_bell(&mut self, client: u64) {
+        // Nobody else removes it.
+        let _ = self.bells.remove(&client);
+    }
+
+    /// In which cgroup rooms are made.
+    pub fn set_cgroup(&self, id: u64) {
+        self.attendant.long(0, offset_of!(Attendant, cgroup)).store(id, Ordering::SeqCst);
+    }
+
+    /// The attendant is at work.
+    pub fn attend(&self, now: u64) {
+        self.attendant.long(0, offset_of!(Attendant, seen)).store(now, Ordering::Relaxed);
+    }
+
+    /// Whether the programs have to wake the attendant. It must look once more between saying
+    /// so and sleeping.
+    pub fn set_asleep(&self, asleep: bool) {
+        self.attendant.long(0, offset_of!(Attendant, asleep)).store(u64::from(asleep), Ordering::SeqCst);
+        // A program first changes a count, then reads this; we first write this, then read counts.
+        fence(Ordering::SeqCst);
+    }
+
+    /// Forgets what woke the attendant.
+    pub fn drain_wakes(&mut self) {
+        while self.wakes.next().is_some() {}
+    }
+
+    /// What can be read when the attendant is to wake.
+    pub fn wakes(&self) -> BorrowedFd<'_> {
+        self.wakes.as_fd()
     }
 }
 
@@ -306,17 +640,9 @@ fn decode(bytes: &[u8]) -> Option<Event> {
 
 /// The kind of an event. `None` for one of another version.
 pub fn kind(event: &Event) -> Option<EventKind> {
-    [
-        EventKind::Listening,
-        EventKind::ListenerClosed,
-        EventKind::Misbound,
-        EventKind::Waiting,
-        EventKind::HandedOver,
-        EventKind::Left,
-        EventKind::Bound,
-    ]
-    .into_iter()
-    .find(|&kind| kind as u32 == event.kind)
+    [EventKind::Listening, EventKind::ListenerClosed, EventKind::Misbound, EventKind::Bound]
+        .into_iter()
+        .find(|&kind| kind as u32 == event.kind)
 }
 
 fn load(pins: &Path, group: u32, log: ProgramLog) -> anyhow::Result<Ebpf> {
@@ -326,7 +652,7 @@ fn load(pins: &Path, group: u32, log: ProgramLog) -> anyhow::Result<Ebpf> {
     };
     let mut loader = EbpfLoader::new();
     loader.override_global("GROUP", &group, true).override_global(aya_log::LEVEL, &level, true);
-    for name in PINNED.into_iter().chain([EVENTS]) {
+    for name in PINNED {
         loader.map_pin_path(name, pins.join(name));
     }
     loader.load(object::object()).map_err(said_of_maps).context("create the eBPF maps")

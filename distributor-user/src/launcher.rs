@@ -7,11 +7,11 @@
 
 use std::{
     fs::{self, File, OpenOptions},
-    io::{self, IoSlice, Read as _, Write as _},
-    mem::{ManuallyDrop, MaybeUninit},
+    io::{self, Read as _, Write as _},
+    mem::ManuallyDrop,
     net::SocketAddr,
     os::{
-        fd::{AsFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
+        fd::{BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
         unix::{fs::OpenOptionsExt as _, net::UnixStream, process::CommandExt as _},
     },
     path::Path,
@@ -23,19 +23,14 @@ use nix::sys::signal::SigSet;
 use rustix::{
     fs::{Gid, Mode, OFlags, Uid},
     io::{Errno, FdFlags},
-    net::{
-        AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, sockopt,
-    },
+    net::{AddressFamily, SocketFlags, SocketType, sockopt},
     process::{Resource, Rlimit},
     thread::{CapabilitySet, CapabilitySets, CpuSet},
 };
 
 use crate::{
     address::ListenAddress,
-    launch::{
-        BATCH, Exec, Identity, Job, LaunchError, Limit, MAX_JOB, OpenListeners, Output, Socket, failed,
-        reason,
-    },
+    launch::{Exec, Identity, LaunchError, Limit, MAX_JOB, Output, Socket, failed, reason},
     monitor::OPEN_FILES,
 };
 
@@ -74,8 +69,7 @@ pub(crate) fn launch() -> u8 {
         }
     };
     let done = match read_job(&mut channel) {
-        Ok(Job::Exec(job)) => execute(&job, &mut channel),
-        Ok(Job::OpenListeners(job)) => open_listeners(&job, &channel),
+        Ok(job) => execute(&job, &mut channel),
         Err(error) => Err(error),
     };
     match done {
@@ -88,7 +82,7 @@ pub(crate) fn launch() -> u8 {
     }
 }
 
-fn read_job(channel: &mut UnixStream) -> Result<Job> {
+fn read_job(channel: &mut UnixStream) -> Result<Exec> {
     let read = |error| failed("read the job", reason(error));
     let mut length = [0; 4];
     channel.read_exact(&mut length).map_err(read)?;
@@ -178,7 +172,7 @@ fn not_executed(job: &Exec, error: &io::Error) -> LaunchError {
 }
 
 /// The whole process, which has one thread: "0" is whoever writes it.
-fn enter(cgroup: &Path) -> Result<()> {
+pub(crate) fn enter(cgroup: &Path) -> Result<()> {
     fs::write(cgroup.join("cgroup.procs"), "0")
         .map_err(|error| failed(format!("enter cgroup {}", cgroup.display()), reason(error)))
 }
@@ -205,8 +199,8 @@ fn output(output: &Output, what: &str, first_free: RawFd) -> Result<Stdio> {
     }
 }
 
-/// A listener that joins the service's group.
-fn open_listener(address: &ListenAddress, uid: u32, backlog: u32) -> Result<OwnedFd> {
+/// A socket that can join the service's group, once it listens.
+pub(crate) fn bound_socket(address: &ListenAddress, uid: u32) -> Result<OwnedFd> {
     let family = match address.socket {
         SocketAddr::V4(_) => AddressFamily::INET,
         SocketAddr::V6(_) => AddressFamily::INET6,
@@ -233,30 +227,16 @@ fn open_listener(address: &ListenAddress, uid: u32, backlog: u32) -> Result<Owne
         };
         failed(format!("bind {address}"), format!("{}{advice}", reason(error)))
     })?;
+    Ok(socket)
+}
+
+/// A listener that joins the service's group.
+fn open_listener(address: &ListenAddress, uid: u32, backlog: u32) -> Result<OwnedFd> {
+    let socket = bound_socket(address, uid)?;
     let backlog = i32::try_from(backlog).unwrap_or(i32::MAX);
     rustix::net::listen(&socket, backlog)
         .map_err(|error| failed(format!("listen on {address}"), reason(error)))?;
     Ok(socket)
-}
-
-fn open_listeners(job: &OpenListeners, channel: &UnixStream) -> Result<()> {
-    enter(&job.cgroup)?;
-    let mut left = job.count;
-    while left > 0 {
-        let count = left.min(BATCH);
-        let batch = (0..count)
-            .map(|_| open_listener(&job.address, job.uid, job.backlog))
-            .collect::<Result<Vec<_>>>()?;
-        let descriptors: Vec<_> = batch.iter().map(|listener| listener.as_fd()).collect();
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(BATCH))];
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        let fits = control.push(SendAncillaryMessage::ScmRights(&descriptors));
-        assert!(fits, "the space is that of a batch");
-        rustix::net::sendmsg(channel, &[IoSlice::new(b".")], &mut control, SendFlags::NOSIGNAL)
-            .map_err(|error| failed(format!("hand over {count} listeners"), reason(error)))?;
-        left -= count;
-    }
-    Ok(())
 }
 
 fn duplicate(channel: &UnixStream) -> Result<OwnedFd> {

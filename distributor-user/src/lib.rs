@@ -5,15 +5,20 @@
 
 pub mod accept_queue;
 pub mod address;
+pub mod attendant;
 pub mod backoff;
+pub mod bell;
 pub mod cgroup;
 pub mod cli;
 pub mod config;
 pub mod control;
+pub mod corridor;
 pub mod demo;
+pub mod dismiss;
 pub mod distributor;
 pub mod error;
 pub mod instance;
+pub mod keeper;
 pub mod kernel;
 pub mod launch;
 mod launcher;
@@ -28,6 +33,6 @@ pub mod plan;
 pub mod room;
 pub mod server;
 pub mod service;
+pub mod shared;
 pub mod status;
-pub mod waiting;
 pub mod watch;

@@ -1,7 +1,8 @@
 //! `dist-ctl`: connections of one address, distributed over several servers by the kernel.
 //!
 //! Which of its processes this one is, is in the arguments: the command line of an operator, the
-//! monitor (`up`), the distributor, a launcher on its way to be a server, or the demo server.
+//! monitor (`up`), the distributor, a launcher on its way to be a server, a keeper of rooms, or the
+//! demo server.
 #![forbid(unsafe_code)]
 
 use std::{
@@ -18,6 +19,7 @@ use distributor_user::{
     control::{self, ASK_TIMEOUT},
     demo, distributor, error,
     instance::Instance,
+    keeper,
     kernel::ProgramLog,
     launch,
     lock::Lock,
@@ -55,6 +57,7 @@ fn perform(invocation: &Invocation) -> anyhow::Result<ExitCode> {
             distributor::run(source.read()?, directory, log)?;
         }
         Command::Launch => return Ok(launch::run()),
+        Command::Keep(cgroup) => return Ok(keeper::run(cgroup)),
         Command::Demo { listen, name } => {
             demo::run(demo::Options { listen: listen.clone(), name: name.clone() })?;
         }

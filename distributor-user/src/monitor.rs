@@ -123,7 +123,7 @@ struct Monitor {
 
 impl Monitor {
     fn new(programs: Programs) -> Self {
-        // Every room is a descriptor here, and shells give 1024.
+        // Shells give 1024, and the distributor, which inherits it, has thousands of rooms.
         let given = rustix::process::getrlimit(Resource::Nofile);
         let _ = rustix::process::setrlimit(Resource::Nofile, Rlimit { current: given.maximum, ..given });
         let files = rustix::process::getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);

@@ -9,10 +9,14 @@ use std::collections::{BTreeMap, VecDeque};
 use anyhow::{Context as _, ensure};
 use distributor_ebpf::{
     contract::{
-        self, BUCKETS, FLAG_CLOSING, FLAG_COOKIES, GROUPS, LIMIT_MAX, Plan, Policy, Run, SLOTS, SOCKETS,
+        self, BUCKETS, FLAG_BELL, FLAG_CLOSING, FLAG_COOKIES, GROUPS, LIMIT_MAX, Plan, Policy, Run,
+        SERVERS_END, SLOTS,
     },
     select::{NO_SLOT, mix, stride},
 };
+
+/// More reservations that expire at once are a flood, whatever the limit.
+const SUSPECT: u32 = 1_024;
 
 /// All of one service's plan.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,8 +28,8 @@ pub struct Wanted {
     pub closing: bool,
     /// SYN cookies are always sent (net.ipv4.tcp_syncookies = 2).
     pub cookies: bool,
-    /// Per group the index of its room.
-    pub rooms: Vec<u32>,
+    /// The kernel does not wake a server to which it moves a connection.
+    pub bell: bool,
     /// In the configuration's order.
     pub servers: Vec<WantedServer>,
 }
@@ -52,12 +56,12 @@ impl Wanted {
     pub fn plan(&self) -> Box<Plan> {
         let mut plan = Box::new(Plan::EMPTY);
         plan.policy = self.policy as u32;
-        plan.flags =
-            if self.closing { FLAG_CLOSING } else { 0 } | if self.cookies { FLAG_COOKIES } else { 0 };
-        plan.capacity = self.capacity;
-        for (room, &index) in plan.rooms.iter_mut().zip(&self.rooms) {
-            *room = index;
+        for (flag, is_set) in
+            [(FLAG_CLOSING, self.closing), (FLAG_COOKIES, self.cookies), (FLAG_BELL, self.bell)]
+        {
+            plan.flags |= if is_set { flag } else { 0 };
         }
+        plan.capacity = self.capacity;
         for (rank, server) in self.servers.iter().enumerate() {
             let slot = server.slot as usize % SLOTS;
             let limit = match server.limit {
@@ -69,11 +73,13 @@ impl Wanted {
                 limit,
                 weight: server.weight,
                 rank: rank as u32,
-                // All of them: there is no waiting list that a flood could be sent through.
-                reservable: limit,
+                // A flood of handshakes that are never completed gets half of the places; the
+                // others are for those who wait until their handshake is complete. Without a
+                // waiting list there is no such other way.
+                reservable: if self.capacity > 0 { limit.div_ceil(2) } else { limit },
                 stride: stride(server.weight),
                 generation: server.generation,
-                reserved: 0,
+                suspect: if self.capacity > 0 { limit.div_ceil(4).min(SUSPECT) } else { 0 },
             };
             plan.count = plan.count.max(slot as u32 + 1);
             for (group, &run) in server.runs.iter().enumerate().take(GROUPS) {
@@ -158,7 +164,7 @@ impl Slots {
     }
 }
 
-/// The indices of SOCKETS, handed out as runs.
+/// The indices of SOCKETS that are servers', handed out as runs.
 #[derive(Clone, Debug, Default)]
 pub struct Indices {
     /// First index -> length, of what is taken.
@@ -179,19 +185,11 @@ impl Indices {
             first = start + length;
         }
         ensure!(
-            first + len <= SOCKETS as u32,
-            "no {len} places in a row are left among the {SOCKETS} for listeners"
+            first + len <= SERVERS_END as u32,
+            "no {len} places in a row are left among the {SERVERS_END} for listeners"
         );
         self.taken.insert(first, len);
         Ok(first)
-    }
-
-    /// Marks one index as taken that an earlier distributor took.
-    pub fn claim(&mut self, index: u32) -> anyhow::Result<()> {
-        let before = self.taken.range(..=index).next_back();
-        ensure!(before.is_none_or(|(first, len)| first + len <= index), "index {index} is taken");
-        self.taken.insert(index, 1);
-        Ok(())
     }
 
     pub fn give_back(&mut self, first: u32) {
@@ -222,7 +220,7 @@ mod tests {
             capacity: 10,
             closing: false,
             cookies: false,
-            rooms: vec![9000],
+            bell: false,
             servers,
         }
     }

@@ -1,25 +1,19 @@
 //! Rooms: parked listeners of ours, in which connections wait that no server may take.
 //!
-//! Makes them, gives duplicates to the monitor to hold, and empties them: a room that is shut
-//! down makes the kernel run `select` for each of its connections. Which room is current, and
-//! when to empty it, is the service's to decide.
+//! A room that is shut down makes the kernel run `select` for each of its connections. Which
+//! room is emptied, and when, is the attendant's to decide.
 #![forbid(unsafe_code)]
 
 use std::{
     io,
     net::{Shutdown, SocketAddr},
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
 };
 
 use anyhow::{Context as _, bail};
-use rustix::net::sockopt;
-use serde::{Deserialize, Serialize};
 use socket2::{Domain, SockRef, Socket, Type};
 
-use crate::{
-    address::ListenAddress,
-    launch::{OpenListeners, open_listeners},
-};
+use crate::address::ListenAddress;
 
 /// One parked listener.
 #[derive(Debug)]
@@ -31,25 +25,35 @@ pub struct Room {
     pub group: usize,
     /// Its index in SOCKETS.
     pub index: u32,
-    /// The monitor's key of its duplicate.
-    pub key: u64,
-}
-
-/// What the monitor keeps with a room's duplicate, for the next distributor.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Label {
-    pub service: String,
-    pub address: ListenAddress,
-    pub index: u32,
-    /// New arrivals go to this one.
-    pub current: bool,
 }
 
 impl Room {
-    /// Makes the kernel hand over every connection that waits in it.
+    /// Makes the kernel move every connection that waits in it, before this returns.
+    ///
+    /// It cannot be used again after that. (A socket can listen again, but then the kernel looks
+    /// at every socket of the port for a conflict, connections included, because it still is
+    /// part of its group: `sk_reuseport_match`, Linux 6.18. A new one is spared that. Tried:
+    /// with 64 connections under way, a quarter of the machine went into it.)
     pub fn empty(&self) -> io::Result<()> {
-        // Not close: the monitor's duplicate would keep the listener open.
+        // Not close: the keeper's duplicate would keep the listener open.
         SockRef::from(&self.fd).shutdown(Shutdown::Read)
+    }
+
+    /// Makes it a listener, and so part of the group.
+    pub fn open(&self) -> io::Result<()> {
+        // Who waits is accepted only to be turned away, and then may have left already.
+        rustix::io::ioctl_fionbio(&self.fd, true)?;
+        SockRef::from(&self.fd).listen(BACKLOG)
+    }
+}
+
+/// As long as a room's accept queue may become: it matters where there is no other room, or
+/// while no distributor runs. The kernel caps it at net.core.somaxconn.
+const BACKLOG: i32 = 4096;
+
+impl AsRawFd for Room {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
     }
 }
 
@@ -57,18 +61,6 @@ impl AsFd for Room {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
-}
-
-/// Opens parked listeners in a cgroup, where the kernel counts what waits in them.
-pub async fn open(job: &OpenListeners) -> anyhow::Result<Vec<(OwnedFd, u64)>> {
-    open_listeners(job)
-        .await?
-        .into_iter()
-        .map(|fd| {
-            let cookie = sockopt::socket_cookie(&fd).context("read the cookie of a room")?;
-            Ok((fd, cookie))
-        })
-        .collect()
 }
 
 /// Makes sure that nobody else listens on the address: a room would join his group if he

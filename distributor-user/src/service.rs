@@ -9,15 +9,16 @@ mod launch;
 mod report;
 
 use std::{
-    collections::VecDeque,
+    collections::{HashMap, VecDeque},
     fs,
-    os::fd::{AsFd as _, OwnedFd},
+    os::fd::{AsFd as _, BorrowedFd},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use distributor_ebpf::{
-    contract::{Event as KernelEvent, EventKind, Home, Load, Policy, ROOM, Run},
+    contract::{Event as KernelEvent, EventKind, Home, Load, Policy, ROOM, ROOMS, Run, SERVERS_END, SOCKETS},
     word,
 };
 use rustix::{
@@ -28,28 +29,24 @@ use tokio::{sync::mpsc::UnboundedSender, task::JoinHandle};
 use tracing::{debug, error, info, warn};
 
 use crate::{
+    attendant::{self, Attendant, Duty, Says},
     cgroup::Cgroup,
     config,
     control::Response,
     distributor::Input,
     instance,
-    kernel::{self, Kernel, ProgramLog},
-    launch::OpenListeners,
+    keeper::{self, Keeper},
+    kernel::{self, Desk, Kernel, ProgramLog},
     link::{Held, Link},
     listener::{self, Verdict},
     message::{Exit, ToMonitor},
     notify::{self, Notification},
     plan::{Indices, Slots, Wanted, WantedServer},
-    room::{self, Room},
     server::{Action, Event, Instance, Recipient, Report, Server, Supervision},
-    waiting::Waiting,
 };
 
 pub use launch::Label;
 
-/// Connections that may wait while no server is ready, unless `backlog` is smaller: beyond
-/// the room's accept queue the kernel would drop SYNs without a word.
-const CAPACITY: u32 = 1024;
 /// Places in SOCKETS that a server gets for its listeners on one address at first.
 const RUN: u32 = 8;
 /// A socket is announced before it listens, so it is looked for again this often...
@@ -68,6 +65,14 @@ pub struct Host<'a> {
     pub inputs: &'a UnboundedSender<Input>,
 }
 
+/// What holds for all services of an instance.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    pub log: ProgramLog,
+    /// The kernel does not wake a server to which it moves a connection.
+    pub bell: bool,
+}
+
 /// One service.
 pub struct Service {
     /// Its place in the distributor's list, which `Input` names it by.
@@ -75,19 +80,18 @@ pub struct Service {
     config: config::Service,
     kernel: Kernel,
     cgroup: Cgroup,
-    /// By group: the room that new arrivals go to.
-    current: Vec<Room>,
-    /// By group: the room that takes its place; `None` while one is being made.
-    spare: Vec<Option<Room>>,
+    /// Hands over to those who wait.
+    attendant: attendant::Handle,
+    /// The kernel does not wake a server to which it moves a connection.
+    bell: bool,
     entries: Vec<Entry>,
     /// Slots of ended instances that still hold connections.
     retired: Vec<Retired>,
     slots: Slots,
     indices: Indices,
     generation: u32,
-    waiting: Waiting,
     /// Cookies of sockets that were bound and do not listen yet -> entry.
-    bound: Vec<(u64, usize)>,
+    bound: HashMap<u64, usize>,
     scans: Vec<Scan>,
     /// Cookies of listeners that are no longer ours, and when HOME may forget them.
     left: VecDeque<(Instant, u64)>,
@@ -173,34 +177,67 @@ struct Scan {
 }
 
 impl Service {
-    /// Makes or takes over the kernel objects and rooms. Nothing is selected yet.
-    pub async fn open(
+    /// Makes or takes over the kernel objects and rooms. No server is selected yet.
+    pub fn open(
         number: usize,
         config: config::Service,
-        log: ProgramLog,
-        held: Vec<(room::Label, Held)>,
+        options: Options,
+        keeper: Option<Held>,
         host: &mut Host<'_>,
     ) -> anyhow::Result<Self> {
         let cgroup = host.place.cgroup.child(&config.name);
-        cgroup.child("rooms").create()?;
+        let rooms_cgroup = cgroup.child("rooms");
+        rooms_cgroup.create()?;
         let pins = kernel::pins(&host.place.pins, &config.name);
-        let (mut kernel, events, logs) = Kernel::open(&pins, cgroup.path(), config.listen.len(), log)
+        let (mut kernel, events, logs) = Kernel::open(&pins, cgroup.path(), config.listen.len(), options.log)
             .with_context(|| format!("set up service {}", config.name))?;
         kernel.set_addresses(&config.listen)?;
         logs.follow();
         follow(number, events, host.inputs);
 
+        let keeper = match keeper {
+            Some(held) => Keeper::with(held.fd)?,
+            None => {
+                let keeper = Keeper::start(rooms_cgroup.path())?;
+                hold_keeper(&config.name, keeper.as_fd(), host)?;
+                keeper
+            }
+        };
+        let duty = Duty {
+            service: config.name.clone(),
+            listen: config.listen.clone(),
+            uid: uid(&config),
+            cgroup: rooms_cgroup.path().to_owned(),
+            cgroup_id: rooms_cgroup.id().context("read the number of a cgroup")?,
+            capacity: config.waiting.capacity,
+            timeout: config.waiting.timeout,
+            reply: config.waiting.reply.as_slice().into(),
+            most_rooms: most_rooms(config.listen.len()),
+            bell: options.bell,
+        };
+        let inputs = host.inputs.clone();
+        let tell = Arc::new(move |says| {
+            // The loop is gone only when everything stops.
+            let _ = inputs.send(Input::Attendant { service: number, says });
+        });
+        let desk = Desk::open(&pins).with_context(|| format!("set up service {}", config.name))?;
+        let (attendant, mut handle) = Attendant::new(duty, desk, keeper, tell)?;
+        // Now that the programs find a room: from here on nobody is chosen but by them.
+        for group in 0..config.listen.len() {
+            kernel.attach(group, attendant.any_room(group)?)?;
+        }
+        attendant.start(&mut handle)?;
+
         let mut service = Self {
             number,
-            current: Vec::new(),
-            spare: Vec::new(),
+            attendant: handle,
+            bell: options.bell,
             entries: Vec::new(),
             retired: Vec::new(),
             slots: Slots::default(),
             indices: Indices::default(),
             generation: kernel.plan()?.servers.iter().map(|server| server.generation).max().unwrap_or(0),
-            waiting: Waiting::default(),
-            bound: Vec::new(),
+            bound: HashMap::new(),
             scans: Vec::new(),
             left: VecDeque::new(),
             syncookies: false,
@@ -227,17 +264,15 @@ impl Service {
                 })
             })
             .collect::<Result<_, _>>()?;
-        service.forget_homes(&held)?;
-        service.furnish(held, host).await?;
+        service.forget_homes()?;
         Ok(service)
     }
 
     /// What an earlier distributor's listeners are filed under is out of date: they are found
-    /// and adopted anew. Rooms keep their places.
-    fn forget_homes(&mut self, held: &[(room::Label, Held)]) -> anyhow::Result<()> {
+    /// and adopted anew. Rooms are the attendant's.
+    fn forget_homes(&mut self) -> anyhow::Result<()> {
         for (cookie, home) in self.kernel.homes()? {
-            let is_room = held.iter().any(|(label, _)| label.index == home.index);
-            if home.slot != ROOM || !is_room {
+            if home.slot != ROOM {
                 self.kernel.vacate(home.index);
                 self.left.push_back((Instant::now() + HOME_STAYS, cookie));
             }
@@ -245,85 +280,8 @@ impl Service {
         Ok(())
     }
 
-    /// Gets every group its two rooms, and puts `select` in charge of it through the first.
-    async fn furnish(&mut self, held: Vec<(room::Label, Held)>, host: &mut Host<'_>) -> anyhow::Result<()> {
-        let mut inherited: Vec<(room::Label, Held)> = held;
-        for group in 0..self.config.listen.len() {
-            let address = self.config.listen[group];
-            let mut rooms = Vec::new();
-            while let Some(place) = inherited.iter().position(|(label, _)| label.address == address) {
-                let (label, held) = inherited.remove(place);
-                self.indices.claim(label.index)?;
-                let cookie = rustix::net::sockopt::socket_cookie(&held.fd).context("read a room's cookie")?;
-                let room = Room { fd: held.fd, cookie, group, index: label.index, key: held.key };
-                if label.current { rooms.insert(0, room) } else { rooms.push(room) }
-            }
-            let missing = 2usize.saturating_sub(rooms.len());
-            for (fd, cookie) in room::open(&self.job(group, missing)).await? {
-                // Before the first room is in the group there is no program in it, and before
-                // there is a program nobody may be in the sock array.
-                let room = self.admit(fd, cookie, group, host)?;
-                rooms.push(room);
-            }
-            let mut rooms = rooms.into_iter();
-            let current = rooms.next().context("a group needs a room")?;
-            self.kernel.attach(group, &current)?;
-            self.tell_monitor_about(&current, true, host)?;
-            self.current.push(current);
-            self.spare.push(rooms.next());
-        }
-        // Rooms of addresses that are no longer listened on.
-        for (_, held) in inherited {
-            host.link.send(&ToMonitor::Drop { key: held.key }, None)?;
-        }
-        Ok(())
-    }
-
-    fn job(&self, group: usize, count: usize) -> OpenListeners {
-        OpenListeners {
-            cgroup: self.cgroup.child("rooms").path().to_owned(),
-            address: self.config.listen[group],
-            uid: self.uid(),
-            backlog: self.config.backlog,
-            count,
-        }
-    }
-
-    /// Makes a listener of ours a room.
-    fn admit(&mut self, fd: OwnedFd, cookie: u64, group: usize, host: &mut Host<'_>) -> anyhow::Result<Room> {
-        let index = self.indices.take(1)?;
-        self.kernel.adopt(&fd, cookie, Home { slot: ROOM, index })?;
-        let room = Room { fd, cookie, group, index, key: host.link.number() };
-        self.tell_monitor_about(&room, false, host)?;
-        Ok(room)
-    }
-
-    fn tell_monitor_about(&self, room: &Room, current: bool, host: &mut Host<'_>) -> anyhow::Result<()> {
-        let label = room::Label {
-            service: self.config.name.clone(),
-            address: self.config.listen[room.group],
-            index: room.index,
-            current,
-        };
-        let hold = ToMonitor::Hold { key: room.key, label: serde_json::to_vec(&label)? };
-        host.link.send(&hold, Some(room.as_fd()))
-    }
-
     pub fn name(&self) -> &str {
         &self.config.name
-    }
-
-    /// The uid of all its sockets.
-    fn uid(&self) -> u32 {
-        match &self.config.user {
-            Some(user) => user.uid,
-            None => rustix::process::geteuid().as_raw(),
-        }
-    }
-
-    /// Connections that may wait.
-    fn capacity(&self) -> u32 {
-        CAPACITY.min(self.config.backlog)
     }
 
     /// Every server is ready.
@@ -349,17 +307,11 @@ impl Service {
     pub fn stop(&mut self, host: &mut Host<'_>) {
         self.closing = true;
         self.write_plan();
+        // No server will be free for them.
+        self.attendant.dismiss_all();
         for entry in 0..self.entries.len() {
             self.tell(entry, Event::Stop, host);
         }
-    }
-
-    /// Gives the rooms up; whoever waits in them is reset. For the very end.
-    pub fn close(&mut self, host: &mut Host<'_>) -> anyhow::Result<()> {
-        for room in self.current.drain(..).chain(self.spare.drain(..).flatten()) {
-            host.link.send(&ToMonitor::Drop { key: room.key }, None)?;
-        }
-        Ok(())
     }
 
     // What operators ask.
@@ -392,7 +344,6 @@ impl Service {
     fn changed(&mut self, entry: usize, host: &mut Host<'_>) -> Response {
         self.write_plan();
         self.relabel(entry, host);
-        self.serve_waiting(host);
         Response::Done
     }
 
@@ -411,7 +362,7 @@ impl Service {
             match kernel::kind(event) {
                 Some(EventKind::Bound) => {
                     if let Some(entry) = self.entry_of_cgroup(event.cgroup) {
-                        self.bound.push((event.cookie, entry));
+                        self.bound.insert(event.cookie, entry);
                     }
                 }
                 Some(EventKind::Listening) => self.listening(event.cookie, host),
@@ -425,8 +376,6 @@ impl Service {
                     let sentence = listener::wrong_address(address, &self.config.listen);
                     self.report(entry, Report::Misbound { sentence }, host);
                 }
-                Some(EventKind::Waiting) => self.waiting.began(event.cookie, event.time),
-                Some(EventKind::HandedOver | EventKind::Left) => self.waiting.ended(event.cookie),
                 None => warn!("the kernel told something unknown ({event:?}); goes on without it"),
             }
         }
@@ -434,9 +383,9 @@ impl Service {
 
     /// A socket begins to listen: looks for it in the server that bound it.
     fn listening(&mut self, cookie: u64, host: &mut Host<'_>) {
-        let owner = self.bound.iter().position(|&(bound, _)| bound == cookie);
+        let owner = self.bound.remove(&cookie);
         let entries: Vec<usize> = match owner {
-            Some(place) => vec![self.bound.swap_remove(place).1],
+            Some(entry) => vec![entry],
             // Not on an address of ours, so it can only be somebody's reason for not being ready.
             None => (0..self.entries.len())
                 .filter(|&entry| self.entries[entry].run.as_ref().is_some_and(|run| !run.included))
@@ -457,7 +406,7 @@ impl Service {
                 .as_ref()
                 .is_some_and(|run| run.listeners.iter().any(|them| them.cookies.contains(&cookie)))
         };
-        self.bound.retain(|&(bound, _)| bound != cookie);
+        self.bound.remove(&cookie);
         if let Some(entry) = self.entries.iter().position(holds) {
             self.scan(entry, None, host);
         }
@@ -473,7 +422,7 @@ impl Service {
         let Some(run) = &self.entries[entry].run else { return true };
         let found = listener::find(&run.cgroup.processes());
         let seen = cookie.is_some_and(|cookie| found.iter().any(|found| found.cookie == cookie));
-        let uid = self.uid();
+        let uid = uid(&self.config);
         let mut by_group: Vec<Vec<listener::Found>> = self.config.listen.iter().map(|_| Vec::new()).collect();
         let mut reports = Vec::new();
         for found in found {
@@ -534,7 +483,7 @@ impl Service {
                 continue;
             }
             let home = Home { slot: run.slot, index: them.first + them.cookies.len() as u32 };
-            self.kernel.adopt(&found.fd, found.cookie, home)?;
+            self.kernel.adopt(&found.fd, found.cookie, home, group)?;
             them.cookies.push(found.cookie);
         }
         Ok(match (before, them.cookies.len()) {
@@ -671,15 +620,10 @@ impl Service {
 
     /// Something is waited for that nobody tells: look often.
     pub fn is_restless(&self) -> bool {
-        !self.waiting_is_empty()
-            || !self.retired.is_empty()
+        !self.retired.is_empty()
             || self.entries.iter().any(|entry| {
                 entry.run.as_ref().is_some_and(|run| run.draining || run.emptying || !run.included)
             })
-    }
-
-    fn waiting_is_empty(&self) -> bool {
-        self.kernel.load().is_ok_and(|load| load.waiting == 0)
     }
 
     pub fn tick(&mut self, now: Instant, host: &mut Host<'_>) {
@@ -702,10 +646,6 @@ impl Service {
         let Ok(load) = self.kernel.load() else { return };
         self.check_drained(&load, host);
         self.free_retired(&load, host);
-        if load.waiting == 0 {
-            self.waiting.nobody();
-        }
-        self.serve_waiting(host);
     }
 
     /// Once a second: what is cheap to look at, and would otherwise depend on an event that
@@ -758,69 +698,15 @@ impl Service {
         }
     }
 
-    /// Empties the rooms, if anybody waits and a server has a place: the kernel gives each
-    /// connection to a server, and parks what does not fit in the room that is current then.
-    fn serve_waiting(&mut self, host: &mut Host<'_>) {
-        if self.closing || !self.kernel.load().is_ok_and(|load| load.waiting > 0 && self.has_place(&load)) {
-            return;
-        }
-        for group in 0..self.current.len() {
-            let Some(spare) = self.spare[group].take() else { continue };
-            let old = std::mem::replace(&mut self.current[group], spare);
-            // The new room is current before the old one closes: what cannot be handed over
-            // goes there, and never back into the closing one.
-            self.write_plan();
-            if let Err(error) = old.empty() {
-                error!("service {}: empty a room: {error}; who waits in it waits on", self.config.name);
+    pub fn attendant_says(&mut self, says: Says, host: &mut Host<'_>) -> anyhow::Result<()> {
+        match says {
+            Says::NewKeeper(socket) => hold_keeper(&self.config.name, socket.as_fd(), host),
+            Says::Dismissed(client) => {
+                tokio::task::spawn_local(client.see_off());
+                Ok(())
             }
-            self.kernel.vacate(old.index);
-            self.kernel.forget(old.cookie);
-            self.indices.give_back(old.index);
-            let drop = host.link.send(&ToMonitor::Drop { key: old.key }, None);
-            let hold = self.tell_monitor_about(&self.current[group], true, host);
-            if let Err(error) = drop.and(hold) {
-                warn!("service {}: {error:#}", self.config.name);
-            }
-            let (job, inputs, service) = (self.job(group, 1), host.inputs.clone(), self.number);
-            tokio::task::spawn_local(async move {
-                let result = room::open(&job).await;
-                // The loop is gone only when everything stops.
-                let _ = inputs.send(Input::Rooms { service, group, result });
-            });
+            Says::Failed => bail!("service {}: the attendant has failed", self.config.name),
         }
-    }
-
-    /// A room was made, as the spare one of its group.
-    pub fn room_opened(
-        &mut self,
-        group: usize,
-        result: anyhow::Result<Vec<(OwnedFd, u64)>>,
-        host: &mut Host<'_>,
-    ) {
-        let made = result.and_then(|mut rooms| {
-            let (fd, cookie) = rooms.pop().context("the launcher gave no listener")?;
-            self.admit(fd, cookie, group, host)
-        });
-        match made {
-            Ok(room) => self.spare[group] = Some(room),
-            Err(error) => {
-                error!("service {}: make a room: {error:#}; tries again in 1s", self.config.name);
-                let (job, inputs, service) = (self.job(group, 1), host.inputs.clone(), self.number);
-                tokio::task::spawn_local(async move {
-                    tokio::time::sleep(Duration::from_secs(1)).await;
-                    let result = room::open(&job).await;
-                    let _ = inputs.send(Input::Rooms { service, group, result });
-                });
-            }
-        }
-    }
-
-    /// Some server in the plan has a free place.
-    fn has_place(&self, load: &Load) -> bool {
-        self.entries.iter().any(|entry| {
-            let Some(run) = entry.run.as_ref().filter(|run| run.included) else { return false };
-            entry.limit.is_none_or(|limit| places(load, run.slot) < u64::from(limit))
-        })
     }
 
     // What the state machine decides.
@@ -855,7 +741,6 @@ impl Service {
             },
             Action::Include { .. } => {
                 self.set_included(entry, true);
-                self.serve_waiting(host);
                 None
             }
             Action::Exclude { .. } => {
@@ -947,7 +832,7 @@ impl Service {
         if let Some(notify) = run.notify {
             notify.abort();
         }
-        self.bound.retain(|&(_, of)| of != entry);
+        self.bound.retain(|_, of| *of != entry);
         self.scans.retain(|scan| scan.entry != entry);
         if let Err(error) = run.cgroup.remove() {
             debug!(
@@ -967,10 +852,10 @@ impl Service {
     fn write_plan(&mut self) {
         let wanted = Wanted {
             policy: self.config.policy,
-            capacity: self.capacity(),
+            capacity: self.config.waiting.capacity,
             closing: self.closing,
             cookies: self.syncookies,
-            rooms: self.current.iter().map(|room| room.index).collect(),
+            bell: self.bell,
             servers: self
                 .entries
                 .iter()
@@ -997,13 +882,39 @@ impl Service {
         }
         let hash = (wanted.policy == Policy::SourceHash).then(|| wanted.hash());
         match self.kernel.write_plan(&wanted.plan(), hash.as_deref()) {
-            Ok(()) => self.told = Some(wanted),
+            Ok(()) => {
+                self.told = Some(wanted);
+                // There may be a place now for somebody who waits.
+                self.attendant.look();
+            }
             Err(error) => error!(
                 "service {}: {error:#}; the kernel goes by the plan before, next try in 1s",
                 self.config.name
             ),
         }
     }
+}
+
+/// Has the monitor hold the socket to a keeper. One that it holds already goes to a keeper that
+/// is gone.
+fn hold_keeper(service: &str, keeper: BorrowedFd<'_>, host: &mut Host<'_>) -> anyhow::Result<()> {
+    let label = keeper::Label { service: service.to_owned() };
+    let hold = ToMonitor::Hold { key: host.link.number(), label: serde_json::to_vec(&label)? };
+    host.link.send(&hold, Some(keeper))
+}
+
+/// The uid of all its sockets.
+fn uid(config: &config::Service) -> u32 {
+    match &config.user {
+        Some(user) => user.uid,
+        None => rustix::process::geteuid().as_raw(),
+    }
+}
+
+/// Rooms that each of so many groups may have.
+const fn most_rooms(groups: usize) -> usize {
+    let share = (SOCKETS - SERVERS_END) / groups;
+    if share < ROOMS { share } else { ROOMS }
 }
 
 /// Places taken in a slot now.

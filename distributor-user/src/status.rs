@@ -48,6 +48,26 @@ pub struct WaitingStatus {
     pub refused: u64,
     /// How long the first in line has waited; 0 when nobody waits.
     pub oldest_seconds: f64,
+    /// How long those waited that were served.
+    #[serde(default)]
+    pub wait: Histogram,
+}
+
+/// How often something took how long.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Histogram {
+    pub count: u64,
+    pub sum_seconds: f64,
+    /// Ascending; one that would repeat the count before it is left out.
+    pub buckets: Vec<Bucket>,
+}
+
+/// So many took at most so long: all that are in the buckets before, and more.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Bucket {
+    /// Seconds.
+    pub le: f64,
+    pub count: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -458,6 +478,7 @@ mod tests {
                 capacity: 1024,
                 served: 40,
                 oldest_seconds: 1.25,
+                wait: Histogram { count: 3, sum_seconds: 0.5, buckets: vec![Bucket { le: 0.25, count: 3 }] },
                 ..WaitingStatus::default()
             },
             servers: vec![server("shop/1"), dead_server("shop/2")],
@@ -482,6 +503,7 @@ mod tests {
                 "waiting": {
                     "now": 3, "max": 17, "capacity": 1024, "served": 40, "timed_out": 0,
                     "left": 0, "refused": 0, "oldest_seconds": 1.25,
+                    "wait": {"count": 3, "sum_seconds": 0.5, "buckets": [{"le": 0.25, "count": 3}]},
                 },
                 "servers": [{
                     "name": "shop/2",

@@ -9,6 +9,9 @@ use std::fmt::Write as _;
 
 use crate::host::Host;
 
+/// For [`App::waiting`]: no waiting list.
+pub const NOBODY_WAITS: &str = "capacity = 0";
+
 /// Servers behind the addresses of the service `app`.
 #[derive(Clone, Debug)]
 pub struct App {
@@ -19,6 +22,9 @@ pub struct App {
     pub weight: Option<u32>,
     pub socket: Option<&'static str>,
     pub command: Vec<String>,
+    /// Lines for `[service.app.waiting]`. Whoever finds all places taken waits by default, and
+    /// with [`NOBODY_WAITS`] is refused at once.
+    pub waiting: Option<String>,
     /// More lines for `[service.app]`.
     pub service: String,
     /// More lines for `[service.app.server]`.
@@ -52,6 +58,7 @@ impl App {
             weight: None,
             socket: None,
             command,
+            waiting: None,
             service: String::new(),
             server: String::new(),
             tables: String::new(),
@@ -68,6 +75,11 @@ impl App {
         self
     }
 
+    /// The same without a waiting list.
+    pub fn refusing(self) -> Self {
+        Self { waiting: Some(NOBODY_WAITS.to_owned()), ..self }
+    }
+
     /// The file.
     pub fn toml(&self) -> String {
         let mut text = String::from("[service.app]\n");
@@ -80,6 +92,9 @@ impl App {
             line(format!("policy = {}", quoted(policy)));
         }
         line(self.service.clone());
+        if let Some(waiting) = &self.waiting {
+            line(format!("[service.app.waiting]\n{waiting}"));
+        }
         line("[service.app.server]".to_owned());
         line(format!("command = {}", list(&self.command)));
         line(format!("count = {}", self.count));

@@ -7,17 +7,20 @@
 #![forbid(unsafe_code)]
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     io::{self, Read, Write},
     net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, SocketAddrV4, TcpStream},
     ops::Range,
-    os::fd::AsFd,
+    os::fd::{AsFd, OwnedFd},
     sync::atomic::{AtomicUsize, Ordering},
     thread,
     time::{Duration, Instant},
 };
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::{
+    buffer::spare_capacity,
+    event::{PollFd, PollFlags, Timespec, epoll, poll},
+};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::wait::seconds;
@@ -104,6 +107,93 @@ pub fn connect_from(source: IpAddr, address: SocketAddr) -> io::Result<TcpStream
 /// Closes a connection by a reset.
 pub fn reset(stream: TcpStream) -> io::Result<()> {
     Socket::from(stream).set_linger(Some(Duration::ZERO))
+}
+
+/// Something to read has arrived, and stays.
+pub fn is_greeted(stream: &TcpStream) -> bool {
+    stream.set_nonblocking(true).expect("look without waiting");
+    let greeted = stream.peek(&mut [0]).is_ok_and(|bytes| bytes > 0);
+    stream.set_nonblocking(false).expect("wait again");
+    greeted
+}
+
+/// Opens so many connections, one after the other, without expecting a greeting. They go to the
+/// addresses by turns.
+#[track_caller]
+pub fn stand(addresses: &[SocketAddr], count: usize) -> Vec<TcpStream> {
+    let addresses = addresses.iter().cycle().take(count);
+    let connections = addresses.enumerate().map(|(number, address)| {
+        connect(*address)
+            .unwrap_or_else(|error| panic!("connection {number} of {count} to {address}: {error}"))
+    });
+    connections.collect()
+}
+
+/// Clients who wait in line, and those who hold the places for which they wait.
+///
+/// A place becomes free when [`Line::free`] says so and not before. So where each is given away
+/// before the next becomes free, the order of the greetings is that of the service, whatever
+/// the number of servers.
+#[derive(Debug)]
+pub struct Line {
+    epoll: OwnedFd,
+    /// By their number in line.
+    waiting: BTreeMap<usize, TcpStream>,
+    /// Whoever was greeted first, first.
+    pub served: VecDeque<Client>,
+}
+
+impl Line {
+    /// Those who wait are numbered in the order in which they stand here.
+    pub fn behind(served: Vec<Client>, waiting: Vec<TcpStream>) -> io::Result<Self> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        for (number, stream) in waiting.iter().enumerate() {
+            let data = epoll::EventData::new_u64(number as u64);
+            epoll::add(&epoll, stream, data, epoll::EventFlags::IN)?;
+        }
+        Ok(Self { epoll, waiting: waiting.into_iter().enumerate().collect(), served: served.into() })
+    }
+
+    /// How many have not heard anything.
+    pub fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// The next who hears anything, be it the end: his number and his connection.
+    pub fn stir(&mut self) -> io::Result<(usize, TcpStream)> {
+        // One at a time, in the order in which they became ready.
+        let mut events = Vec::with_capacity(1);
+        let timeout = Timespec::try_from(patience()).expect("a deadline is not that far away");
+        epoll::wait(&self.epoll, spare_capacity(&mut events), Some(&timeout))?;
+        let number = events.first().ok_or(io::ErrorKind::TimedOut)?.data.u64() as usize;
+        let stream = self.waiting.remove(&number).expect("whoever has left the line is not watched");
+        epoll::delete(&self.epoll, &stream)?;
+        Ok((number, stream))
+    }
+
+    /// The number of the next who is served. He holds the place from now on.
+    pub fn serve(&mut self) -> io::Result<usize> {
+        let (number, stream) = self.stir()?;
+        let client = Client::greeted(stream)
+            .map_err(|error| io::Error::other(format!("number {number} in line: {error}")))?;
+        self.served.push_back(client);
+        Ok(number)
+    }
+
+    /// Whoever holds a place the longest leaves it.
+    pub fn free(&mut self) {
+        drop(self.served.pop_front().expect("somebody holds a place"));
+    }
+
+    /// Frees so many places, one after the other, and gives the numbers of those who got them.
+    pub fn turns(&mut self, count: usize) -> io::Result<Vec<usize>> {
+        (0..count)
+            .map(|_| {
+                self.free();
+                self.serve()
+            })
+            .collect()
+    }
 }
 
 /// Opens so many connections, one after the other, and holds them.
@@ -210,14 +300,22 @@ pub mod flag {
 
 /// Sends one TCP segment that belongs to no connection, from 127.0.0.1.
 pub fn send_segment(source_port: u16, target: SocketAddrV4, flags: u8) -> io::Result<()> {
+    let segment = segment(SocketAddrV4::new(Ipv4Addr::LOCALHOST, source_port), target, flags);
+    let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::TCP))?;
+    socket.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into())?;
+    socket.send_to(&segment, &SocketAddr::from(target).into()).map(drop)
+}
+
+/// A TCP segment without data.
+pub fn segment(source: SocketAddrV4, target: SocketAddrV4, flags: u8) -> [u8; 20] {
     const WORDS_OF_HEADER: u8 = 5;
     let (mut segment, mut pseudo) = ([0u8; 20], [0u8; 12]);
-    segment[0..2].copy_from_slice(&source_port.to_be_bytes());
+    segment[0..2].copy_from_slice(&source.port().to_be_bytes());
     segment[2..4].copy_from_slice(&target.port().to_be_bytes());
     segment[4..12].copy_from_slice(b"seq.ack.");
     segment[12] = WORDS_OF_HEADER << 4;
     segment[13] = flags;
-    pseudo[0..4].copy_from_slice(&Ipv4Addr::LOCALHOST.octets());
+    pseudo[0..4].copy_from_slice(&source.ip().octets());
     pseudo[4..8].copy_from_slice(&target.ip().octets());
     pseudo[9] = 6;
     pseudo[11] = segment.len() as u8;
@@ -227,9 +325,7 @@ pub fn send_segment(source_port: u16, target: SocketAddrV4, flags: u8) -> io::Re
     let sum = (sum & 0xffff) + (sum >> 16);
     let sum = (sum & 0xffff) + (sum >> 16);
     segment[16..18].copy_from_slice(&(!(sum as u16)).to_be_bytes());
-    let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::TCP))?;
-    socket.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into())?;
-    socket.send_to(&segment, &SocketAddr::from(target).into()).map(drop)
+    segment
 }
 
 /// How many of these each process serves.

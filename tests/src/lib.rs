@@ -13,6 +13,7 @@
 pub mod app;
 pub mod client;
 pub mod command;
+pub mod flood;
 pub mod host;
 pub mod http;
 pub mod inside;

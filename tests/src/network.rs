@@ -160,6 +160,22 @@ pub fn syns_sent_again() -> u64 {
     counter.parse().expect("a number")
 }
 
+/// How many connections to port 8080 the calling thread's network has, accepted or not, where
+/// the servers listen on `[::]`.
+#[track_caller]
+pub fn connections() -> usize {
+    const PORT: &str = ":1F90";
+    const LISTEN: &str = "0A";
+    const TIME_WAIT: &str = "06";
+    let sockets = fs::read_to_string("/proc/thread-self/net/tcp6").expect("list the sockets");
+    let is_connection = |line: &&str| {
+        let mut words = line.split_whitespace().skip(1);
+        let (local, state) = (words.next(), words.nth(1));
+        local.is_some_and(|local| local.ends_with(PORT)) && state != Some(LISTEN) && state != Some(TIME_WAIT)
+    };
+    sockets.lines().filter(is_connection).count()
+}
+
 /// Moves the calling thread into new namespaces of these kinds.
 pub fn unshare(kinds: UnshareFlags) -> io::Result<()> {
     assert!(!kinds.contains(UnshareFlags::FILES), "descriptors are shared by all threads of a test");

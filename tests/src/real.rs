@@ -80,6 +80,14 @@ pub fn java_threads() -> Vec<String> {
     java("Threads", "8080")
 }
 
+/// Java with so many threads, each of which has one connection at a time.
+#[track_caller]
+pub fn java_pool(threads: usize) -> Vec<String> {
+    let mut command = java_threads();
+    command.push(threads.to_string());
+    command
+}
+
 /// Java with a selector.
 #[track_caller]
 pub fn java_channels() -> Vec<String> {

@@ -37,6 +37,23 @@ pub struct Waiting {
     pub left: u64,
     pub refused: u64,
     pub oldest_seconds: f64,
+    /// How long those waited that were served.
+    pub wait: Histogram,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct Histogram {
+    pub count: u64,
+    pub sum_seconds: f64,
+    pub buckets: Vec<Bucket>,
+}
+
+/// So many took at most so long, all buckets before included.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub struct Bucket {
+    /// Seconds.
+    pub le: f64,
+    pub count: u64,
 }
 
 #[derive(Clone, Debug, Deserialize)]

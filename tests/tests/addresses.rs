@@ -126,7 +126,7 @@ fn both_wildcards_of_one_port_are_two_groups_with_one_count() {
 #[test]
 fn a_limit_counts_over_all_addresses() {
     let host = Host::new();
-    let mut app = app(&host, &["[::]:8080", "127.0.0.1:9090"]);
+    let mut app = app(&host, &["[::]:8080", "127.0.0.1:9090"]).refusing();
     app.limit = Some(4);
     let up = host.up(&app);
     let held: Vec<Client> = [V4, V6, address("127.0.0.1:9090"), V4, V6, address("127.0.0.1:9090"), V4, V6]

@@ -157,8 +157,9 @@ fn status_as_json_has_every_promised_field() {
         (
             "waiting",
             &service["waiting"],
-            &["now", "max", "capacity", "served", "timed_out", "left", "refused", "oldest_seconds"],
+            &["now", "max", "capacity", "served", "timed_out", "left", "refused", "oldest_seconds", "wait"],
         ),
+        ("wait", &service["waiting"]["wait"], &["count", "sum_seconds", "buckets"]),
         (
             "server",
             &service["servers"][0],
@@ -210,7 +211,7 @@ fn a_weight_is_changed_live() {
 #[test]
 fn a_limit_is_changed_and_taken_away_live() {
     let host = Host::new();
-    let up = host.up(&App::of(&host, 1));
+    let up = host.up(&App::of(&host, 1).refusing());
     up.run(&["limit", "app/1", "2"]).expect_done();
     let held = client::hold(V4, 2);
     client::connect(V4).expect_err("full");

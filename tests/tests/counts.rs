@@ -221,5 +221,5 @@ fn nothing_drifts_while_servers_die_under_load() {
     up.wait_connections(&[0; 4]);
     let service = up.service();
     assert_eq!(service.waiting.now, 0);
-    assert_eq!(service.outcomes(["move_failed", "refused_no_room", "word_contended", "moved_lost"]), [0; 4]);
+    assert_eq!(service.outcomes(["move_failed", "refused_no_room", "word_contended", "owner_lost"]), [0; 4]);
 }

@@ -1,4 +1,7 @@
 //! A limit is never exceeded, and never wasted for long.
+//!
+//! Where nobody may wait, whoever finds no place is refused at once, and so can be counted;
+//! what becomes of those who wait is the subject of waiting.rs.
 
 #![forbid(unsafe_code)]
 
@@ -53,7 +56,7 @@ impl Drop for Ends<'_> {
 #[test]
 fn a_limit_of_25_holds_under_200_client_threads() {
     let host = Host::new();
-    let mut app = App::of(&host, 4);
+    let mut app = App::of(&host, 4).refusing();
     app.limit = Some(25);
     let up = host.up(&app);
     let deadline = Instant::now() + Duration::from_secs(6);
@@ -126,7 +129,7 @@ fn a_limit_of_25_holds_under_200_client_threads() {
 #[test]
 fn a_client_is_refused_at_once_when_all_are_full() {
     let host = Host::new();
-    let mut app = App::of(&host, 2);
+    let mut app = App::of(&host, 2).refusing();
     app.limit = Some(3);
     let up = host.up(&app);
     let held = client::hold(V4, 6);
@@ -145,7 +148,7 @@ fn a_client_is_refused_at_once_when_all_are_full() {
 #[test]
 fn a_limit_of_one_serves_one_at_a_time() {
     let host = Host::new();
-    let mut app = App::of(&host, 1);
+    let mut app = App::of(&host, 1).refusing();
     app.limit = Some(1);
     let up = host.up(&app);
     for _ in 0..20 {
@@ -177,7 +180,7 @@ fn different_limits_are_each_kept() {
 fn a_handshake_that_never_completes_gives_its_place_back() {
     let host = Host::new();
     let clients = Clients::join(1).expect("join a network of clients");
-    let mut app = App::of(&host, 1);
+    let mut app = App::of(&host, 1).refusing();
     app.limit = Some(10);
     let up = host.up(&app);
     clients.cut(0).expect("cut the wire");
@@ -208,7 +211,7 @@ fn a_handshake_that_never_completes_gives_its_place_back() {
 fn handshakes_that_never_complete_take_no_more_than_the_limit() {
     let host = Host::new();
     let clients = Clients::join(1).expect("join a network of clients");
-    let mut app = App::of(&host, 1);
+    let mut app = App::of(&host, 1).refusing();
     app.limit = Some(20);
     let up = host.up(&app);
     clients.cut(0).expect("cut the wire");
@@ -264,7 +267,7 @@ fn with_syn_cookies_a_connection_takes_one_place() {
     for address in [V4, V6] {
         let host = Host::new();
         always_send_cookies();
-        let mut app = App::of(&host, 2);
+        let mut app = App::of(&host, 2).refusing();
         app.limit = Some(10);
         let up = host.up(&app);
         let held = client::hold(address, 20);
@@ -283,7 +286,7 @@ fn with_syn_cookies_a_connection_takes_one_place() {
 fn with_syn_cookies_a_limit_holds_under_50_client_threads() {
     let host = Host::new();
     always_send_cookies();
-    let mut app = App::of(&host, 2);
+    let mut app = App::of(&host, 2).refusing();
     app.limit = Some(5);
     let up = host.up(&app);
     client::in_threads(50, 0..2_000, |number| {
@@ -312,7 +315,7 @@ fn always_send_cookies() {
 #[test]
 fn a_lower_limit_closes_nothing_and_lets_nobody_in() {
     let host = Host::new();
-    let mut app = App::of(&host, 2);
+    let mut app = App::of(&host, 2).refusing();
     app.limit = Some(50);
     let up = host.up(&app);
     let mut held = client::hold(V4, 20);
@@ -343,7 +346,7 @@ fn a_lower_limit_closes_nothing_and_lets_nobody_in() {
 #[test]
 fn a_raised_limit_lets_more_in() {
     let host = Host::new();
-    let mut app = App::of(&host, 1);
+    let mut app = App::of(&host, 1).refusing();
     app.limit = Some(2);
     let up = host.up(&app);
     let first = client::hold(V4, 2);

@@ -69,7 +69,9 @@ fn bind(ctx: &SockAddrContext, family: u32, ip: [u32; 4]) -> i32 {
     }
     if share(ctx, SO_REUSEADDR) && share(ctx, SO_REUSEPORT) {
         count(Outcome::BindShared);
-        maps::tell(EventKind::Bound, cookie, cgroup, address);
+        if !maps::makes_rooms(cgroup) {
+            maps::tell(EventKind::Bound, cookie, cgroup, address);
+        }
     } else {
         // The bind itself then says EADDRINUSE, or the listener cannot be adopted.
         count(Outcome::BindFailed);

@@ -1,4 +1,5 @@
-//! The programs that the kernel runs: `select`, `track`, `bind4` and `bind6`.
+//! The programs that the kernel runs: `select`, `track`, `bind4` and `bind6`; and `probe`, which
+//! runs once.
 //!
 //! Each takes its context, asks the pure library, acts, counts its way out, and returns. What
 //! they must never do: return SK_PASS from `select` without a selection (the kernel would pick
@@ -23,6 +24,13 @@ use aya_ebpf::{
 #[sk_reuseport(migrate)]
 pub(crate) fn select(ctx: SkReuseportContext) -> u32 {
     steer::run(&ctx)
+}
+
+/// For two listeners of user space's own: chooses the first one, or the second when that is
+/// gone. Shows whether the kernel wakes a listener to which it moves a connection.
+#[sk_reuseport(migrate)]
+pub(crate) fn probe(ctx: SkReuseportContext) -> u32 {
+    steer::probe(&ctx)
 }
 
 /// Counts connections up when they are established and down when they are gone.

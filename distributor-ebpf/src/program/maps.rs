@@ -10,13 +10,16 @@ use core::{
 
 use aya_ebpf::{
     Global,
-    bindings::{BPF_F_NO_PREALLOC, BPF_RB_FORCE_WAKEUP, bpf_sock},
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_RB_FORCE_WAKEUP, bpf_sock},
     helpers::{bpf_ktime_get_ns, generated::bpf_sk_storage_get},
     macros::{btf_map, map},
     maps::{Array, HashMap, PerCpuArray, ReusePortSockArray, RingBuf},
 };
 use distributor_ebpf::{
-    contract::{self, Address, BUCKETS, Event, EventKind, GROUPS, Home, Load, Outcome, Plan, SLOTS, Tag},
+    contract::{
+        self, Address, Attendant, BUCKETS, Event, EventKind, GROUPS, Home, Load, Outcome, Owner, Parked,
+        Plan, RING, Rooms, SLOTS, SOCKETS as PLACES, SUSPICION, State, Tag, UNATTENDED, WAITS, wait_bucket,
+    },
     select::{NextTurn, earlier, next_turn},
     word::{self, Place},
 };
@@ -27,16 +30,16 @@ static GROUP: Global<u32> = Global::new(0);
 
 /// Two plans. Writer: user space.
 #[map]
-static PLAN: Array<Plan> = Array::with_max_entries(2, 0);
+static PLAN: Array<Plan> = Array::with_max_entries(2, BPF_F_MMAPABLE);
 /// Which plan is in force, 0 or 1. Writer: user space.
 #[map]
-static ACTIVE: Array<u32> = Array::with_max_entries(1, 0);
+static ACTIVE: Array<u32> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 /// The consistent-hash tables of the two plans: the slot of each bucket. Writer: user space.
 #[map]
 pub(crate) static HASH: Array<[u16; BUCKETS]> = Array::with_max_entries(2, 0);
 /// Counts, turns, totals. Writer: the programs.
 #[map]
-static LOAD: Array<Load> = Array::with_max_entries(1, 0);
+static LOAD: Array<Load> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 /// The listeners of servers and the rooms. Writer: user space (the kernel takes closing ones out).
 #[map]
 pub(crate) static SOCKETS: ReusePortSockArray =
@@ -46,9 +49,31 @@ pub(crate) static SOCKETS: ReusePortSockArray =
 #[map]
 pub(crate) static HOME: HashMap<u64, Home> =
     HashMap::with_max_entries(contract::SOCKETS as u32, BPF_F_NO_PREALLOC);
-/// Connection's cookie -> slot, for connections that moved. Writer: the programs.
+/// Connection's cookie -> whose it is, for connections that waited or moved. Writer: the
+/// programs.
 #[map]
-pub(crate) static MOVED: HashMap<u64, u32> = HashMap::with_max_entries(1 << 17, BPF_F_NO_PREALLOC);
+static OWNERS: HashMap<u64, Owner> = HashMap::with_max_entries(1 << 18, BPF_F_NO_PREALLOC);
+/// Closing listener's cookie -> where its connections are parked. Writer: the programs; user
+/// space removes what is over.
+#[map]
+static PARKED: HashMap<u64, Parked> = HashMap::with_max_entries(contract::SOCKETS as u32, BPF_F_NO_PREALLOC);
+/// The rooms of each group. Writer: user space.
+#[map]
+static ROOMS: Array<Rooms> = Array::with_max_entries(GROUPS as u32, BPF_F_MMAPABLE);
+/// By index of SOCKETS what came of each listener. Writer: the programs; before a
+/// room gets an index, user space.
+#[map]
+static STATES: Array<State> = Array::with_max_entries(PLACES as u32, BPF_F_MMAPABLE);
+/// Whether somebody hands over. Writer: user space.
+#[map]
+static ATTENDANT: Array<Attendant> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+/// A bell's [`contract::client`] -> the index in SOCKETS of the listener it is for. Writer: user
+/// space.
+#[map]
+static BELLS: HashMap<u64, u32> = HashMap::with_max_entries(1024, 0);
+/// A record here wakes the attendant. What it says is nothing: that looks at everything.
+#[map]
+static WAKES: RingBuf = RingBuf::with_byte_size(1 << 12, 0);
 /// The addresses of the service -> group. Writer: user space.
 #[map]
 pub(crate) static ADDRESSES: HashMap<Address, u32> = HashMap::with_max_entries(2 * GROUPS as u32, 0);
@@ -118,7 +143,13 @@ pub(crate) enum Sum {
     Active(u32),
     Total(u32),
     Waiting,
-    Moved,
+    Owned,
+    /// SYNs given to the current room of a group.
+    Syns(usize),
+    Orphans,
+    /// A bucket of the histogram of waits.
+    Waits(usize),
+    Waited,
 }
 
 impl Loads {
@@ -141,9 +172,74 @@ impl Loads {
     }
 
     #[inline(always)]
-    pub(crate) fn moved(self) -> u64 {
+    pub(crate) fn owned(self) -> u64 {
         // SAFETY: the map value is a `Load`.
-        unsafe { (&raw const (*self.0).moved).read_volatile() }
+        unsafe { (&raw const (*self.0).owned).read_volatile() }
+    }
+
+    /// Whether so many handshakes were not completed lately that no place is reserved.
+    #[inline(always)]
+    pub(crate) fn is_suspicious(self, now: u64) -> bool {
+        // SAFETY: the map value is a `Load`.
+        now < unsafe { (&raw const (*self.0).suspicious_until).read_volatile() }
+    }
+
+    /// Notes what expires as the word goes from `old` to the present: too much is suspicious.
+    #[inline(always)]
+    pub(crate) fn note_expired(self, plan: &Plan, slot: u32, old: u64, now: u64) {
+        let suspect = u64::from(plan.servers[slot as usize & (SLOTS - 1)].suspect);
+        if suspect != 0 && word::expired(old, word::epoch(now)) >= suspect {
+            // SAFETY: the map value is a `Load`; volatile, because other CPUs write it.
+            unsafe { (&raw mut (*self.0).suspicious_until).write_volatile(now + SUSPICION) }
+        }
+    }
+
+    /// The current room of a group: sequence << 16 | SYNs.
+    #[inline(always)]
+    pub(crate) fn current(self, group: usize) -> u64 {
+        // SAFETY: masked, so inside the array; volatile, because other CPUs write it.
+        unsafe { (&raw const (*self.0).current[group & (GROUPS - 1)]).read_volatile() }
+    }
+
+    /// Makes the next room current, unless another CPU has.
+    #[inline(always)]
+    pub(crate) fn advance(self, group: usize, from: u64) -> bool {
+        // SAFETY: masked, so inside the array; 8-byte aligned.
+        unsafe {
+            let current = &raw mut (*self.0).current[group & (GROUPS - 1)];
+            let next = ((from >> 16) + 1) << 16;
+            atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(current, from, next).1
+        }
+    }
+
+    /// Spare rooms of a group that were ever taken.
+    #[inline(always)]
+    pub(crate) fn spares_taken(self, group: usize) -> u64 {
+        // SAFETY: masked, so inside the array; volatile, because other CPUs write it.
+        unsafe { (&raw const (*self.0).spares_taken[group & (GROUPS - 1)]).read_volatile() }
+    }
+
+    /// Takes the spare room after so many, unless another CPU has.
+    #[inline(always)]
+    pub(crate) fn take_spare(self, group: usize, taken: u64) -> bool {
+        // SAFETY: masked, so inside the array; 8-byte aligned.
+        unsafe {
+            let field = &raw mut (*self.0).spares_taken[group & (GROUPS - 1)];
+            atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(
+                field,
+                taken,
+                taken + 1,
+            )
+            .1
+        }
+    }
+
+    /// A connection that waited since then was handed over now.
+    #[inline(always)]
+    pub(crate) fn note_wait(self, since: u64, now: u64) {
+        let microseconds = now.saturating_sub(since) / 1000;
+        self.add(Sum::Waits(wait_bucket(microseconds)), 1);
+        self.add(Sum::Waited, microseconds as i64);
     }
 
     /// Replaces a slot's word if nobody changed it since it was read as `old`.
@@ -156,18 +252,22 @@ impl Loads {
         }
     }
 
-    /// Adds to a sum; a negative number is given as its two's complement.
+    /// Adds to a sum, and returns what it was.
     #[inline(always)]
-    pub(crate) fn add(self, sum: Sum, delta: i64) {
+    pub(crate) fn add(self, sum: Sum, delta: i64) -> u64 {
         // SAFETY: masked where there is an index; 8-byte aligned.
         unsafe {
             let field = match sum {
                 Sum::Active(slot) => &raw mut (*self.0).word[slot as usize & (SLOTS - 1)],
                 Sum::Total(slot) => &raw mut (*self.0).total[slot as usize & (SLOTS - 1)],
                 Sum::Waiting => &raw mut (*self.0).waiting,
-                Sum::Moved => &raw mut (*self.0).moved,
+                Sum::Owned => &raw mut (*self.0).owned,
+                Sum::Syns(group) => &raw mut (*self.0).current[group & (GROUPS - 1)],
+                Sum::Orphans => &raw mut (*self.0).orphans,
+                Sum::Waits(bucket) => &raw mut (*self.0).waits[bucket & (WAITS - 1)],
+                Sum::Waited => &raw mut (*self.0).waited,
             };
-            atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(field, delta as u64);
+            atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(field, delta as u64)
         }
     }
 
@@ -222,6 +322,238 @@ impl Loads {
     }
 }
 
+/// What user space wrote of one group's rooms. A handle: it is written at the same time.
+#[derive(Clone, Copy)]
+pub(crate) struct Corridor(*const Rooms);
+
+#[inline(always)]
+pub(crate) fn corridor(group: usize) -> Option<Corridor> {
+    ROOMS.get_ptr(group as u32).map(Corridor)
+}
+
+impl Corridor {
+    #[inline(always)]
+    pub(crate) fn made(self) -> u64 {
+        // SAFETY: the map value is a `Rooms`; volatile, because user space writes it.
+        unsafe { (&raw const (*self.0).made).read_volatile() }
+    }
+
+    #[inline(always)]
+    pub(crate) fn least(self) -> u64 {
+        // SAFETY: as in `made`.
+        unsafe { (&raw const (*self.0).least).read_volatile() }
+    }
+
+    #[inline(always)]
+    pub(crate) fn spares(self) -> u64 {
+        // SAFETY: as in `made`.
+        unsafe { (&raw const (*self.0).spares).read_volatile() }
+    }
+
+    #[inline(always)]
+    pub(crate) fn bound(self) -> u64 {
+        // SAFETY: as in `made`.
+        unsafe { (&raw const (*self.0).bound).read_volatile() }
+    }
+
+    #[inline(always)]
+    pub(crate) fn share(self) -> u64 {
+        // SAFETY: as in `made`.
+        unsafe { (&raw const (*self.0).share).read_volatile() }.into()
+    }
+
+    #[inline(always)]
+    pub(crate) fn chunk(self) -> u32 {
+        // SAFETY: as in `made`.
+        unsafe { (&raw const (*self.0).chunk).read_volatile() }
+    }
+
+    #[inline(always)]
+    pub(crate) fn crowd(self) -> u64 {
+        // SAFETY: as in `made`.
+        unsafe { (&raw const (*self.0).crowd).read_volatile() }.into()
+    }
+
+    #[inline(always)]
+    pub(crate) fn full(self) -> u64 {
+        // SAFETY: as in `made`.
+        unsafe { (&raw const (*self.0).full).read_volatile() }.into()
+    }
+
+    /// The index in SOCKETS of the room with this sequence number.
+    #[inline(always)]
+    pub(crate) fn room(self, sequence: u64) -> u32 {
+        // SAFETY: masked, so inside the array; volatile, because user space writes it.
+        unsafe { (&raw const (*self.0).ring[sequence as usize & (RING - 1)]).read_volatile() }
+    }
+
+    /// The index in SOCKETS of the spare room after so many.
+    #[inline(always)]
+    pub(crate) fn spare(self, taken: u64) -> u32 {
+        // SAFETY: masked, so inside the array; volatile, because user space writes it.
+        unsafe { (&raw const (*self.0).spare[taken as usize & (RING - 1)]).read_volatile() }
+    }
+}
+
+/// What came of one listener.
+#[derive(Clone, Copy)]
+pub(crate) struct Coming(*mut State);
+
+#[inline(always)]
+pub(crate) fn coming(index: u32) -> Option<Coming> {
+    STATES.get_ptr_mut(index).map(Coming)
+}
+
+/// A field of a listener's state that is counted up.
+#[derive(Clone, Copy)]
+pub(crate) enum Comes {
+    Completed,
+    Entered,
+    Gone,
+    Moved,
+}
+
+impl Coming {
+    #[inline(always)]
+    pub(crate) fn add(self, what: Comes) {
+        // SAFETY: the map value is a `State`; 8-byte aligned.
+        unsafe {
+            let field = match what {
+                Comes::Completed => &raw mut (*self.0).completed,
+                Comes::Entered => &raw mut (*self.0).entered,
+                Comes::Gone => &raw mut (*self.0).gone,
+                Comes::Moved => &raw mut (*self.0).moved,
+            };
+            atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(field, 1);
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn completed(self) -> u64 {
+        // SAFETY: the map value is a `State`; volatile, because other CPUs write it.
+        unsafe { (&raw const (*self.0).completed).read_volatile() }
+    }
+
+    /// Notes who came, if nobody had.
+    #[inline(always)]
+    pub(crate) fn note_first(self, order: u64, since: u64) {
+        // SAFETY: the map value is a `State`; 8-byte aligned.
+        unsafe {
+            let first = &raw mut (*self.0).first;
+            if first.read_volatile() == 0
+                && atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(
+                    first, 0, order,
+                )
+                .1
+            {
+                (&raw mut (*self.0).since).write_volatile(since);
+            }
+        }
+    }
+}
+
+/// Makes the room after the current one current, and tells when few are left.
+#[inline(always)]
+pub(crate) fn next_room(loads: Loads, corridor: Corridor, group: usize, current: u64) {
+    if loads.advance(group, current) {
+        let left = corridor.made().wrapping_sub((current >> 16) + 2);
+        // 1024, 512, ... 1 and 0: the fewer there are, the more often.
+        if left & left.wrapping_sub(1) == 0 {
+            wake();
+        }
+    }
+}
+
+/// Whether somebody hands over to those that wait.
+#[inline(always)]
+pub(crate) fn is_attended(now: u64) -> bool {
+    // SAFETY: the map value is an `Attendant`; volatile, because user space writes it.
+    let seen =
+        ATTENDANT.get_ptr(0).map(|attendant| unsafe { (&raw const (*attendant).seen).read_volatile() });
+    seen.is_some_and(|seen| now.saturating_sub(seen) < UNATTENDED)
+}
+
+/// Whether this is the cgroup in which rooms are made.
+#[inline(always)]
+pub(crate) fn makes_rooms(cgroup: u64) -> bool {
+    // SAFETY: the map value is an `Attendant`; volatile, because user space writes it.
+    let rooms =
+        ATTENDANT.get_ptr(0).map(|attendant| unsafe { (&raw const (*attendant).cgroup).read_volatile() });
+    rooms == Some(cgroup)
+}
+
+/// Makes the attendant look at who waits.
+#[inline(always)]
+pub(crate) fn wake() {
+    let Some(attendant) = ATTENDANT.get_ptr(0) else { return };
+    // SAFETY: the map value is an `Attendant`; volatile, because user space writes it.
+    if unsafe { (&raw const (*attendant).asleep).read_volatile() } == 0 {
+        // It looks once more before it sleeps.
+        return;
+    }
+    // If there is no place, what is in there already wakes it.
+    if let Some(mut record) = WAKES.reserve::<u64>(0) {
+        record.write(0);
+        record.submit(BPF_RB_FORCE_WAKEUP.into());
+    }
+}
+
+/// Whose a connection is that waited or moved.
+#[inline(always)]
+pub(crate) fn owner(cookie: u64) -> Option<Owner> {
+    // SAFETY: the value is copied at once.
+    unsafe { OWNERS.get(cookie).copied() }
+}
+
+/// Records whose a connection is; counts it if that fails.
+#[inline(always)]
+pub(crate) fn record(loads: Loads, cookie: u64, owner: Owner, is_new: bool) -> bool {
+    if is_new {
+        // Before the entry exists: a close looks for one only if this is not 0.
+        loads.add(Sum::Owned, 1);
+    }
+    if OWNERS.insert(cookie, owner, 0).is_ok() {
+        return true;
+    }
+    if is_new {
+        loads.add(Sum::Owned, -1);
+    }
+    count(Outcome::OwnerLost);
+    false
+}
+
+/// Forgets a connection that is gone.
+#[inline(always)]
+pub(crate) fn forget(loads: Loads, cookie: u64) {
+    if OWNERS.remove(cookie).is_ok() {
+        loads.add(Sum::Owned, -1);
+    }
+}
+
+/// Where a closing listener's connections are parked: nobody as long as the count is 0. (Not an
+/// `Option`, whose payload the verifier takes for read where there is none.)
+#[inline(always)]
+pub(crate) fn parked(listener: u64) -> Parked {
+    // SAFETY: the value is copied at once.
+    match unsafe { PARKED.get(listener) } {
+        Some(parked) => *parked,
+        None => Parked { index: 0, count: 0 },
+    }
+}
+
+#[inline(always)]
+pub(crate) fn note_parked(listener: u64, parked: Parked) {
+    // It cannot be full: it has an entry for each listener.
+    let _ = PARKED.insert(listener, parked, 0);
+}
+
+/// The listener that a bell is for.
+#[inline(always)]
+pub(crate) fn bell(client: u64) -> Option<u32> {
+    // SAFETY: the value is copied at once.
+    unsafe { BELLS.get(client).copied() }
+}
+
 /// How a slot's word changes.
 #[derive(Clone, Copy)]
 #[repr(u64)]
@@ -235,15 +567,16 @@ pub(crate) enum Change {
 /// Changes a slot's word, until nobody interferes. Returns the connections it then has.
 #[inline(always)]
 pub(crate) fn change(slot: u32, what: Change) -> u64 {
-    change_word(u64::from(slot), what as u64, word::epoch(nanoseconds()))
+    change_word(u64::from(slot), what as u64, nanoseconds())
 }
 
 /// A global function: the verifier follows its loop once, not once for each way to it.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn change_word(slot: u64, what: u64, now: u64) -> u64 {
+pub(crate) extern "C" fn change_word(slot: u64, what: u64, time: u64) -> u64 {
     // Cannot fail: an array map always has its entry.
-    let Some(loads) = loads() else { return 0 };
+    let (Some((_, plan)), Some(loads)) = (plan(), loads()) else { return 0 };
+    let now = word::epoch(time);
     for _ in 0..16 {
         let old = loads.word(slot as usize);
         let new = if what == Change::GiveBackReserved as u64 {
@@ -256,6 +589,7 @@ pub(crate) extern "C" fn change_word(slot: u64, what: u64, now: u64) -> u64 {
             word::close(old, now)
         };
         if loads.swap(slot as u32, old, new) {
+            loads.note_expired(plan, slot as u32, old, time);
             return word::active(new);
         }
     }

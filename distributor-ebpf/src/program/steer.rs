@@ -1,8 +1,9 @@
 //! `select`: which listener of the group gets this connection.
 //!
 //! A new connection goes to the server that the policy chooses, which takes a place in its
-//! word first, so that limits hold. A connection of a closing listener is moved the same way
-//! and takes its count along. When nothing can take it, the room does; refusal comes last.
+//! word first, so that limits hold. If there is no place, or others wait already, it goes to
+//! the current room. A connection of a closing listener is moved to a server the same way, and
+//! takes its count along; or it is parked in a spare room. Refusal comes last.
 
 use aya_ebpf::{
     EbpfContext as _,
@@ -15,12 +16,15 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::debug;
 use distributor_ebpf::{
-    contract::{Address, EventKind, FLAG_CLOSING, FLAG_COOKIES, Outcome, Plan, Policy, ROOM, SLOTS},
+    contract::{
+        self, FLAG_BELL, FLAG_CLOSING, FLAG_COOKIES, Outcome, Owner, Parked, Plan, Policy, ROOM, SLOTS,
+        in_room, room_of,
+    },
     select::{self, Arrival, Choice, NO_SLOT, PROBES, TRIES},
     word::{self, Place},
 };
 
-use crate::maps::{self, Change, HASH, HOME, Loads, MOVED, SOCKETS, Sum, count};
+use crate::maps::{self, Change, Comes, Corridor, HASH, HOME, Loads, SOCKETS, Sum, count};
 
 const FIN: u8 = 1;
 const SYN: u8 = 1 << 1;
@@ -58,6 +62,14 @@ enum Asks {
     Established,
 }
 
+/// What is decided before the one place where a room is selected: the verifier follows that
+/// once for each way to it.
+enum Verdict {
+    Done(u32),
+    /// To the current room, and why.
+    Room(Outcome),
+}
+
 #[inline(always)]
 pub(crate) fn run(ctx: &SkReuseportContext) -> u32 {
     let (Some((_, plan)), Some(loads)) = (maps::plan(), maps::loads()) else {
@@ -67,153 +79,309 @@ pub(crate) fn run(ctx: &SkReuseportContext) -> u32 {
     };
     // SAFETY: the context is the kernel's; a null pointer is told by the test below.
     let migrating = unsafe { (*ctx.md).__bindgen_anon_4.migrating_sk };
-    let mut asks = Asks::New;
-    let mut reserves = true;
-    let mut cookie = 0;
-    let mut old = NOBODY;
-    let hashes = plan.policy == Policy::SourceHash as u32;
-    let source;
-    if migrating.is_null() {
-        let Some(flags) = tcp_flags(ctx) else { return room(ctx, plan, Outcome::Malformed) };
-        let opens = match flags & (SYN | ACK | FIN | RST) {
-            SYN => true,
-            // The ACK of a SYN cookie, or one that was under way when its connection was reset.
-            // They look the same, and a place for the second would stay taken until it expires.
-            // So it is believed only where every connection comes by a cookie; a cookie that the
-            // kernel sent in need is honoured by the room.
-            ACK => plan.flags & FLAG_COOKIES != 0,
-            _ => false,
-        };
-        if !opens {
-            return room(ctx, plan, Outcome::Stray);
-        }
-        if plan.flags & FLAG_CLOSING != 0 {
-            count(Outcome::RefusedClosing);
-            return SK_DROP;
-        }
-        reserves = flags & SYN == 0 || plan.flags & FLAG_COOKIES == 0;
-        source = if hashes { arriving_source(ctx) } else { [0; 4] };
+    let verdict = if migrating.is_null() {
+        arrive(ctx, plan, loads)
     } else {
         // SAFETY: not null, and the verifier knows it for a socket.
-        let state = unsafe { (*migrating).state };
-        if state == TCP_CLOSE {
-            // Its client reset it while it was queued, and `track` has counted it down already.
-            count(Outcome::MovedDead);
-            return SK_DROP;
-        }
-        source = if hashes { socket_source(migrating) } else { [0; 4] };
-        if state == TCP_NEW_SYN_RECV {
-            asks = Asks::HalfOpen;
-        } else {
-            asks = Asks::Established;
-            // SAFETY: both are sockets, which the verifier checks.
-            let listener = unsafe {
-                cookie = bpf_get_socket_cookie(migrating.cast());
-                bpf_get_socket_cookie((*ctx.md).__bindgen_anon_3.sk.cast())
-            };
-            let before = owner(cookie);
-            old = before.or_else(|| home(listener)).unwrap_or(NOBODY);
-            if before.is_none() {
-                // Before the entry exists: its close looks into MOVED only if this is not 0.
-                loads.add(Sum::Moved, 1);
+        match unsafe { (*migrating).state } {
+            TCP_CLOSE => {
+                // Its client reset it while it was queued, and `track` has counted it down already.
+                count(Outcome::MovedDead);
+                Verdict::Done(SK_DROP)
             }
+            TCP_NEW_SYN_RECV => move_half_open(ctx, plan, loads, migrating),
+            _ => return move_established(ctx, plan, loads, migrating),
         }
-    }
-    let steered = steer(ctx, plan, loads, asks, cookie, source);
-    match asks {
-        Asks::New => arrived(ctx, plan, loads, &steered, reserves),
-        Asks::HalfOpen => match steered {
-            Steered::To(slot, _) => {
-                count(Outcome::MovedHalfOpen);
-                debug!(ctx, "half-open connection moves to slot {}", slot);
-                SK_PASS
-            }
-            _ => room(ctx, plan, Outcome::ParkedHalfOpen),
-        },
-        Asks::Established => {
-            let new = match steered {
-                Steered::To(slot, _) => {
-                    loads.add(Sum::Total(slot), 1);
-                    count(if old == ROOM { Outcome::HandedOver } else { Outcome::Moved });
-                    debug!(ctx, "connection moves to slot {}", slot);
-                    slot
-                }
-                _ => {
-                    record_owner(cookie, ROOM);
-                    if room(ctx, plan, Outcome::Parked) == SK_DROP {
-                        // The kernel resets it, and its close counts down where it was counted.
-                        // (What NOBODY has counted has no tag, and its close asks no owner.)
-                        record_owner(cookie, old);
-                        count(Outcome::MoveFailed);
-                        return SK_DROP;
-                    }
-                    ROOM
-                }
-            };
-            leave(loads, old, new, cookie);
-            SK_PASS
-        }
+    };
+    match verdict {
+        Verdict::Done(answer) => answer,
+        Verdict::Room(why) => to_room(ctx, loads, why),
     }
 }
 
-/// The end of a new connection's way: to its server, to the room, or refused.
+/// The first of two listeners, or the second.
 #[inline(always)]
-fn arrived(
-    ctx: &SkReuseportContext,
-    plan: &'static Plan,
-    loads: Loads,
-    steered: &Steered,
-    reserves: bool,
-) -> u32 {
-    let why = match *steered {
-        Steered::To(slot, next_best) => {
-            if !reserves {
-                // The connection comes back as an ACK, which takes the place.
-                maps::change(slot, Change::GiveBackReserved);
+pub(crate) fn probe(ctx: &SkReuseportContext) -> u32 {
+    let selected = SOCKETS.select_reuseport(ctx, 0).is_ok() || SOCKETS.select_reuseport(ctx, 1).is_ok();
+    if selected { SK_PASS } else { SK_DROP }
+}
+
+/// A segment that belongs to no connection yet.
+#[inline(always)]
+fn arrive(ctx: &SkReuseportContext, plan: &'static Plan, loads: Loads) -> Verdict {
+    let Some(flags) = tcp_flags(ctx) else { return Verdict::Room(Outcome::Malformed) };
+    let opens = match flags & (SYN | ACK | FIN | RST) {
+        SYN => true,
+        // The ACK of a SYN cookie, or one that was under way when its connection was reset.
+        // They look the same, and a place for the second would stay taken until it expires.
+        // So it is believed only where every connection comes by a cookie; a cookie that the
+        // kernel sent in need is honoured by the room.
+        ACK => plan.flags & FLAG_COOKIES != 0,
+        _ => false,
+    };
+    if plan.flags & FLAG_BELL != 0
+        && let Some(index) = maps::bell(contract::client(arriving_source(ctx), arriving_port(ctx)))
+        && SOCKETS.select_reuseport(ctx, index).is_ok()
+    {
+        count(Outcome::Bell);
+        return Verdict::Done(SK_PASS);
+    }
+    if !opens {
+        return Verdict::Room(Outcome::Stray);
+    }
+    if plan.flags & FLAG_CLOSING != 0 {
+        count(Outcome::RefusedClosing);
+        return Verdict::Done(SK_DROP);
+    }
+    let now = maps::nanoseconds();
+    let why = if loads.waiting() > 0 && maps::is_attended(now) {
+        Outcome::WaitTurn
+    } else if plan.capacity > 0 && loads.is_suspicious(now) {
+        Outcome::WaitSuspect
+    } else {
+        let hashes = plan.policy == Policy::SourceHash as u32;
+        let source = if hashes { arriving_source(ctx) } else { [0; 4] };
+        match steer(ctx, plan, loads, Asks::New, now, source) {
+            Steered::To(slot, next_best) => {
+                if flags & SYN != 0 && plan.flags & FLAG_COOKIES != 0 {
+                    // The connection comes back as an ACK, which takes the place.
+                    maps::change(slot, Change::GiveBackReserved);
+                }
+                count(if next_best { Outcome::NextBest } else { Outcome::Selected });
+                debug!(ctx, "new connection goes to slot {}", slot);
+                return Verdict::Done(SK_PASS);
             }
-            count(if next_best { Outcome::NextBest } else { Outcome::Selected });
-            debug!(ctx, "new connection goes to slot {}", slot);
-            return SK_PASS;
+            Steered::Full if plan.capacity == 0 => {
+                count(Outcome::RefusedLimit);
+                debug!(ctx, "new connection is refused: every server is at its limit");
+                return Verdict::Done(SK_DROP);
+            }
+            Steered::Full => Outcome::WaitLimit,
+            Steered::NoServer => Outcome::WaitNoServer,
+            Steered::Failed => Outcome::WaitSelectFailed,
         }
-        Steered::Full => {
-            count(Outcome::RefusedLimit);
-            debug!(ctx, "new connection is refused: every server is at its limit");
-            return SK_DROP;
-        }
-        Steered::NoServer => Outcome::WaitNoServer,
-        Steered::Failed => Outcome::WaitSelectFailed,
     };
     if loads.waiting() >= u64::from(plan.capacity) {
         count(Outcome::RefusedCapacity);
         debug!(ctx, "new connection is refused: as many wait as may");
-        return SK_DROP;
+        return Verdict::Done(SK_DROP);
     }
-    room(ctx, plan, why)
+    Verdict::Room(why)
 }
 
-/// The owner of a connection whose listener was never adopted: nobody has counted it. Not an
-/// `Option`, whose payload the verifier takes for read where there is none ("R1 !read_ok").
-const NOBODY: u32 = ROOM - 1;
-
-/// Takes the count of a moved connection from its old owner. The new server's was taken by
-/// `steer`; the room's is taken here.
+/// A connection of a closing listener whose handshake is not complete: its ACK has come, or
+/// the kernel is about to send its SYN-ACK again.
 #[inline(always)]
-fn leave(loads: Loads, old: u32, new: u32, cookie: u64) {
-    if old == new {
+fn move_half_open(
+    ctx: &SkReuseportContext,
+    plan: &'static Plan,
+    loads: Loads,
+    migrating: *mut bpf_sock,
+) -> Verdict {
+    let now = maps::nanoseconds();
+    let suspicious = loads.is_suspicious(now);
+    // SAFETY: the context is the kernel's. Without a segment it is the SYN-ACK's timer.
+    if unsafe { (*ctx.md).len } == 0 && suspicious {
+        // A flood leaves them behind by the thousand, and each would follow us from room to room.
+        count(Outcome::DroppedHalfOpen);
+        return Verdict::Done(SK_DROP);
+    }
+    let waits = suspicious || loads.waiting() > 0 && maps::is_attended(now);
+    if !waits {
+        let hashes = plan.policy == Policy::SourceHash as u32;
+        let source = if hashes { socket_source(migrating) } else { [0; 4] };
+        if let Steered::To(slot, _) = steer(ctx, plan, loads, Asks::HalfOpen, now, source) {
+            count(Outcome::MovedHalfOpen);
+            debug!(ctx, "half-open connection moves to slot {}", slot);
+            return Verdict::Done(SK_PASS);
+        }
+    }
+    Verdict::Room(Outcome::ParkedHalfOpen)
+}
+
+/// An established connection of a closing listener: of a server that is gone, or of a room that
+/// is being emptied. The kernel brings them in the order of the accept queue.
+#[inline(always)]
+fn move_established(
+    ctx: &SkReuseportContext,
+    plan: &'static Plan,
+    loads: Loads,
+    migrating: *mut bpf_sock,
+) -> u32 {
+    // SAFETY: both are sockets, which the verifier checks.
+    let (cookie, listener) = unsafe {
+        (bpf_get_socket_cookie(migrating.cast()), bpf_get_socket_cookie((*ctx.md).__bindgen_anon_3.sk.cast()))
+    };
+    let now = maps::nanoseconds();
+    let before = match maps::owner(cookie) {
+        Some(known) => known,
+        None => {
+            let owner = Owner { owner: home(listener), reserved: 0, since: now, order: now };
+            // Without a record its close would count down where it was counted up. So it is not
+            // moved: the kernel resets it.
+            if !maps::record(loads, cookie, owner, true) {
+                count(Outcome::MoveFailed);
+                return SK_DROP;
+            }
+            owner
+        }
+    };
+    let group = maps::group();
+    let Some(corridor) = maps::corridor(group) else { return SK_DROP };
+    let parked = maps::parked(listener);
+    let is_before_others = room_of(before.owner).is_none() || before.order <= corridor.bound();
+    // Once one of them is parked, so are all behind it: none may overtake it.
+    if parked.count == 0 && is_before_others {
+        let hashes = plan.policy == Policy::SourceHash as u32;
+        let source = if hashes { socket_source(migrating) } else { [0; 4] };
+        if let Steered::To(slot, _) = steer(ctx, plan, loads, Asks::Established, now, source) {
+            // Nothing can happen to the connection meanwhile: the kernel has it locked.
+            maps::record(loads, cookie, Owner { owner: slot, ..before }, false);
+            loads.add(Sum::Total(slot), 1);
+            if room_of(before.owner).is_some() {
+                loads.note_wait(before.since, now);
+                count(Outcome::HandedOver);
+            } else {
+                count(Outcome::Moved);
+            }
+            debug!(ctx, "connection moves to slot {}", slot);
+            leave(loads, before.owner, false);
+            return SK_PASS;
+        }
+    }
+    let owner = match room_of(before.owner) {
+        Some(_) => before,
+        // Older than all that wait, whose order is a time.
+        None => Owner { order: loads.add(Sum::Orphans, 1) + 1, since: now, ..before },
+    };
+    for _ in 0..SPARE_TRIES {
+        let place = spare(loads, corridor, group, parked);
+        if place.count == 0 {
+            break;
+        }
+        if SOCKETS.select_reuseport(ctx, place.index).is_ok() {
+            maps::note_parked(listener, place);
+            maps::record(loads, cookie, Owner { owner: in_room(place.index), ..owner }, false);
+            if let Some(coming) = maps::coming(place.index) {
+                coming.note_first(owner.order, owner.since);
+                coming.add(Comes::Entered);
+            }
+            count(Outcome::Parked);
+            leave(loads, before.owner, true);
+            return SK_PASS;
+        }
+    }
+    // No spare room, which the attendant sees to, unless many servers die at once while it is
+    // dead: behind those that wait, but not lost.
+    let current = corridor.room(loads.current(group) >> 16);
+    if SOCKETS.select_reuseport(ctx, current).is_ok() {
+        maps::record(loads, cookie, Owner { owner: in_room(current), ..owner }, false);
+        if let Some(coming) = maps::coming(current) {
+            coming.note_first(now, owner.since);
+            coming.add(Comes::Entered);
+        }
+        count(Outcome::ParkedBehind);
+        leave(loads, before.owner, true);
+        return SK_PASS;
+    }
+    // The kernel resets it, and its close counts down where it was counted.
+    count(Outcome::MoveFailed);
+    SK_DROP
+}
+
+/// Spare rooms that are tried for one connection.
+const SPARE_TRIES: usize = 2;
+
+/// Where the next connection of a closing listener is parked: in the room of the one before,
+/// as long as that is not full, or in the next spare one; or with the one before all the same.
+/// A count of 0: nowhere.
+#[inline(always)]
+fn spare(loads: Loads, corridor: Corridor, group: usize, parked: Parked) -> Parked {
+    let with_the_last = Parked { index: parked.index, count: parked.count + u32::from(parked.count != 0) };
+    if parked.count != 0 && with_the_last.count <= corridor.chunk() {
+        return with_the_last;
+    }
+    for _ in 0..SPARE_RACES {
+        let taken = loads.spares_taken(group);
+        if taken >= corridor.spares() {
+            break;
+        }
+        let index = corridor.spare(taken);
+        if loads.take_spare(group, taken) {
+            return Parked { index, count: 1 };
+        }
+    }
+    with_the_last
+}
+
+/// Times that two CPUs may want the same spare room, each on behalf of a closing listener.
+const SPARE_RACES: usize = 4;
+
+/// The owner of a connection whose listener was never adopted: nobody has counted it.
+const NOBODY: u32 = SLOTS as u32;
+
+/// Takes the count of a moved connection from its old owner. A server's new one was taken by
+/// `steer`; the waiting list's is taken here.
+#[inline(always)]
+fn leave(loads: Loads, old: u32, waits: bool) {
+    if let Some(index) = room_of(old) {
+        if let Some(coming) = maps::coming(index) {
+            coming.add(Comes::Gone);
+        }
+        if !waits {
+            loads.add(Sum::Waiting, -1);
+        }
         return;
     }
-    if old == ROOM {
-        loads.add(Sum::Waiting, -1);
-        maps::tell(EventKind::HandedOver, cookie, 0, Address::default());
-    } else if old != NOBODY {
+    if old < NOBODY {
         maps::change(old, Change::Close);
     }
-    if new == ROOM {
+    if waits {
         loads.add(Sum::Waiting, 1);
         loads.note_waiting();
-        maps::tell(EventKind::Waiting, cookie, 0, Address::default());
+        maps::wake();
     }
 }
+
+/// Leaves the connection to the current room, and counts why; refuses it if there is none. A
+/// room that was given many SYNs is left for the next one: they may be a flood, which never
+/// completes a handshake and so never makes the next room current.
+#[inline(always)]
+fn to_room(ctx: &SkReuseportContext, loads: Loads, why: Outcome) -> u32 {
+    let group = maps::group();
+    let Some(corridor) = maps::corridor(group) else { return SK_DROP };
+    for _ in 0..ROOM_TRIES {
+        let current = loads.current(group);
+        let sequence = current >> 16;
+        let has_next = sequence + 1 < corridor.made();
+        let crowd = corridor.crowd().max(corridor.share());
+        let is_over = sequence < corridor.least() || current & 0xffff >= crowd;
+        if !(has_next && is_over) {
+            let index = corridor.room(sequence);
+            let Some(coming) = maps::coming(index) else { break };
+            if !has_next && coming.completed() >= corridor.full() {
+                break;
+            }
+            if SOCKETS.select_reuseport(ctx, index).is_ok() {
+                if current & 0xffff < 0xf000 {
+                    loads.add(Sum::Syns(group), 1);
+                }
+                count(why);
+                return SK_PASS;
+            }
+            if !has_next {
+                break;
+            }
+        }
+        maps::next_room(loads, corridor, group, current);
+    }
+    count(Outcome::RefusedNoRoom);
+    debug!(ctx, "connection is refused: no server takes it and there is no room");
+    SK_DROP
+}
+
+/// Rooms that are tried for one connection.
+const ROOM_TRIES: usize = 4;
 
 /// Chooses a server, takes a place in it, and selects one of its listeners.
 #[inline(always)]
@@ -222,13 +390,13 @@ fn steer(
     plan: &'static Plan,
     loads: Loads,
     asks: Asks,
-    cookie: u64,
+    time: u64,
     source: [u32; 4],
 ) -> Steered {
     if plan.eligible == 0 {
         return Steered::NoServer;
     }
-    let now = word::epoch(maps::nanoseconds());
+    let now = word::epoch(time);
     let place = place(asks as u64);
     let mut excluded = [NO_SLOT; TRIES];
     let mut failures = 0;
@@ -256,22 +424,21 @@ fn steer(
             let same = (seen ^ answer) & WORD_BITS == 0;
             let taken = word::take(seen, now, place, u64::from(server.limit), u64::from(server.reservable));
             match taken {
-                Some(taken) if same && loads.swap(slot, seen, taken) => taken,
+                Some(taken) if same && loads.swap(slot, seen, taken) => {
+                    loads.note_expired(plan, slot, seen, time);
+                    taken
+                }
                 _ => continue,
             }
         } else {
             // Many arrive at once, and any place in a good server is better than none; or the
             // client has its server, whatever that holds.
-            match take_place(u64::from(slot), asks as u64, now) {
+            match take_place(u64::from(slot), asks as u64, time) {
                 NOTHING => continue,
                 taken => taken,
             }
         };
-        if cookie != 0 {
-            // Before the selection: once selected, the connection may close on another CPU.
-            record_owner(cookie, slot);
-        }
-        if select_listener(ctx, plan, slot, loads) {
+        if select_listener(ctx, plan, slot, loads, asks) {
             loads.pass_turn(slot, server.stride);
             if matches!(place, Place::Active) {
                 loads.note_most(slot, server.generation, word::active(taken));
@@ -299,14 +466,16 @@ fn steer(
 /// [`NOTHING`] if it is full or changes too fast. Global, as [`scan`] is.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn take_place(slot: u64, asks: u64, now: u64) -> u64 {
+pub(crate) extern "C" fn take_place(slot: u64, asks: u64, time: u64) -> u64 {
     let (Some((_, plan)), Some(loads)) = (maps::plan(), maps::loads()) else { return NOTHING };
+    let now = word::epoch(time);
     let server = &plan.servers[slot as usize & (SLOTS - 1)];
     for _ in 0..16 {
         let seen = loads.word(slot as usize);
         let limits = (u64::from(server.limit), u64::from(server.reservable));
         let Some(taken) = word::take(seen, now, place(asks), limits.0, limits.1) else { return NOTHING };
         if loads.swap(slot as u32, seen, taken) {
+            loads.note_expired(plan, slot as u32, seen, time);
             return taken;
         }
     }
@@ -323,6 +492,12 @@ pub(crate) extern "C" fn scan(now: u64, asks: u64, excluded: u64) -> u64 {
     let (Some((_, plan)), Some(loads)) = (maps::plan(), maps::loads()) else { return NOTHING };
     let arrival = Arrival { now, place: place(asks), excluded: unpacked(excluded) };
     answer(select::best(plan, |slot| loads.word(slot), |slot| loads.turn(slot), &arrival))
+}
+
+/// Some server would take a connection that waits.
+#[inline(always)]
+pub(crate) fn has_place(time: u64) -> bool {
+    scan(word::epoch(time), Asks::Established as u64, packed([NO_SLOT; TRIES])) != NOTHING
 }
 
 /// The first choice of the policies that do not look at all servers; global for the same reason.
@@ -413,7 +588,13 @@ fn narrows(policy: u32) -> bool {
 
 /// Selects one of the slot's listeners in this group; they take turns.
 #[inline(always)]
-fn select_listener(ctx: &SkReuseportContext, plan: &'static Plan, slot: u32, loads: Loads) -> bool {
+fn select_listener(
+    ctx: &SkReuseportContext,
+    plan: &'static Plan,
+    slot: u32,
+    loads: Loads,
+    asks: Asks,
+) -> bool {
     let slot = slot as usize & (SLOTS - 1);
     let run = plan.runs[maps::group() * SLOTS + slot];
     if run.len == 0 {
@@ -425,39 +606,25 @@ fn select_listener(ctx: &SkReuseportContext, plan: &'static Plan, slot: u32, loa
         let turn = loads.turn(slot).checked_div(plan.servers[slot].stride).unwrap_or(0);
         index += (turn % u64::from(run.len)) as u32;
     }
-    SOCKETS.select_reuseport(ctx, index).is_ok()
-}
-
-/// Leaves the connection to the room, and counts why; refuses it if there is none.
-#[inline(always)]
-fn room(ctx: &SkReuseportContext, plan: &'static Plan, why: Outcome) -> u32 {
-    if SOCKETS.select_reuseport(ctx, plan.rooms[maps::group()]).is_ok() {
-        count(why);
-        return SK_PASS;
+    let selected = SOCKETS.select_reuseport(ctx, index).is_ok();
+    if selected && asks == Asks::Established && plan.flags & FLAG_BELL != 0 {
+        // Its server is not woken by the kernel: the attendant does.
+        if let Some(coming) = maps::coming(index) {
+            coming.add(Comes::Moved);
+        }
+        maps::wake();
     }
-    count(Outcome::RefusedNoRoom);
-    debug!(ctx, "connection is refused: no server takes it and there is no room");
-    SK_DROP
+    selected
 }
 
-/// The slot a moved connection belongs to now.
+/// The owner that a listener's connections have: a slot, a room, or nobody.
 #[inline(always)]
-fn owner(cookie: u64) -> Option<u32> {
+fn home(listener: u64) -> u32 {
     // SAFETY: the value is copied at once.
-    unsafe { MOVED.get(cookie).copied() }
-}
-
-/// The slot, or ROOM, that a listener belongs to.
-#[inline(always)]
-fn home(listener: u64) -> Option<u32> {
-    // SAFETY: the value is copied at once.
-    unsafe { HOME.get(listener).map(|home| home.slot) }
-}
-
-#[inline(always)]
-fn record_owner(cookie: u64, slot: u32) {
-    if MOVED.insert(cookie, slot, 0).is_err() {
-        count(Outcome::MovedLost);
+    match unsafe { HOME.get(listener).copied() } {
+        Some(home) if home.slot == ROOM => in_room(home.index),
+        Some(home) => home.slot,
+        None => NOBODY,
     }
 }
 
@@ -475,6 +642,15 @@ fn tcp_flags(ctx: &SkReuseportContext) -> Option<u8> {
     // SAFETY: one byte is written to `flags`; the data begins at the TCP header.
     let error = unsafe { bpf_skb_load_bytes(ctx.as_ptr(), AT as u32, (&raw mut flags).cast::<c_void>(), 1) };
     (error == 0).then_some(flags)
+}
+
+/// The client's port of an arriving segment; zero if it cannot be read.
+#[inline(always)]
+fn arriving_port(ctx: &SkReuseportContext) -> u32 {
+    let mut port = 0u16;
+    // SAFETY: two bytes are written to `port`; the data begins at the TCP header.
+    unsafe { bpf_skb_load_bytes(ctx.as_ptr(), 0, (&raw mut port).cast::<c_void>(), 2) };
+    u32::from(u16::from_be(port))
 }
 
 /// The client's address of an arriving segment; zero if it cannot be read.

@@ -2,7 +2,7 @@
 //!
 //! Runs at the state changes of all sockets created in the service's cgroup. A connection
 //! counts from the end of its handshake until the kernel gives up its socket, and counts for
-//! the slot its listener is tagged with, or for the one it moved to.
+//! the slot its listener is tagged with, or for the one it moved to; or it waits in a room.
 
 use aya_ebpf::{
     EbpfContext as _,
@@ -11,15 +11,22 @@ use aya_ebpf::{
     programs::SockOpsContext,
 };
 use aya_log_ebpf::debug;
-use distributor_ebpf::contract::{Address, EventKind, Outcome, ROOM, SLOTS, Tag};
+use distributor_ebpf::contract::{
+    self, Address, DISMISSED, EventKind, FLAG_BELL, Outcome, Owner, ROOM, SLOTS, Tag, in_room, room_of,
+};
 
-use crate::maps::{self, Change, Loads, MOVED, Sum, count};
+use crate::{
+    maps::{self, Change, Comes, Loads, Sum, count},
+    steer,
+};
 
 const PASSIVE_ESTABLISHED_CB: u32 = 5;
 const STATE_CB: u32 = 10;
 const TCP_LISTEN_CB: u32 = 11;
 
+const TCP_FIN_WAIT1: u32 = 4;
 const TCP_CLOSE: u32 = 7;
+const TCP_LAST_ACK: u32 = 9;
 const TCP_LISTEN: u32 = 10;
 const AF_INET: u32 = 2;
 
@@ -27,18 +34,25 @@ const AF_INET: u32 = 2;
 pub(crate) fn run(ctx: &SockOpsContext) {
     match ctx.op() {
         PASSIVE_ESTABLISHED_CB => established(ctx),
-        STATE_CB if ctx.arg(1) == TCP_CLOSE => {
-            if ctx.arg(0) == TCP_LISTEN {
-                count(Outcome::ListenerClosed);
-                maps::tell(EventKind::ListenerClosed, cookie(ctx), 0, local_address(ctx));
-            } else {
-                closed(ctx);
+        STATE_CB => match (ctx.arg(0), ctx.arg(1)) {
+            (TCP_LISTEN, TCP_CLOSE) => {
+                if !is_room(ctx) {
+                    count(Outcome::ListenerClosed);
+                    maps::tell(EventKind::ListenerClosed, cookie(ctx), 0, local_address(ctx));
+                }
             }
-        }
+            (_, TCP_CLOSE) => closed(ctx),
+            // Our side closes first only where it is a server's, or dismisses who waits.
+            (_, TCP_FIN_WAIT1 | TCP_LAST_ACK) => shut(ctx),
+            _ => {}
+        },
         TCP_LISTEN_CB => {
             watch_states(ctx);
-            count(Outcome::Listening);
-            maps::tell(EventKind::Listening, cookie(ctx), 0, local_address(ctx));
+            // Rooms come and go by the thousand, and the loop needs to know of none.
+            if !is_room(ctx) {
+                count(Outcome::Listening);
+                maps::tell(EventKind::Listening, cookie(ctx), 0, local_address(ctx));
+            }
         }
         _ => {}
     }
@@ -46,35 +60,57 @@ pub(crate) fn run(ctx: &SockOpsContext) {
 
 #[inline(always)]
 fn established(ctx: &SockOpsContext) {
-    let (tag, Some(loads)) = (tag(ctx), maps::loads()) else {
+    let (tag, Some((_, plan)), Some(loads)) = (tag(ctx), maps::plan(), maps::loads()) else {
         // Cannot happen: an array map always has its entry.
         count(Outcome::NoPlan);
         return;
     };
-    if tag.is_null() {
+    if tag.is_null() || plan.flags & FLAG_BELL != 0 && maps::bell(remote(ctx)).is_some() {
         count(Outcome::Untagged);
         return;
     }
     watch_states(ctx);
     // SAFETY: not null; this connection's own copy of its listener's tag.
-    let slot = unsafe {
+    let (slot, index, group) = unsafe {
         (*tag).counted = 1;
-        (*tag).slot
+        ((*tag).slot, (*tag).index, (*tag).group as usize)
     };
     if slot == ROOM {
-        loads.add(Sum::Waiting, 1);
-        loads.note_waiting();
-        count(Outcome::EstablishedWaiting);
-        maps::tell(EventKind::Waiting, cookie(ctx), 0, Address::default());
-        return;
+        return wait(ctx, loads, index, group);
     }
     let active = maps::change(slot, Change::Establish);
     loads.add(Sum::Total(slot), 1);
-    if let Some((_, plan)) = maps::plan() {
-        loads.note_most(slot, plan.servers[slot as usize & (SLOTS - 1)].generation, active);
-    }
+    loads.note_most(slot, plan.servers[slot as usize & (SLOTS - 1)].generation, active);
     count(Outcome::Established);
     debug!(ctx, "slot {} has a connection more", slot);
+}
+
+/// A connection begins to wait in a room. The next room becomes current, so that who comes
+/// after this one stands behind it.
+#[inline(always)]
+fn wait(ctx: &SockOpsContext, loads: Loads, index: u32, group: usize) {
+    let now = maps::nanoseconds();
+    let owner = Owner { owner: in_room(index), reserved: 0, since: now, order: now };
+    maps::record(loads, cookie(ctx), owner, true);
+    let before = loads.add(Sum::Waiting, 1);
+    loads.note_waiting();
+    count(Outcome::EstablishedWaiting);
+    let (Some(coming), Some(corridor)) = (maps::coming(index), maps::corridor(group)) else { return };
+    coming.note_first(now, now);
+    coming.add(Comes::Entered);
+    coming.add(Comes::Completed);
+    let current = loads.current(group);
+    let sequence = current >> 16;
+    if corridor.room(sequence) == index
+        && coming.completed() >= corridor.share()
+        && sequence + 1 < corridor.made()
+    {
+        maps::next_room(loads, corridor, group, current);
+    }
+    // A place may have become free before anybody waited, and nobody told.
+    if before == 0 || steer::has_place(now) {
+        maps::wake();
+    }
 }
 
 #[inline(always)]
@@ -89,34 +125,102 @@ fn closed(ctx: &SockOpsContext) {
         return;
     }
     // SAFETY: not null; this connection's own copy of its listener's tag.
-    let (counted, tagged) = unsafe { ((*tag).counted, (*tag).slot) };
-    if counted != 1 {
-        // It ended before its handshake did, so it was never counted up.
+    let tag = unsafe { *tag };
+    if tag.counted != 1 {
+        // It ended before its handshake did, so it was never counted up; or it was counted down
+        // when it was dismissed.
         count(Outcome::Untagged);
         return;
     }
-    let slot = if loads.moved() == 0 { tagged } else { owner(ctx, loads, tagged) };
-    if slot == ROOM {
-        loads.add(Sum::Waiting, -1);
-        count(Outcome::ClosedWaiting);
-        maps::tell(EventKind::Left, cookie(ctx), 0, Address::default());
+    let owner = if loads.owned() == 0 { owner_by(&tag) } else { last_owner(ctx, loads, &tag) };
+    if let Some(index) = room_of(owner) {
+        leave_room(loads, index);
+        count(if tag.slot == DISMISSED { Outcome::Dismissed } else { Outcome::ClosedWaiting });
         return;
     }
-    maps::change(slot, Change::Close);
+    maps::change(owner, Change::Close);
     count(Outcome::Closed);
-    debug!(ctx, "slot {} has a connection less", slot);
+    debug!(ctx, "slot {} has a connection less", owner);
+    if loads.waiting() > 0 {
+        maps::wake();
+    }
 }
 
-/// Who owns a closing connection: whom it moved to, or else whom its tag names.
+/// A connection is closed by our side. One that is dismissed waits no longer, though its client
+/// may take his time to read what it was told.
 #[inline(always)]
-fn owner(ctx: &SockOpsContext, loads: Loads, tagged: u32) -> u32 {
-    let cookie = cookie(ctx);
-    // SAFETY: the value is copied at once.
-    let Some(slot) = (unsafe { MOVED.get(cookie).copied() }) else { return tagged };
-    if MOVED.remove(cookie).is_ok() {
-        loads.add(Sum::Moved, -1);
+fn shut(ctx: &SockOpsContext) {
+    let Some(loads) = maps::loads() else { return };
+    if loads.waiting() == 0 {
+        return;
     }
-    slot
+    let tag = tag(ctx);
+    // SAFETY: not null where it is read; this connection's own copy of its listener's tag.
+    if tag.is_null() || unsafe { (*tag).slot != DISMISSED || (*tag).counted != 1 } {
+        return;
+    }
+    // SAFETY: as above.
+    let owner = unsafe {
+        (*tag).counted = 0;
+        last_owner(ctx, loads, &*tag)
+    };
+    if let Some(index) = room_of(owner) {
+        leave_room(loads, index);
+    }
+    count(Outcome::Dismissed);
+}
+
+#[inline(always)]
+fn leave_room(loads: Loads, index: u32) {
+    loads.add(Sum::Waiting, -1);
+    if let Some(coming) = maps::coming(index) {
+        coming.add(Comes::Gone);
+    }
+}
+
+/// Whose a closing connection is, by what was recorded of it, or else by its tag.
+#[inline(always)]
+fn last_owner(ctx: &SockOpsContext, loads: Loads, tag: &Tag) -> u32 {
+    let cookie = cookie(ctx);
+    let Some(owner) = maps::owner(cookie) else { return owner_by(tag) };
+    maps::forget(loads, cookie);
+    owner.owner
+}
+
+/// Whose a connection is that never moved.
+#[inline(always)]
+fn owner_by(tag: &Tag) -> u32 {
+    if tag.slot == ROOM || tag.slot == DISMISSED { in_room(tag.index) } else { tag.slot }
+}
+
+#[inline(always)]
+fn is_room(ctx: &SockOpsContext) -> bool {
+    let tag = tag(ctx);
+    // SAFETY: not null where it is read; the listener's own tag.
+    !tag.is_null() && unsafe { (*tag).slot == ROOM }
+}
+
+/// The client of a connection, as BELLS knows it.
+#[inline(always)]
+fn remote(ctx: &SockOpsContext) -> u64 {
+    // SAFETY: the context is the kernel's. Word by word, as the verifier wants it.
+    let ip = unsafe {
+        let ops = ctx.ops;
+        if ctx.family() == AF_INET {
+            [(&raw const (*ops).remote_ip4).read_volatile(), 0, 0, 0]
+        } else {
+            let ip = [
+                (&raw const (*ops).remote_ip6[0]).read_volatile(),
+                (&raw const (*ops).remote_ip6[1]).read_volatile(),
+                (&raw const (*ops).remote_ip6[2]).read_volatile(),
+                (&raw const (*ops).remote_ip6[3]).read_volatile(),
+            ];
+            // An IPv4 client of a dual-stack listener: as its SYN was seen.
+            if ip[0] == 0 && ip[1] == 0 && ip[2] == 0xffff_u32.to_be() { [ip[3], 0, 0, 0] } else { ip }
+        }
+    };
+    // SAFETY: the context is the kernel's; in network byte order, in the upper half.
+    contract::client(ip, u32::from_be(unsafe { (*ctx.ops).remote_port }))
 }
 
 #[inline(always)]

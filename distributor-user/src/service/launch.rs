@@ -216,7 +216,7 @@ impl Service {
         path: std::path::PathBuf,
         host: &Host<'_>,
     ) -> anyhow::Result<tokio::task::JoinHandle<()>> {
-        let socket = NotifySocket::bind(path, self.uid())?;
+        let socket = NotifySocket::bind(path, super::uid(&self.config))?;
         let (inputs, service) = (host.inputs.clone(), self.number);
         Ok(tokio::task::spawn_local(async move {
             loop {

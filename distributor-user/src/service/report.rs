@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::Context as _;
 use distributor_ebpf::{
-    contract::{Load, Outcome},
+    contract::{Load, Outcome, WAITS},
     word,
 };
 use rustix::time::{ClockId, clock_gettime};
@@ -16,7 +16,7 @@ use rustix::time::{ClockId, clock_gettime};
 use super::Service;
 use crate::{
     accept_queue, listener,
-    status::{ServerStatus, ServiceStatus, WaitingStatus},
+    status::{Bucket, Histogram, ServerStatus, ServiceStatus, WaitingStatus},
 };
 
 impl Service {
@@ -33,7 +33,8 @@ impl Service {
         let refused =
             [Outcome::RefusedLimit, Outcome::RefusedCapacity, Outcome::RefusedNoRoom].map(count).iter().sum();
         let now = clock_gettime(ClockId::Monotonic);
-        let oldest = self.waiting.oldest(now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64);
+        let now = now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64;
+        let oldest = self.attendant.oldest().filter(|_| load.waiting > 0);
         Ok(ServiceStatus {
             name: self.config.name.clone(),
             listen: self.config.listen.iter().map(ToString::to_string).collect(),
@@ -41,12 +42,13 @@ impl Service {
             waiting: WaitingStatus {
                 now: load.waiting,
                 max: load.waiting_most,
-                capacity: u64::from(self.capacity()),
+                capacity: u64::from(self.config.waiting.capacity),
                 served: count(Outcome::HandedOver),
-                timed_out: 0,
+                timed_out: count(Outcome::Dismissed),
                 left: count(Outcome::ClosedWaiting),
                 refused,
-                oldest_seconds: oldest as f64 / 1e9,
+                oldest_seconds: oldest.map_or(0.0, |since| now.saturating_sub(since) as f64 / 1e9),
+                wait: histogram(&load),
             },
             servers: (0..self.entries.len()).map(|entry| self.server_status(entry, &load)).collect(),
             outcomes,
@@ -97,6 +99,20 @@ impl Service {
             .filter_map(|found| accept_queue::length(found.fd.as_fd()).ok());
         Some(lengths.sum())
     }
+}
+
+/// How long those waited that were handed over.
+fn histogram(load: &Load) -> Histogram {
+    let mut count = 0;
+    let mut buckets = Vec::new();
+    // The last bucket has no end, and its count is that of all.
+    for (bucket, waits) in load.waits[..WAITS - 1].iter().enumerate() {
+        count += waits;
+        if *waits > 0 {
+            buckets.push(Bucket { le: (1u64 << bucket) as f64 / 1e6, count });
+        }
+    }
+    Histogram { count: count + load.waits[WAITS - 1], sum_seconds: load.waited as f64 / 1e6, buckets }
 }
 
 /// The most connections at a time of a slot's owner.

@@ -13,7 +13,7 @@ use std::{
     io::{self, Read, Write},
     net::{Shutdown, SocketAddr},
     os::{
-        fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
         unix::net::UnixDatagram,
     },
     path::PathBuf,
@@ -57,6 +57,8 @@ struct Options {
     /// Uses standard input.
     stdin: bool,
     backlog: i32,
+    /// Seconds for which a connection that says nothing is not accepted (TCP_DEFER_ACCEPT).
+    defer_accept: Option<i32>,
     listen_after: Duration,
     /// Listens once there is such a file.
     listen_when: Option<PathBuf>,
@@ -90,6 +92,7 @@ impl Options {
                 "--multipath" => options.multipath = true,
                 "--inherited" => options.inherited = true,
                 "--stdin" => options.stdin = true,
+                "--defer-accept" => options.defer_accept = Some(value()?.parse()?),
                 "--backlog" => options.backlog = value()?.parse()?,
                 "--listen-after" => options.listen_after = milliseconds(value()?)?,
                 "--listen-when" => options.listen_when = Some(value()?.into()),
@@ -208,9 +211,27 @@ fn listen(options: &Options, address: SocketAddr) -> Result<Socket> {
     if options.listeners > 1 {
         socket.set_reuse_port(true)?;
     }
+    if let Some(seconds) = options.defer_accept {
+        defer_accept(&socket, seconds).context("set TCP_DEFER_ACCEPT")?;
+    }
     socket.bind(&SockAddr::from(address))?;
     socket.listen(options.backlog)?;
     Ok(socket)
+}
+
+fn defer_accept(socket: &Socket, seconds: i32) -> io::Result<()> {
+    let size = size_of_val(&seconds) as libc::socklen_t;
+    // SAFETY: the kernel reads `size` bytes from `seconds`, which is that long.
+    let set = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_DEFER_ACCEPT,
+            (&raw const seconds).cast(),
+            size,
+        )
+    };
+    if set == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 fn notify_when_ready(options: &Options) {

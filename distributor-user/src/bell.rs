@@ -1,0 +1,115 @@
+//! The bell: waking a server to which the kernel has moved connections without a word.
+//!
+//! Kernels without "tcp: call sk_data_ready() after listener migration" (CVE-2026-46015) move a
+//! connection into a server's accept queue and do not wake the server. [`is_needed`] finds out
+//! by doing it once. [`ring`] then wakes the server by a connection of our own, which `select`
+//! steers to that listener by its client address, and which is reset at once and not counted.
+#![forbid(unsafe_code)]
+
+use std::{
+    env, io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::AsFd as _,
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use distributor_ebpf::contract;
+use rustix::event::{Timespec, epoll};
+use socket2::{Domain, SockAddr, SockRef, Socket, Type};
+
+use crate::{address::ListenAddress, kernel::Probe};
+
+/// "on" and "off" decide what is otherwise found out. For tests, and for kernels that change
+/// their mind.
+pub const FORCE: &str = "DIST_CTL_BELL";
+
+/// A kernel that wakes does so before shutdown() returns.
+const WAKES_WITHIN: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
+
+/// On the loopback a handshake is over at once, unless the accept queue is full; then the
+/// server has been woken before.
+const PATIENCE: Duration = Duration::from_millis(50);
+
+/// Whether this kernel moves connections without waking their new server.
+pub fn is_needed() -> anyhow::Result<bool> {
+    match env::var(FORCE).as_deref() {
+        Ok("on") => Ok(true),
+        Ok("off") => Ok(false),
+        _ => wakes().map(|wakes| !wakes).context("find out whether a moved connection wakes its server"),
+    }
+}
+
+/// Moves a connection between two listeners of our own, on a port of the kernel's choice.
+fn wakes() -> anyhow::Result<bool> {
+    let listener = |address: SocketAddr| {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+        socket.set_reuse_port(true)?;
+        socket.bind(&address.into())?;
+        socket.listen(1)?;
+        io::Result::Ok(socket)
+    };
+    let old = listener(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
+    let address = old.local_addr()?.as_socket().context("a TCP socket has an address")?;
+    let mut probe = Probe::load()?;
+    probe.attach(&old)?;
+    let new = listener(address)?;
+    // The first is chosen as long as it is there.
+    probe.choose([old.as_fd(), new.as_fd()])?;
+    let client = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+    client.connect_timeout(&address.into(), Duration::from_secs(1))?;
+    let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+    epoll::add(&epoll, &new, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
+    old.shutdown(std::net::Shutdown::Read)?;
+    let mut events = Vec::with_capacity(1);
+    epoll::wait(&epoll, rustix::buffer::spare_capacity(&mut events), Some(&WAKES_WITHIN))?;
+    Ok(!events.is_empty())
+}
+
+/// A bell that is not rung yet: its client address is known.
+pub struct Bell {
+    socket: Socket,
+    target: SockAddr,
+    /// Where it comes from.
+    client: SocketAddr,
+}
+
+/// A bell for the servers at this address.
+pub fn prepare(address: &ListenAddress) -> io::Result<Bell> {
+    let target = match address.socket.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::from(Ipv4Addr::LOCALHOST),
+        IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::from(Ipv6Addr::LOCALHOST),
+        ip => ip,
+    };
+    let mut target_address = address.socket;
+    target_address.set_ip(target);
+    let socket = Socket::new(Domain::for_address(target_address), Type::STREAM, None)?;
+    socket.bind(&SocketAddr::new(target, 0).into())?;
+    let client = socket.local_addr()?.as_socket().ok_or(io::ErrorKind::Unsupported)?;
+    Ok(Bell { socket, target: target_address.into(), client })
+}
+
+impl Bell {
+    /// Its client address, as the programs know it.
+    pub fn key(&self) -> u64 {
+        let port = u32::from(self.client.port());
+        match self.client.ip() {
+            IpAddr::V4(ip) => contract::client([u32::from_ne_bytes(ip.octets()), 0, 0, 0], port),
+            IpAddr::V6(ip) => {
+                let mut words = [0; 4];
+                for (word, bytes) in words.iter_mut().zip(ip.octets().chunks_exact(4)) {
+                    *word = u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+                }
+                contract::client(words, port)
+            }
+        }
+    }
+
+    /// Rings it: the server is woken when the handshake is complete.
+    pub fn ring(self) -> io::Result<()> {
+        let rung = self.socket.connect_timeout(&self.target, PATIENCE);
+        // Reset, so that the server has nothing to wait for.
+        SockRef::from(&self.socket).set_linger(Some(Duration::ZERO))?;
+        rung
+    }
+}

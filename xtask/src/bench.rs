@@ -2,7 +2,7 @@
 //!
 //! Each benchmark is one run of the program `bench` of the package `tests`, as root, which
 //! prints one section. In the document a section stands between two marks; the sentences
-//! around it are written by hand and stay.
+//! around it are written by hand and stay. A plot is a file of its own beside the document.
 
 #![forbid(unsafe_code)]
 
@@ -23,11 +23,14 @@ use crate::{
 
 const DOCUMENT: &str = "docs/benchmarks.md";
 
+/// The plot of the one benchmark that draws one.
+const PLOT: &str = "docs/accept.svg";
+
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
     /// Only this one
     name: Option<Name>,
-    /// Note the results in docs/benchmarks.md
+    /// Note the results in docs/benchmarks.md, and plots beside it
     #[arg(long)]
     write: bool,
     /// Few and short pieces: to see that it works, not to measure
@@ -35,14 +38,20 @@ pub(crate) struct Arguments {
     quick: bool,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Name {
     /// New connections per second, against plain SO_REUSEPORT
     Connections,
     /// Requests on an established connection, against plain SO_REUSEPORT
     Latency,
+    /// How fast those who wait are handed over
+    Handover,
+    /// A costly request: a shared listener, plain SO_REUSEPORT and a waiting list
+    Accept,
     /// Nanoseconds per run of each eBPF program
     Programs,
+    /// What clients feel of a flood of SYNs
+    Flood,
     /// CPU and memory while no client connects
     Idle,
     /// What the kernel's verifier has to do for each eBPF program
@@ -61,9 +70,12 @@ pub(crate) fn run(workspace: &Path, arguments: &Arguments) -> Result<()> {
     let names = arguments.name.as_ref().map_or(Name::value_variants(), std::slice::from_ref);
     let mut sections = vec![("machine".to_owned(), machine()?)];
     say(&sections[0].1);
-    for name in names {
+    // Noted at the end like the sections: an interrupted run changes nothing in docs.
+    let plot = target()?.join("accept.svg");
+    let mut plotted = false;
+    for which in names {
         ensure!(!interrupt::asked(), "bench: interrupted");
-        let value = name.to_possible_value().context("no benchmark is hidden")?;
+        let value = which.to_possible_value().context("no benchmark is hidden")?;
         let name = value.get_name();
         say(&format!("\nbench: {name}\n"));
         // sudo takes the environment away.
@@ -73,19 +85,30 @@ pub(crate) fn run(workspace: &Path, arguments: &Arguments) -> Result<()> {
         if arguments.quick {
             command.arg("--quick");
         }
+        if arguments.write && *which == Name::Accept {
+            // Made by us, so that it is ours when root has filled it.
+            fs::write(&plot, "").with_context(|| format!("write {}", plot.display()))?;
+            command.arg("--plot").arg(&plot);
+            plotted = true;
+        }
         sections.push((name.to_owned(), section(&mut command)?));
     }
     if arguments.write {
         let old = fs::read_to_string(DOCUMENT).with_context(|| format!("read {DOCUMENT}"))?;
         fs::write(DOCUMENT, noted(old, &sections)?).with_context(|| format!("write {DOCUMENT}"))?;
         say(&format!("bench: noted in {DOCUMENT}"));
+        if plotted {
+            fs::copy(&plot, PLOT).with_context(|| format!("write {PLOT}"))?;
+            say(&format!("bench: drawn in {PLOT}"));
+        }
     }
     Ok(())
 }
 
 fn build_bench() -> Result<PathBuf> {
     let mut command = cargo();
-    command.args(["build", "--release", "--package", "tests", "--bin", "bench"]);
+    // The test server is for the benchmarks whose clients are greeted.
+    command.args(["build", "--release", "--package", "tests", "--bins"]);
     say(&format!("bench: {}", shown(&command)));
     exec(&mut command)?;
     Ok(target()?.join("release/bench"))

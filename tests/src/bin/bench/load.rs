@@ -84,14 +84,17 @@ pub(crate) fn connect_for(address: SocketAddr, in_flight: usize, during: Duratio
 /// One for each CPU of a small machine; more would only fight over them.
 const CLIENT_THREADS: usize = 2;
 
+/// What became of one connection.
 #[derive(Clone, Copy)]
-struct Answer {
-    server: i32,
-    latency: Duration,
+pub(crate) struct Answer {
+    /// The process that answered.
+    pub(crate) server: i32,
+    /// From before connect to the end of the answer.
+    pub(crate) latency: Duration,
 }
 
-/// One thread's connections.
-fn client(address: SocketAddr, in_flight: usize, during: Duration) -> Result<Vec<Answer>> {
+/// One thread's connections, in the order in which they were answered.
+pub(crate) fn client(address: SocketAddr, in_flight: usize, during: Duration) -> Result<Vec<Answer>> {
     let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
     let open = |place: usize| -> Result<(TcpStream, Instant)> {
         let start = Instant::now();
@@ -190,8 +193,8 @@ fn read_to_end(mut stream: TcpStream) -> Result<i32> {
     }
 }
 
-/// On the loopback the handshake is over before connect() would wait for it.
-fn connect(address: SocketAddr) -> Result<TcpStream> {
+/// A new connection. On the loopback the handshake is over before connect() would wait for it.
+pub(crate) fn connect(address: SocketAddr) -> Result<TcpStream> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     // It bounds connect() too, without the poll() that `connect_timeout` needs.
     socket.set_write_timeout(Some(PATIENCE))?;

@@ -1,17 +1,21 @@
 //! Benchmarks of dist-ctl on the running kernel; `cargo xtask bench` builds and runs them.
 //!
-//! `bench NAME [--quick] [--object FILE]` prints one section of docs/benchmarks.md to standard
-//! output, and its progress to standard error. The servers are unmodified `dist-ctl demo`
-//! processes; what is compared runs in turns within one run. All traffic stays on the loopback
+//! `bench NAME [--quick] [--object FILE] [--plot FILE]` prints one section of docs/benchmarks.md to standard
+//! output, and its progress to standard error. The servers are unmodified processes, mostly
+//! `dist-ctl demo`; what is compared runs in turns within one run. All traffic stays on the loopback
 //! of a network namespace of its own. Ctrl-C ends it between two pieces of work, and whatever
 //! way it ends, nothing that it started stays.
 
+mod accept;
 mod bpf;
 mod connections;
 mod cpu;
+mod flood;
+mod handover;
 mod idle;
 mod latency;
 mod load;
+mod plot;
 mod programs;
 mod servers;
 mod statistics;
@@ -39,6 +43,8 @@ pub(crate) struct Run {
     pub(crate) quick: bool,
     /// The eBPF object, for the one benchmark that loads it itself.
     object: Option<PathBuf>,
+    /// Where to write a plot, for those that draw one.
+    plot: Option<PathBuf>,
     interrupted: Arc<AtomicBool>,
 }
 
@@ -58,11 +64,18 @@ fn main() -> ExitCode {
 fn run() -> Result<String> {
     let mut words = env::args().skip(1);
     let name = words.next().context("say which benchmark: run it by cargo xtask bench")?;
-    let mut run = Run { quick: false, object: None, interrupted: Arc::default() };
+    if name == "server" {
+        return handover::server(words);
+    }
+    if name == "worker" {
+        return accept::worker(words);
+    }
+    let mut run = Run { quick: false, object: None, plot: None, interrupted: Arc::default() };
     while let Some(word) = words.next() {
         match word.as_str() {
             "--quick" => run.quick = true,
             "--object" => run.object = Some(words.next().context("--object: a value is missing")?.into()),
+            "--plot" => run.plot = Some(words.next().context("--plot: a value is missing")?.into()),
             _ => bail!("{word}: no such option"),
         }
     }
@@ -72,6 +85,9 @@ fn run() -> Result<String> {
     let section = match name.as_str() {
         "connections" => connections::run(&run),
         "latency" => latency::run(&run),
+        "flood" => flood::run(&run),
+        "handover" => handover::run(&run),
+        "accept" => accept::run(&run),
         "programs" => programs::run(&run),
         "idle" => idle::run(&run),
         "verifier" => verifier::run(&run),

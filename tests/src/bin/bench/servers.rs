@@ -1,6 +1,6 @@
-//! The two sides of a comparison: servers behind dist-ctl, and the same behind nothing.
+//! The sides of a comparison: servers behind dist-ctl, and the same behind nothing.
 //!
-//! Both are `dist-ctl demo` with a listener as standard input, in a session of its own (with
+//! In most benchmarks both are `dist-ctl demo` with a listener as standard input, in a session of its own (with
 //! the kernel's autogroups, a session is what gets CPU time), and nothing else. One listener
 //! is made by dist-ctl, the other here, with plain SO_REUSEPORT: the kernel's own hash
 //! chooses among those.
@@ -49,7 +49,7 @@ impl<'h> Sides<'h> {
     /// Starts both, and waits until every server answers.
     pub(crate) fn start(run: &Run, host: &'h Host) -> Result<Self> {
         let app = App { socket: Some("stdin"), ..demo(SERVERS) };
-        let sides = Self { steered: host.up(&app), plain: Plain::start(host)? };
+        let sides = Self { steered: host.up(&app), plain: demo_plain(host)? };
         for address in [STEERED, PLAIN] {
             each_server(run, address)?;
         }
@@ -60,7 +60,7 @@ impl<'h> Sides<'h> {
     pub(crate) fn servers(&self) -> Servers {
         Servers {
             steered: self.steered.service().servers.into_iter().filter_map(|server| server.pid).collect(),
-            plain: self.plain.0.iter().map(|child| child.id() as i32).collect(),
+            plain: self.plain.processes(),
         }
     }
 
@@ -95,29 +95,40 @@ pub(crate) fn each_server(run: &Run, address: SocketAddr) -> Result<Vec<Kept>> {
 }
 
 /// Demo servers with plain SO_REUSEPORT.
-struct Plain(Vec<Child>);
+fn demo_plain(host: &Host) -> Result<Plain> {
+    let mut servers = Vec::new();
+    for number in 1..=SERVERS {
+        let mut command = Command::new(program());
+        command.arg("demo").env("DIST_CTL_SERVER", format!("app/{number}"));
+        servers.push((command, listener(PLAIN.port())?));
+    }
+    Plain::start(host, servers)
+}
+
+/// Servers that nobody stands before, until this is dropped.
+pub(crate) struct Plain(Vec<Child>);
 
 impl Plain {
-    fn start(host: &Host) -> Result<Self> {
+    /// Runs each command with its listener as standard input.
+    pub(crate) fn start(host: &Host, commands: Vec<(Command, Socket)>) -> Result<Self> {
         let mut servers = Self(Vec::new());
-        for number in 1..=SERVERS {
-            let mut command = Command::new(program());
-            command
-                .arg("demo")
-                .env("DIST_CTL_SERVER", format!("app/{number}"))
-                .stdin(Stdio::from(OwnedFd::from(listener()?)))
-                .stdout(Stdio::null())
-                .stderr(Stdio::null());
+        for (mut command, listener) in commands {
+            command.stdin(Stdio::from(OwnedFd::from(listener))).stdout(Stdio::null()).stderr(Stdio::null());
             // SAFETY: setsid is one system call that touches no memory, so it may run between
             // fork and exec.
             unsafe { command.pre_exec(|| Ok(setsid().map(drop)?)) };
-            let child = command.spawn().context("start a demo server")?;
+            let child = command.spawn().context("start a server")?;
             if let Some(process) = Process::find(child.id() as i32) {
-                leftover::note(&host.path(""), process).context("note a demo server")?;
+                leftover::note(&host.path(""), process).context("note a server")?;
             }
             servers.0.push(child);
         }
         Ok(servers)
+    }
+
+    /// Their processes, in the order of the commands.
+    pub(crate) fn processes(&self) -> Vec<i32> {
+        self.0.iter().map(|child| child.id() as i32).collect()
     }
 }
 
@@ -131,11 +142,12 @@ impl Drop for Plain {
     }
 }
 
-fn listener() -> Result<Socket> {
+/// A listener with plain SO_REUSEPORT: the kernel's hash chooses among those of one port.
+pub(crate) fn listener(port: u16) -> Result<Socket> {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
     socket.set_reuse_address(true)?;
     socket.set_reuse_port(true)?;
-    socket.bind(&SockAddr::from(SocketAddr::from((Ipv4Addr::UNSPECIFIED, PLAIN.port()))))?;
+    socket.bind(&SockAddr::from(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port))))?;
     socket.listen(BACKLOG).context("listen for the plain servers")?;
     Ok(socket)
 }

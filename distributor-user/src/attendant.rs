@@ -210,6 +210,10 @@ pub struct Attendant {
     oldest: Arc<AtomicU64>,
     tended: u64,
     stamped: u64,
+    /// When a keeper that is gone may be replaced again.
+    replace_at: u64,
+    /// The service is being stopped: everybody who waits is turned away.
+    dismissing: bool,
 }
 
 impl Group {
@@ -250,6 +254,8 @@ impl Attendant {
             oldest,
             tended: 0,
             stamped: 0,
+            replace_at: 0,
+            dismissing: false,
         };
         attendant.desk.attend(now());
         attendant.desk.set_cgroup(attendant.duty.cgroup_id);
@@ -381,7 +387,10 @@ impl Attendant {
         while let Ok(told) = self.heard.try_recv() {
             match told {
                 Told::Look => {}
-                Told::DismissAll => self.dismiss_all(),
+                Told::DismissAll => {
+                    self.dismissing = true;
+                    self.dismiss_all();
+                }
                 Told::Stop => return false,
             }
         }
@@ -392,6 +401,9 @@ impl Attendant {
             self.tended = now;
             self.turn_away_the_late(now);
             self.tend(now);
+            if self.dismissing {
+                self.dismiss_all();
+            }
             self.note_oldest();
             if now.saturating_sub(self.stamped) > STAMPING {
                 self.stamped = now;
@@ -512,20 +524,22 @@ impl Attendant {
             self.hear();
         }
         let spares = self.groups[number].corridor.spare_len();
-        if spares == 0 {
+        let state = self.desk.state(index);
+        let waiting = state.entered.saturating_sub(state.gone);
+        // Without a spare room, only where nobody will need one: that makes room again.
+        if spares == 0 && waiting > u64::from(bound != NOBODY) {
             return false;
         }
         let Some(room) = self.rooms.remove(&index) else {
             self.groups[number].corridor.remove(order, index);
             return true;
         };
-        let state = self.desk.state(index);
-        let waiting = usize::try_from(state.entered.saturating_sub(state.gone)).unwrap_or(usize::MAX).max(1);
+        let waiting = usize::try_from(waiting).unwrap_or(usize::MAX).max(1);
         if self.desk.bound(number).load(Ordering::Relaxed) != bound {
             self.desk.bound(number).store(bound, Ordering::SeqCst);
         }
         // Evenly, so that each of them is parked a few times at most, however many share a room.
-        let chunk = u32::try_from(waiting.div_ceil(spares)).unwrap_or(u32::MAX);
+        let chunk = u32::try_from(waiting.div_ceil(spares.max(1))).unwrap_or(u32::MAX);
         if self.desk.chunk(number).load(Ordering::Relaxed) != chunk {
             self.desk.chunk(number).store(chunk, Ordering::SeqCst);
         }
@@ -689,8 +703,11 @@ impl Attendant {
                         continue;
                     };
                     self.groups[number].asked = self.groups[number].asked.saturating_sub(sockets.len());
-                    let taken = sockets.into_iter().try_for_each(|fd| self.take_in(number, fd));
-                    if let Err(error) = taken {
+                    let mut failure = None;
+                    for fd in sockets {
+                        failure = self.take_in(number, fd).err().or(failure);
+                    }
+                    if let Some(error) = failure {
                         self.rest(number, &format!("{error:#}"));
                     }
                 }
@@ -715,6 +732,12 @@ impl Attendant {
     }
 
     fn replace_keeper(&mut self, why: &anyhow::Error) {
+        // It is gone, which its socket would tell again and again.
+        let _ = epoll::delete(&self.epoll, &self.keeper);
+        if now() < self.replace_at {
+            return;
+        }
+        self.replace_at = now() + 1_000_000_000;
         warn!("service {}: {why:#}; another one is started", self.duty.service);
         let replaced = Keeper::start(&self.duty.cgroup).and_then(|keeper| {
             for (group, address) in self.duty.listen.iter().enumerate() {
@@ -748,10 +771,18 @@ impl Attendant {
 
     /// A new room of a group.
     fn take_in(&mut self, number: usize, fd: OwnedFd) -> anyhow::Result<()> {
+        let cookie = sockopt::socket_cookie(&fd).context("read a room's cookie")?;
         // There are as many as a group may have rooms, and no more are asked for.
-        let index = self.groups[number].free.pop_front().context("every index has a room")?;
-        let cookie = self.admit(number, fd, index)?;
-        debug!("room {index} is open ({cookie})");
+        let Some(index) = self.groups[number].free.pop_front() else {
+            self.done.push(cookie);
+            bail!("every index has a room");
+        };
+        if let Err(error) = self.admit(number, fd, index) {
+            self.groups[number].free.push_back(index);
+            self.desk.forget(cookie);
+            self.done.push(cookie);
+            return Err(error);
+        }
         self.add(number, index);
         Ok(())
     }
@@ -838,8 +869,11 @@ impl Attendant {
                 continue;
             }
             if let Err(error) = self.ring_at(group, index) {
-                debug!("ring the bell of listener {index}: {error:#}; again with the next that is moved");
+                debug!("ring the bell of listener {index}: {error:#}; again soon");
+                self.rung.insert(index, rung);
             }
+            // It may have taken its time, and whoever waits is attended to all the same.
+            self.desk.attend(now());
         }
     }
 

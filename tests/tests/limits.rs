@@ -289,14 +289,11 @@ fn with_syn_cookies_a_limit_holds_under_50_client_threads() {
     let mut app = App::of(&host, 2).refusing();
     app.limit = Some(5);
     let up = host.up(&app);
-    client::in_threads(50, 0..2_000, |number| {
-        // Who is let in at the SYN may find the place taken at the ACK: then it is reset.
-        let mut client = wait_for("a place", client::patience(), || Client::open(V4).ok());
-        if number % 2 == 0 {
-            client.say("close")?;
-            client.wait_for_end()?;
-        }
-        Ok(())
+    client::in_threads(50, 0..2_000, |_| {
+        // Who is let in at the SYN may find the place taken at the ACK: then it is reset. The
+        // client closes first: a SYN that meets what is left of an older connection at the server
+        // (TIME_WAIT) gets no cookie (tcp_conn_request, Linux 6.18), and so its ACK asks nobody.
+        wait_for("a place", client::patience(), || Client::open(V4).ok()).say("who")
     })
     .expect("whoever is served is served to the end");
     let service = up.service();

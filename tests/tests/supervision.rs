@@ -140,7 +140,7 @@ fn a_server_that_said_nothing_yet_gets_no_connection() {
     let mut app = App::with(&host, 2, &["--listen", "[::]:8080", "--ready-on-signal"]);
     app.server = "readiness = \"notify\"".to_owned();
     let up = host.start(&app);
-    wait_for("both to listen", seconds(5.0), || (up.service().outcome("listening") >= 3).then_some(()));
+    wait_for("both to listen", seconds(5.0), || (up.service().outcome("listening") >= 2).then_some(()));
     wait_for("a reason that says what is missing", seconds(5.0), || {
         up.service()
             .servers
@@ -205,7 +205,9 @@ fn a_server_that_ignores_the_signal_is_killed_with_all_it_started() {
     app.server = "stop_timeout = \"500ms\"".to_owned();
     let up = host.up(&app);
     let server = up.process("app/1");
-    let all = process::in_cgroup(&up.cgroup().join("app"));
+    let mut all = process::in_cgroup(&up.cgroup().join("app"));
+    // The keeper of the rooms is there too.
+    all.retain(|process| process.arguments().get(1).is_none_or(|word| word != "keep"));
     assert_eq!(all.len(), 2, "the server and its child");
     let start = Instant::now();
     up.signal(Signal::TERM);

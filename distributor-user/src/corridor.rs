@@ -307,7 +307,7 @@ mod tests {
                 let Some(&(order, number, room)) = fronts.first() else { continue };
                 let bound = fronts.get(1).map_or(u64::MAX, |&(order, ..)| order);
                 let group = &mut groups[number];
-                if group.corridor.spare_len() == 0 {
+                while group.corridor.spare_len() == 0 {
                     group.add();
                 }
                 served.extend(group.empty(order, room, 1 + which % 2, bound));

@@ -155,7 +155,8 @@ pub struct Plan {
     pub runs: [Run; GROUPS * SLOTS],
 }
 
-/// What the kernel counts for one service. One writer: the programs.
+/// What the kernel counts for one service. One writer: the programs; but user space rolls the
+/// words once a minute, by a compare-and-swap like theirs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Load {

@@ -472,7 +472,7 @@ impl Attendant {
     /// get on: what looked like a place is none.
     fn serve(&mut self) -> bool {
         let mut last = None;
-        // Not without end: closed rooms are to be opened again.
+        // Not without end: closed rooms are to be cleared away, and new ones taken in.
         for _ in 0..FEW {
             let now = now();
             self.desk.attend(now);

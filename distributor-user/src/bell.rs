@@ -2,7 +2,7 @@
 //!
 //! Kernels without "tcp: call sk_data_ready() after listener migration" (CVE-2026-46015) move a
 //! connection into a server's accept queue and do not wake the server. [`is_needed`] finds out
-//! by doing it once. [`ring`] then wakes the server by a connection of our own, which `select`
+//! by doing it once. [`Bell::ring`] then wakes the server by a connection of our own, which `select`
 //! steers to that listener by its client address, and which is reset at once and not counted.
 #![forbid(unsafe_code)]
 

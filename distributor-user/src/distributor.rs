@@ -6,7 +6,6 @@
 #![forbid(unsafe_code)]
 
 use std::{
-    collections::HashMap,
     fs::DirBuilder,
     os::unix::fs::DirBuilderExt as _,
     path::Path,
@@ -29,9 +28,9 @@ use crate::{
     config::Config,
     control::{self, Command, Request, Response},
     instance::Instance,
-    keeper,
+    keeper::{self, Keeper},
     kernel::ProgramLog,
-    link::{Child, Held, Inheritance, Link},
+    link::{Child, Inheritance, Link},
     message::{FromMonitor, ToMonitor},
     notify, room, server,
     service::{self, Host, Label, Service},
@@ -153,16 +152,18 @@ impl<'a> Distributor<'a> {
         if options.bell {
             info!("this kernel moves a connection without waking its new server; a bell is rung for that");
         }
-        let mut keepers = keepers(held, &link)?;
         let mut services = Vec::new();
         for (number, service) in config.services.iter().enumerate() {
-            let keeper = keepers.remove(&service.name);
             let mut host = Host { place, link: &mut link, inputs: &inputs };
-            services.push(Service::open(number, service.clone(), options, keeper, &mut host)?);
+            services.push(Service::open(number, service.clone(), options, &mut host)?);
         }
         // Of services that are no longer configured: their rooms close.
-        for held in keepers.into_values() {
-            link.send(&ToMonitor::Drop { key: held.key }, None)?;
+        for (service, socket) in keeper::sockets(&place.runtime_dir) {
+            if !config.services.iter().any(|known| known.name == service)
+                && let Some(keeper) = Keeper::find(&socket)?
+            {
+                keeper.end();
+            }
         }
         let announced = vec![!first; services.len()];
         let mut distributor = Self { place, link, services, inputs, received, stopping: false, announced };
@@ -293,7 +294,7 @@ impl<'a> Distributor<'a> {
             Input::Notified { service, entry, instance, message } => {
                 services[service].notified(entry, instance, &message, &mut host);
             }
-            Input::Attendant { service, says } => services[service].attendant_says(says, &mut host)?,
+            Input::Attendant { service, says } => services[service].attendant_says(says)?,
             Input::Control(request) => {
                 debug!("{} asks {:?}", request.peer, request.command);
                 let response = self.answer(request.command);
@@ -426,30 +427,8 @@ impl<'a> Distributor<'a> {
     /// Everything is stopped: removes what is outside of the processes, and says so.
     fn finish(self) -> anyhow::Result<()> {
         let Self { place, link, services, .. } = self;
-        drop(services);
+        services.into_iter().for_each(Service::end);
         place.remove()?;
         link.send(&ToMonitor::Finished { code: 0 }, None)
     }
-}
-
-/// The keepers whose sockets the monitor holds, by their service: the latest of each.
-fn keepers(held: Vec<Held>, link: &Link) -> anyhow::Result<HashMap<String, Held>> {
-    let mut keepers: HashMap<String, Held> = HashMap::new();
-    for held in held {
-        let older = match serde_json::from_slice::<keeper::Label>(&held.label) {
-            // Keys only grow.
-            Ok(label) if keepers.get(&label.service).is_none_or(|other| other.key < held.key) => {
-                keepers.insert(label.service, held)
-            }
-            Ok(_) => Some(held),
-            Err(error) => {
-                debug!("a held descriptor has no readable label ({error}); it is dropped");
-                Some(held)
-            }
-        };
-        if let Some(older) = older {
-            link.send(&ToMonitor::Drop { key: older.key }, None)?;
-        }
-    }
-    Ok(keepers)
 }

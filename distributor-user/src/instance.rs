@@ -18,7 +18,10 @@ use anyhow::{Context as _, anyhow, ensure};
 use rustix::mount::{MountFlags, UnmountFlags};
 use tracing::info;
 
-use crate::cgroup::{self, Cgroup};
+use crate::{
+    cgroup::{self, Cgroup},
+    keeper,
+};
 
 /// Where bpffs usually is mounted.
 const BPFFS: &str = "/sys/fs/bpf";
@@ -95,6 +98,9 @@ impl Instance {
         self.unmount()?;
         let notify = self.notify_dir();
         remove_if_there(fs::remove_dir_all(&notify), &notify)?;
+        for (_, keeper) in keeper::sockets(&self.runtime_dir) {
+            remove_if_there(fs::remove_file(&keeper), &keeper)?;
+        }
         let control = self.runtime_dir.join(crate::control::SOCKET);
         remove_if_there(fs::remove_file(&control), &control)
     }

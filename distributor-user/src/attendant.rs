@@ -12,6 +12,7 @@ use std::{
     mem::MaybeUninit,
     os::fd::{AsFd as _, OwnedFd},
     path::PathBuf,
+    process::Child,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -21,7 +22,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use distributor_ebpf::contract::{ROOMS, SERVERS_END, room_of};
 use rustix::{
     event::{
@@ -33,7 +34,7 @@ use rustix::{
     net::{SocketFlags, sockopt},
     time::{ClockId, clock_gettime},
 };
-use tracing::{debug, error, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::{
     accept_queue,
@@ -41,7 +42,7 @@ use crate::{
     bell,
     corridor::Corridor,
     dismiss::{self, Dismissed},
-    keeper::{Heard, Keeper},
+    keeper::{Heard, Keeper, Silent},
     kernel::Desk,
     room::Room,
 };
@@ -57,6 +58,11 @@ const FEW: usize = 24;
 const BUSY_ROOMS: usize = 256;
 /// New rooms are asked for by so many at least, unless there are few.
 const BATCH: usize = 64;
+
+/// What cannot be done is tried again after so many nanoseconds.
+const PAUSE: u64 = 1_000_000_000;
+/// Why rooms that were made did not arrive.
+const NO_DESCRIPTORS: &str = "no descriptors are left: raise the limit of open files";
 
 /// The bound of a room that is emptied out of turn: everybody in it comes behind that.
 const NOBODY: u64 = 0;
@@ -99,6 +105,8 @@ pub struct Duty {
     /// The directory of the cgroup in which rooms are made, and its number.
     pub cgroup: PathBuf,
     pub cgroup_id: u64,
+    /// Where the keeper listens.
+    pub keeper: PathBuf,
     pub capacity: u32,
     pub timeout: Duration,
     /// What who waited too long is told; empty: he is reset.
@@ -112,8 +120,6 @@ pub struct Duty {
 /// What the attendant tells the loop.
 #[derive(Debug)]
 pub enum Says {
-    /// There is another keeper, at the other end of this.
-    NewKeeper(OwnedFd),
     /// This client was turned away and has not closed yet.
     Dismissed(Dismissed),
     /// It cannot go on.
@@ -127,6 +133,8 @@ enum Told {
     /// Turn everybody away.
     DismissAll,
     Stop,
+    /// The same, and the keeper is not needed any more.
+    End,
 }
 
 /// The loop's end.
@@ -148,6 +156,11 @@ impl Handle {
         self.tell(Told::DismissAll);
     }
 
+    /// Ends the thread and the keeper: nobody is to wait here again.
+    pub fn end(self) {
+        self.tell(Told::End);
+    }
+
     /// Since when the first in line waits (CLOCK_MONOTONIC, nanoseconds); `None` if nobody waits.
     pub fn oldest(&self) -> Option<u64> {
         Some(self.oldest.load(Ordering::Relaxed)).filter(|&oldest| oldest != 0)
@@ -160,7 +173,7 @@ impl Handle {
     }
 }
 
-/// Ends the thread; its rooms close unless somebody else holds the keeper's socket.
+/// Ends the thread. The keeper stays a while, and the rooms with it.
 impl Drop for Handle {
     fn drop(&mut self) {
         self.tell(Told::Stop);
@@ -183,6 +196,8 @@ struct Group {
     asked: usize,
     /// When they may be asked for.
     ask_at: u64,
+    /// They cannot be made, which was said.
+    short: bool,
     /// When the deserted rooms were looked at.
     deserted_since: u64,
 }
@@ -212,6 +227,10 @@ pub struct Attendant {
     stamped: u64,
     /// When a keeper that is gone may be replaced again.
     replace_at: u64,
+    /// It cannot be replaced, which was said.
+    keeperless: bool,
+    /// Keepers that are gone, or will be soon, to be waited for.
+    ended: Vec<Child>,
     /// The service is being stopped: everybody who waits is turned away.
     dismissing: bool,
 }
@@ -255,6 +274,8 @@ impl Attendant {
             tended: 0,
             stamped: 0,
             replace_at: 0,
+            keeperless: false,
+            ended: Vec::new(),
             dismissing: false,
         };
         attendant.desk.attend(now());
@@ -275,15 +296,16 @@ impl Attendant {
     fn recover(&mut self) -> anyhow::Result<()> {
         let all = match self.keeper.all() {
             Ok(all) => all,
-            Err(error) => {
-                // It died with the distributor before us, and so did the rooms.
+            // It has just died, and so did the rooms; or it is stopped, and they are taken from it.
+            Err(error) if error.is::<Silent>() => {
                 self.replace_keeper(&error);
                 self.keeper.all()?
             }
+            Err(error) => return Err(error),
         };
         for (address, fd) in all {
             let cookie = sockopt::socket_cookie(&fd).context("read a room's cookie")?;
-            let group = self.duty.listen.iter().position(|listen| *listen == address);
+            let group = self.duty.listen.iter().position(|listen| listen.socket == address.socket);
             // One that does not listen was never opened, or is closed.
             let listens = sockopt::socket_acceptconn(&fd).unwrap_or(false);
             match (group, self.desk.index_of(cookie).filter(|_| listens)) {
@@ -321,6 +343,7 @@ impl Attendant {
             free,
             asked: 0,
             ask_at: 0,
+            short: false,
             deserted_since: now(),
         });
         self.desk.chunk(number).store(1, Ordering::Relaxed);
@@ -330,18 +353,29 @@ impl Attendant {
         while self.groups[number].asked > 0 {
             self.keeper.wait()?;
             match self.keeper.hear()? {
-                Some(Heard::Made(_, sockets)) => {
-                    self.groups[number].asked = self.groups[number].asked.saturating_sub(sockets.len());
+                Some(Heard::Made { sockets, lost: dropped, .. }) => {
+                    let group = &mut self.groups[number];
+                    group.asked = group.asked.saturating_sub(sockets.len() + dropped.len());
                     for fd in sockets {
                         match lost.next() {
                             Some(index) => drop(self.admit(number, fd, index)?),
                             None => self.take_in(number, fd)?,
                         }
                     }
+                    if !dropped.is_empty() {
+                        self.done.extend(dropped);
+                        self.rest(number, NO_DESCRIPTORS);
+                    }
                 }
-                Some(Heard::NotMade(_, why)) => bail!("make rooms: {why}"),
+                Some(Heard::NotMade(_, why)) => {
+                    self.groups[number].asked = 0;
+                    self.rest(number, &why);
+                }
                 None => {}
             }
+        }
+        if self.groups[number].short && self.any_room(number).is_err() {
+            bail!("make rooms for {}: not one could be made", self.duty.listen[number]);
         }
         let backlog =
             accept_queue::backlog(self.any_room(number)?.as_fd()).context("read a room's backlog")?;
@@ -392,6 +426,10 @@ impl Attendant {
                     self.dismiss_all();
                 }
                 Told::Stop => return false,
+                Told::End => {
+                    self.keeper.end();
+                    return false;
+                }
             }
         }
         let served = self.serve();
@@ -401,6 +439,7 @@ impl Attendant {
             self.tended = now;
             self.turn_away_the_late(now);
             self.tend(now);
+            self.reap();
             if self.dismissing {
                 self.dismiss_all();
             }
@@ -698,17 +737,20 @@ impl Attendant {
         loop {
             match self.keeper.hear() {
                 Ok(None) => return,
-                Ok(Some(Heard::Made(address, sockets))) => {
+                Ok(Some(Heard::Made { address, sockets, lost })) => {
                     let Some(number) = self.duty.listen.iter().position(|listen| *listen == address) else {
                         continue;
                     };
-                    self.groups[number].asked = self.groups[number].asked.saturating_sub(sockets.len());
-                    let mut failure = None;
+                    let group = &mut self.groups[number];
+                    group.asked = group.asked.saturating_sub(sockets.len() + lost.len());
+                    let mut failure = (!lost.is_empty()).then(|| anyhow!(NO_DESCRIPTORS));
+                    self.done.extend(lost);
                     for fd in sockets {
                         failure = self.take_in(number, fd).err().or(failure);
                     }
-                    if let Some(error) = failure {
-                        self.rest(number, &format!("{error:#}"));
+                    match failure {
+                        Some(error) => self.rest(number, &format!("{error:#}")),
+                        None => self.rested(number),
                     }
                 }
                 Ok(Some(Heard::NotMade(address, why))) => {
@@ -722,44 +764,84 @@ impl Attendant {
         }
     }
 
-    /// Rooms cannot be had now.
+    /// Rooms cannot be had now. That is said once.
     fn rest(&mut self, number: usize, why: &str) {
-        error!(
-            "service {}: make a room for {}: {why}; those that wait share rooms, next try in 1s",
-            self.duty.service, self.duty.listen[number]
-        );
-        self.groups[number].ask_at = now() + 1_000_000_000;
+        let group = &mut self.groups[number];
+        group.ask_at = now() + PAUSE;
+        if !std::mem::replace(&mut group.short, true) {
+            error!(
+                "service {}: make a room for {}: {why}; those that wait share the rooms there are until there \
+                 are more",
+                self.duty.service, self.duty.listen[number]
+            );
+        }
+    }
+
+    /// They can be had again.
+    fn rested(&mut self, number: usize) {
+        if std::mem::take(&mut self.groups[number].short) {
+            info!("service {}: rooms for {} are made again", self.duty.service, self.duty.listen[number]);
+        }
     }
 
     fn replace_keeper(&mut self, why: &anyhow::Error) {
         // It is gone, which its socket would tell again and again.
         let _ = epoll::delete(&self.epoll, &self.keeper);
+        self.ended.extend(self.keeper.leave());
         if now() < self.replace_at {
             return;
         }
-        self.replace_at = now() + 1_000_000_000;
-        warn!("service {}: {why:#}; another one is started", self.duty.service);
-        let replaced = Keeper::start(&self.duty.cgroup).and_then(|keeper| {
-            for (group, address) in self.duty.listen.iter().enumerate() {
-                let rooms = self.rooms.values().filter(|room| room.group == group);
-                keeper.keep(*address, &rooms.map(Room::as_fd).collect::<Vec<_>>())?;
+        self.replace_at = now() + PAUSE;
+        if !self.keeperless {
+            warn!("service {}: {why:#}; another one is started", self.duty.service);
+        }
+        let replaced = Keeper::start(&self.duty.cgroup, &self.duty.keeper).and_then(|mut keeper| {
+            match self.hand_rooms_to(&keeper) {
+                Ok(()) => Ok(keeper),
+                Err(error) => {
+                    // The next one takes its place.
+                    self.ended.extend(keeper.leave());
+                    Err(error)
+                }
             }
-            let copy = keeper.as_fd().try_clone_to_owned().context("duplicate the keeper's socket")?;
-            // The old one leaves the epoll when it is closed.
-            epoll::add(&self.epoll, &keeper, EventData::new_u64(KEEPER), EventFlags::empty())
-                .context("watch the keeper")?;
-            self.hears_keeper = false;
-            self.keeper = keeper;
-            Ok(copy)
         });
         match replaced {
-            Ok(copy) => (self.tell)(Says::NewKeeper(copy)),
-            Err(error) => error!("service {}: start a keeper: {error:#}; tries again", self.duty.service),
+            Ok(keeper) => {
+                // The old one leaves the epoll when it is closed.
+                self.keeper = keeper;
+                self.hears_keeper = false;
+                if std::mem::take(&mut self.keeperless) {
+                    info!("service {}: there is a keeper again", self.duty.service);
+                }
+            }
+            Err(error) if !std::mem::replace(&mut self.keeperless, true) => {
+                error!(
+                    "service {}: start a keeper: {error:#}; until there is one, those that wait share the rooms \
+                     there are, and are lost if dist-ctl dies; tries every second",
+                    self.duty.service
+                );
+            }
+            Err(_) => {}
         }
         for group in &mut self.groups {
             group.asked = 0;
-            group.ask_at = now() + 100_000_000;
+            group.ask_at = now() + PAUSE / 10;
         }
+    }
+
+    /// Has a new keeper keep what we have, and listens to it.
+    fn hand_rooms_to(&self, keeper: &Keeper) -> anyhow::Result<()> {
+        for (group, address) in self.duty.listen.iter().enumerate() {
+            let rooms = self.rooms.values().filter(|room| room.group == group);
+            keeper.keep(*address, &rooms.map(Room::as_fd).collect::<Vec<_>>())?;
+        }
+        epoll::add(&self.epoll, keeper, EventData::new_u64(KEEPER), EventFlags::empty())
+            .context("watch the keeper")
+    }
+
+    /// Waits for keepers that have ended.
+    fn reap(&mut self) {
+        self.ended.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
     }
 
     fn ask(&mut self, number: usize, count: usize) {

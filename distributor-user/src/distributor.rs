@@ -6,7 +6,6 @@
 #![forbid(unsafe_code)]
 
 use std::{
-    collections::HashMap,
     fs::{DirBuilder, File},
     io::Write as _,
     os::{
@@ -35,9 +34,8 @@ use crate::{
     config::Config,
     control::{self, Command, Request, Response},
     instance::Instance,
-    keeper,
     kernel::ProgramLog,
-    link::{Child, Held, Inheritance, Link},
+    link::{Child, Inheritance, Link},
     message::{FromMonitor, ToMonitor},
     notify,
     record::{Record, Recorder},
@@ -198,16 +196,10 @@ impl<'a> Distributor<'a> {
         if options.bell {
             info!("this kernel moves a connection without waking its new server; a bell is rung for that");
         }
-        let mut keepers = keepers(held, &link)?;
         let mut services = Vec::new();
         for (number, service) in config.services.iter().enumerate() {
-            let keeper = keepers.remove(&service.name);
             let mut host = Host { place, link: &mut link, inputs: &inputs };
-            services.push(Service::open(number, service.clone(), options, keeper, &mut host)?);
-        }
-        // Of services that are no longer configured: their rooms close.
-        for held in keepers.into_values() {
-            link.send(&ToMonitor::Drop { key: held.key }, None)?;
+            services.push(Service::open(number, service.clone(), options, &mut host)?);
         }
         let announced = vec![succession == Succession::Next; services.len()];
         let recorder = Recorder::new(&place.runtime_dir);
@@ -403,7 +395,7 @@ impl<'a> Distributor<'a> {
             Input::Notified { service, entry, instance, message } => {
                 services[service].notified(entry, instance, &message, &mut host);
             }
-            Input::Attendant { service, says } => services[service].attendant_says(says, &mut host)?,
+            Input::Attendant { service, says } => services[service].attendant_says(says)?,
             Input::Control(request) => {
                 debug!("{} asks {:?}", request.peer, request.command);
                 let response = self.answer(request.command);
@@ -538,7 +530,7 @@ impl<'a> Distributor<'a> {
     /// Everything is stopped: removes what is outside of the processes, and says so.
     fn finish(self) -> anyhow::Result<()> {
         let Self { place, link, services, .. } = self;
-        drop(services);
+        services.into_iter().for_each(Service::end);
         place.remove()?;
         link.send(&ToMonitor::Finished { code: 0 }, None)
     }
@@ -561,26 +553,4 @@ fn clear_the_way(config: &Config, place: &Instance, record: Option<&Record>) -> 
     place.clean_leftovers(&kept)?;
     let new = config.services.iter().filter(|service| !kept.contains(&service.name.as_str()));
     new.flat_map(|service| &service.listen).try_for_each(room::check_free)
-}
-
-/// The keepers whose sockets the monitor holds, by their service: the latest of each.
-fn keepers(held: Vec<Held>, link: &Link) -> anyhow::Result<HashMap<String, Held>> {
-    let mut keepers: HashMap<String, Held> = HashMap::new();
-    for held in held.into_iter().filter(|held| held.label != CONFIGURATION) {
-        let older = match serde_json::from_slice::<keeper::Label>(&held.label) {
-            // Keys only grow.
-            Ok(label) if keepers.get(&label.service).is_none_or(|other| other.key < held.key) => {
-                keepers.insert(label.service, held)
-            }
-            Ok(_) => Some(held),
-            Err(error) => {
-                debug!("a held descriptor has no readable label ({error}); it is dropped");
-                Some(held)
-            }
-        };
-        if let Some(older) = older {
-            link.send(&ToMonitor::Drop { key: older.key }, None)?;
-        }
-    }
-    Ok(keepers)
 }

@@ -21,7 +21,7 @@ use tracing::info;
 
 use crate::{
     cgroup::{self, Cgroup},
-    record,
+    keeper, record,
 };
 
 /// Where bpffs usually is mounted.
@@ -113,6 +113,9 @@ impl Instance {
         let notify = self.notify_dir();
         remove_if_there(fs::remove_dir_all(&notify), &notify)?;
         record::remove(&self.runtime_dir).context("remove the record")?;
+        for (_, keeper) in keeper::sockets(&self.runtime_dir) {
+            remove_if_there(fs::remove_file(&keeper), &keeper)?;
+        }
         let control = self.runtime_dir.join(crate::control::SOCKET);
         remove_if_there(fs::remove_file(&control), &control)
     }

@@ -2,42 +2,46 @@
 //!
 //! The kernel counts only connections of sockets that were made in the service's cgroup, so
 //! rooms are made by a process in there. It keeps a duplicate of each, so that who waits
-//! survives the distributor, and gives them to the next one. The monitor holds the socket
-//! between the two. It ends when nobody has the other end any more; then so do the rooms.
-//! What it is told comes from us alone, a JSON object in each packet.
+//! survives distributor and monitor, and gives them to the next distributor, which finds it by
+//! its socket in the runtime directory. It ends when it is told to, or when nobody has come for
+//! five minutes; then the rooms close. What it is told comes from us alone, a JSON object in each
+//! packet.
 #![forbid(unsafe_code)]
 
 use std::{
     collections::HashMap,
+    env, fmt, fs,
     io::{self, IoSlice, IoSliceMut},
     mem::MaybeUninit,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
-    path::Path,
-    process::{Command, ExitCode, Stdio},
+    os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitCode, Stdio},
+    sync::Arc,
+    thread,
     time::Duration,
 };
 
 use anyhow::{Context as _, bail, ensure};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
+    fs::{Mode, OFlags},
     io::Errno,
     net::{
-        AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
-        SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, sockopt,
+        AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+        SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, sockopt,
     },
+    process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use tracing::info;
 
 use crate::{
     address::ListenAddress,
+    cgroup::Cgroup,
     launcher::{bound_socket, enter},
+    listener,
 };
-
-/// What the monitor keeps with the socket to a keeper, for the next distributor.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Label {
-    pub service: String,
-}
 
 /// What a keeper is asked.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,15 +54,18 @@ enum Request {
     Drop { cookies: Vec<u64> },
     /// All that are kept, and then `All` with the same number.
     All { number: u64 },
+    /// Nobody will come any more.
+    End,
 }
 
 /// What it answers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum Answer {
-    /// Sockets, which come along.
+    /// Sockets, which come along: those with these cookies, in this order.
     Sockets {
         address: ListenAddress,
         is_new: bool,
+        cookies: Vec<u64>,
     },
     /// They cannot be made, and why.
     NotMade {
@@ -74,9 +81,51 @@ enum Answer {
 #[derive(Debug)]
 pub enum Heard {
     /// Sockets that were asked for: bound, and not listening.
-    Made(ListenAddress, Vec<OwnedFd>),
+    Made {
+        address: ListenAddress,
+        sockets: Vec<OwnedFd>,
+        /// Cookies of more, for which this process had no descriptors left. The keeper has them.
+        lost: Vec<u64>,
+    },
     NotMade(ListenAddress, String),
 }
+
+/// The keeper cannot be talked to.
+#[derive(Debug)]
+pub struct Silent(&'static str);
+
+impl fmt::Display for Silent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0)
+    }
+}
+
+impl std::error::Error for Silent {}
+
+/// The keeper of this service listens here.
+pub fn socket(runtime_dir: &Path, service: &str) -> PathBuf {
+    runtime_dir.join(format!("{PREFIX}{service}"))
+}
+
+/// Every keeper's socket that is there, with its service. Not every one has a keeper.
+pub fn sockets(runtime_dir: &Path) -> Vec<(String, PathBuf)> {
+    let entries = fs::read_dir(runtime_dir).into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| {
+            let service = entry.file_name().to_str()?.strip_prefix(PREFIX)?.to_owned();
+            Some((service, entry.path()))
+        })
+        .collect()
+}
+
+/// What the names of their sockets begin with.
+const PREFIX: &str = "keeper.";
+
+/// How long a keeper stays when nobody is connected to it, in milliseconds: for tests.
+pub const STAYS: &str = "DIST_CTL_KEEPER_STAYS";
+/// As long as an operator may take to notice that all is dead, and to start it again. Who waits
+/// is not served meanwhile, and would be better off to know if nobody comes.
+const STAYS_FOR: Duration = Duration::from_secs(300);
 
 /// So many sockets go into one packet. Small, so that the first ones come soon.
 const BATCH: usize = 64;
@@ -86,50 +135,115 @@ const MAX_PACKET: usize = 64 * 1024;
 const COOKIES: usize = 2048;
 /// A keeper answers within this time: a hundred times what a busy machine needs.
 const TIME_LIMIT: Duration = Duration::from_secs(10);
+/// Nobody but the next distributor knocks.
+const BACKLOG: i32 = 8;
 
 /// The other end of a keeper.
 #[derive(Debug)]
-pub struct Keeper(OwnedFd);
+pub struct Keeper {
+    socket: OwnedFd,
+    /// The process, if it is ours to wait for.
+    child: Option<Child>,
+}
 
 impl Keeper {
-    /// Starts one in this cgroup.
-    pub fn start(cgroup: &Path) -> anyhow::Result<Self> {
-        let (ours, theirs) =
-            rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
-                .context("make a socket for the keeper")?;
-        // It outlives us, and is then the monitor's child.
-        Command::new("/proc/self/exe")
+    /// The one that listens at this path; `None` if nobody does.
+    ///
+    /// # Errors
+    /// Somebody else does.
+    pub fn find(path: &Path) -> anyhow::Result<Option<Self>> {
+        let (directory, address) = match reach(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            reached => reached.with_context(|| format!("reach {}", path.display()))?,
+        };
+        // It does not block, so one that does not accept is as good as none.
+        let socket = seqpacket(SocketFlags::NONBLOCK)?;
+        match rustix::net::connect(&socket, &address) {
+            Err(Errno::NOENT | Errno::CONNREFUSED | Errno::AGAIN) => return Ok(None),
+            connected => connected.with_context(|| format!("connect to {}", path.display()))?,
+        }
+        drop(directory);
+        let its = sockopt::socket_peercred(&socket).context("ask who the keeper is")?.uid;
+        let ours = rustix::process::geteuid();
+        ensure!(
+            its == ours,
+            "the keeper at {} belongs to uid {its}, and dist-ctl runs as {ours}: choose another --runtime-dir",
+            path.display()
+        );
+        Ok(Some(Self { socket, child: None }))
+    }
+
+    /// Starts one in this cgroup that listens at this path. It takes the place of any other in
+    /// there, which could not be reached or has failed: what they keep is given to it, and then
+    /// they are killed.
+    pub fn start(cgroup: &Path, path: &Path) -> anyhow::Result<Self> {
+        let listener = listen(path).with_context(|| format!("listen on {}", path.display()))?;
+        let others = Cgroup::at(cgroup).processes();
+        // It outlives us, and is then the monitor's child, or init's.
+        let child = Command::new("/proc/self/exe")
             .arg("keep")
             .arg(cgroup)
-            .stdin(theirs)
+            .stdin(listener)
             .stdout(Stdio::null())
             .spawn()
             .context("start the keeper")?;
-        Self::with(ours)
+        let Some(keeper) = Self::find(path)? else { bail!(Silent("the keeper is gone")) };
+        let keeper = Self { child: Some(child), ..keeper };
+        for other in others {
+            keeper.succeed(other, &Cgroup::at(cgroup))?;
+        }
+        Ok(keeper)
     }
 
-    /// One that an earlier distributor started.
-    pub fn with(socket: OwnedFd) -> anyhow::Result<Self> {
-        rustix::io::ioctl_fionbio(&socket, true).context("talk to the keeper")?;
-        Ok(Self(socket))
+    /// Has it keep what another one keeps, which then is killed. Those who wait there notice
+    /// nothing.
+    fn succeed(&self, other: u32, cgroup: &Cgroup) -> anyhow::Result<()> {
+        let Some(pid) = i32::try_from(other).ok().and_then(Pid::from_raw) else { return Ok(()) };
+        let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) else { return Ok(()) };
+        // The number may have been used again.
+        if !cgroup.processes().contains(&other) {
+            return Ok(());
+        }
+        let rooms = listener::find(&[other]);
+        info!(
+            "a keeper of rooms (pid {other}) cannot be reached; its {} rooms get another, and it is killed",
+            rooms.len()
+        );
+        let mut by_address: HashMap<ListenAddress, Vec<OwnedFd>> = HashMap::new();
+        for room in rooms {
+            let address = ListenAddress { socket: room.facts.address, v6only: room.facts.v6only };
+            by_address.entry(address).or_default().push(room.fd);
+        }
+        for (address, rooms) in by_address {
+            self.keep(address, &rooms.iter().map(AsFd::as_fd).collect::<Vec<_>>())?;
+        }
+        let _ = pidfd_send_signal(&pidfd, Signal::KILL);
+        Ok(())
     }
 
     /// All that it keeps: in which group each is to be, and the socket. What it was asked before
     /// is forgotten.
+    ///
+    /// # Errors
+    /// [`Silent`]; or there are not enough descriptors.
     pub fn all(&self) -> anyhow::Result<Vec<(ListenAddress, OwnedFd)>> {
         let number = u64::from(std::process::id());
-        self.ask(&Request::All { number }, &[]).context("ask the keeper for its rooms")?;
+        self.ask(&Request::All { number }, &[]).map_err(|_| Silent("the keeper is gone"))?;
         let mut all = Vec::new();
         loop {
             self.wait()?;
-            match receive(&self.0)? {
-                Some((Answer::Sockets { address, is_new: false }, sockets)) => {
+            match receive(&self.socket)? {
+                Some((Answer::Sockets { address, is_new: false, cookies }, sockets)) => {
+                    ensure!(
+                        sockets.len() == cookies.len(),
+                        "take over the rooms: no descriptors are left: raise the limit of open files"
+                    );
                     all.extend(sockets.into_iter().map(|socket| (address, socket)));
                 }
                 Some((Answer::All { number: its }, _)) if its == number => return Ok(all),
                 // An answer to the distributor before us: these come again, as what is kept.
                 Some(_) => {}
-                None => bail!("the keeper is gone"),
+                None => bail!(Silent("the keeper is gone")),
             }
         }
     }
@@ -154,9 +268,23 @@ impl Keeper {
     /// Has it keep these too.
     pub fn keep(&self, address: ListenAddress, sockets: &[BorrowedFd<'_>]) -> anyhow::Result<()> {
         for sockets in sockets.chunks(BATCH) {
-            self.ask(&Request::Keep { address }, sockets).context("give the keeper a room")?;
+            while let Err(error) = self.ask(&Request::Keep { address }, sockets) {
+                ensure!(error.kind() == io::ErrorKind::WouldBlock, "give the keeper a room: {error}");
+                self.wait_for(PollFlags::OUT)?;
+            }
         }
         Ok(())
+    }
+
+    /// Tells it that nobody will come any more.
+    pub fn end(&self) {
+        // If that cannot be said, it ends when nobody has come for a while.
+        let _ = self.ask(&Request::End, &[]);
+    }
+
+    /// Its process, if it is ours to wait for: it is gone, or will be soon.
+    pub fn leave(&mut self) -> Option<Child> {
+        self.child.take()
     }
 
     /// What it has said, if anything.
@@ -165,19 +293,16 @@ impl Keeper {
     /// It is gone.
     pub fn hear(&self) -> anyhow::Result<Option<Heard>> {
         loop {
-            match receive(&self.0) {
-                Ok(Some((Answer::Sockets { address, is_new: true }, sockets))) if sockets.is_empty() => {
-                    let why = "no descriptors are left: raise the limit of open files".to_owned();
-                    return Ok(Some(Heard::NotMade(address, why)));
-                }
-                Ok(Some((Answer::Sockets { address, is_new: true }, sockets))) => {
-                    return Ok(Some(Heard::Made(address, sockets)));
+            match receive(&self.socket) {
+                Ok(Some((Answer::Sockets { address, is_new: true, mut cookies }, sockets))) => {
+                    let lost = cookies.split_off(sockets.len().min(cookies.len()));
+                    return Ok(Some(Heard::Made { address, sockets, lost }));
                 }
                 Ok(Some((Answer::NotMade { address, why }, _))) => {
                     return Ok(Some(Heard::NotMade(address, why)));
                 }
                 Ok(Some(_)) => {}
-                Ok(None) => bail!("the keeper is gone"),
+                Ok(None) => bail!(Silent("the keeper is gone")),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 Err(error) => return Err(error).context("hear from the keeper"),
             }
@@ -186,24 +311,64 @@ impl Keeper {
 
     /// Waits until there is something to hear.
     pub fn wait(&self) -> anyhow::Result<()> {
+        self.wait_for(PollFlags::IN)
+    }
+
+    fn wait_for(&self, what: PollFlags) -> anyhow::Result<()> {
         let patience = Timespec::try_from(TIME_LIMIT)?;
-        let ready = poll(&mut [PollFd::new(&self.0, PollFlags::IN)], Some(&patience))?;
-        ensure!(ready > 0, "the keeper has not answered within {TIME_LIMIT:?}");
+        let ready = loop {
+            match poll(&mut [PollFd::new(&self.socket, what)], Some(&patience)) {
+                Err(Errno::INTR) => {}
+                ready => break ready?,
+            }
+        };
+        ensure!(ready > 0, Silent("the keeper does not answer"));
         Ok(())
     }
 
     fn ask(&self, request: &Request, sockets: &[BorrowedFd<'_>]) -> io::Result<()> {
-        send(&self.0, request, sockets)
+        send(&self.socket, request, sockets)
     }
 }
 
 impl AsFd for Keeper {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.socket.as_fd()
     }
 }
 
-/// Is a keeper, in this cgroup, for whoever has the other end of standard input.
+/// A listener at this path, for us alone. What was there before is removed.
+fn listen(path: &Path) -> io::Result<OwnedFd> {
+    let (_directory, address) = reach(path)?;
+    let socket = seqpacket(SocketFlags::empty())?;
+    // Before bind, whose file gets this mode: nobody else can connect at any time.
+    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => rustix::net::bind(&socket, &address)?,
+    }
+    rustix::net::listen(&socket, BACKLOG)?;
+    Ok(socket)
+}
+
+fn seqpacket(flags: SocketFlags) -> io::Result<OwnedFd> {
+    let flags = flags | SocketFlags::CLOEXEC;
+    Ok(rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?)
+}
+
+/// The address of a socket's file however long its path is: by its directory, which is to stay
+/// open until it was used.
+fn reach(path: &Path) -> io::Result<(OwnedFd, SocketAddrUnix)> {
+    let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    let directory =
+        rustix::fs::open(directory, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let short = Path::new("/proc/self/fd").join(directory.as_raw_fd().to_string()).join(name);
+    Ok((directory, SocketAddrUnix::new(short.as_path())?))
+}
+
+/// Is a keeper, in this cgroup, for whoever connects to the listener that is standard input.
 pub fn run(cgroup: &Path) -> ExitCode {
     match keep(cgroup) {
         Ok(()) => ExitCode::SUCCESS,
@@ -215,14 +380,108 @@ pub fn run(cgroup: &Path) -> ExitCode {
 }
 
 fn keep(cgroup: &Path) -> anyhow::Result<()> {
-    let stdin = rustix::stdio::stdin();
+    let listener = rustix::stdio::stdin();
     ensure!(
-        sockopt::socket_type(stdin).is_ok_and(|kind| kind == SocketType::SEQPACKET),
+        sockopt::socket_type(listener).is_ok_and(|kind| kind == SocketType::SEQPACKET)
+            && sockopt::socket_acceptconn(listener).unwrap_or(false),
         "this command is started by dist-ctl up, not by hand"
     );
+    // Who signals every process of a terminal or a unit does not mean those who wait: only End and
+    // SIGKILL end it.
+    for signal in [SIGHUP, SIGINT, SIGTERM] {
+        signal_hook::flag::register(signal, Arc::default()).context("ignore signals")?;
+    }
+    rustix::process::setsid().context("start a session")?;
     enter(cgroup)?;
-    let mut kept: HashMap<u64, (ListenAddress, OwnedFd)> = HashMap::new();
-    while let Some((request, sockets)) = receive(&stdin)? {
+    let stays = env::var(STAYS).ok().and_then(|text| text.parse().ok());
+    let stays = Timespec::try_from(stays.map_or(STAYS_FOR, Duration::from_millis))?;
+    let mut seat = Seat::new()?;
+    let mut kept = Kept::default();
+    loop {
+        let Some(peer) = &seat.peer else {
+            match poll(&mut [PollFd::new(&listener, PollFlags::IN)], Some(&stays)) {
+                Ok(0) => return Ok(()),
+                Err(Errno::INTR) => {}
+                ready => {
+                    ready.context("wait for a distributor")?;
+                    seat.accept(listener);
+                }
+            }
+            continue;
+        };
+        let mut ready = [PollFd::new(peer, PollFlags::IN), PollFd::new(&listener, PollFlags::IN)];
+        match poll(&mut ready, None) {
+            Err(Errno::INTR) => continue,
+            ready => ready.context("wait for a distributor")?,
+        };
+        // Another one comes when this one is dead: what it said last is done first.
+        if ready[0].revents().is_empty() {
+            seat.accept(listener);
+            continue;
+        }
+        let done = match receive(peer) {
+            Ok(Some((request, sockets))) => kept.perform(request, sockets, peer),
+            // It is gone; or it speaks another language, and is better off with another keeper.
+            Ok(None) | Err(_) => Ok(Next::HangUp),
+        };
+        match done {
+            Ok(Next::GoOn) => {}
+            Ok(Next::HangUp) | Err(_) => seat.leave(),
+            Ok(Next::End) => return Ok(()),
+        }
+    }
+}
+
+/// Where the distributor sits. Its number is kept free while nobody sits there, or a distributor
+/// could not come when no descriptors are left.
+struct Seat {
+    peer: Option<OwnedFd>,
+    cushion: Option<OwnedFd>,
+}
+
+impl Seat {
+    fn new() -> anyhow::Result<Self> {
+        Ok(Self { peer: None, cushion: Some(cushion().context("keep a descriptor free")?) })
+    }
+
+    /// Lets another one sit down.
+    fn accept(&mut self, listener: BorrowedFd<'_>) {
+        (self.peer, self.cushion) = (None, None);
+        match rustix::net::accept_with(listener, SocketFlags::CLOEXEC) {
+            Ok(peer) => self.peer = Some(peer),
+            Err(error) => {
+                eprintln!("dist-ctl keep: accept a distributor: {error}; tries again");
+                self.leave();
+                // It may still be there, and would be told again at once.
+                thread::sleep(Duration::from_millis(100));
+            }
+        }
+    }
+
+    fn leave(&mut self) {
+        self.peer = None;
+        self.cushion = cushion().ok();
+    }
+}
+
+fn cushion() -> io::Result<OwnedFd> {
+    rustix::stdio::stdin().try_clone_to_owned()
+}
+
+/// What follows a request.
+enum Next {
+    GoOn,
+    HangUp,
+    End,
+}
+
+/// The rooms, by their cookies.
+#[derive(Default)]
+struct Kept(HashMap<u64, (ListenAddress, OwnedFd)>);
+
+impl Kept {
+    /// Does what is asked. If the answer cannot be said, whoever asked is gone.
+    fn perform(&mut self, request: Request, sockets: Vec<OwnedFd>, peer: &OwnedFd) -> anyhow::Result<Next> {
         match request {
             Request::Make { address, uid, count } => {
                 let mut left = count;
@@ -231,45 +490,48 @@ fn keep(cgroup: &Path) -> anyhow::Result<()> {
                     left -= batch;
                     match (0..batch).map(|_| bound_socket(&address, uid)).collect::<Result<Vec<_>, _>>() {
                         Ok(made) => {
-                            answer(&Answer::Sockets { address, is_new: true }, &made)?;
-                            keep_all(&mut kept, address, made)?;
+                            let cookies = made.iter().map(cookie).collect::<Result<_, _>>()?;
+                            let made_all = Answer::Sockets { address, is_new: true, cookies };
+                            answer(peer, &made_all, &made)?;
+                            self.keep(address, made)?;
                         }
                         Err(error) => {
-                            answer(&Answer::NotMade { address, why: error.to_string() }, &[])?;
+                            answer(peer, &Answer::NotMade { address, why: error.to_string() }, &[])?;
                             break;
                         }
                     }
                 }
             }
-            Request::Keep { address } => keep_all(&mut kept, address, sockets)?,
-            Request::Drop { cookies } => cookies.iter().for_each(|cookie| drop(kept.remove(cookie))),
+            Request::Keep { address } => self.keep(address, sockets)?,
+            Request::Drop { cookies } => cookies.iter().for_each(|cookie| drop(self.0.remove(cookie))),
             Request::All { number } => {
-                for (address, socket) in kept.values() {
-                    let message = Answer::Sockets { address: *address, is_new: false };
-                    send(&stdin, &message, &[socket.as_fd()])?;
+                for (cookie, (address, socket)) in &self.0 {
+                    let message =
+                        Answer::Sockets { address: *address, is_new: false, cookies: vec![*cookie] };
+                    send(peer, &message, &[socket.as_fd()])?;
                 }
-                answer(&Answer::All { number }, &[])?;
+                answer(peer, &Answer::All { number }, &[])?;
             }
+            Request::End => return Ok(Next::End),
         }
+        Ok(Next::GoOn)
     }
-    Ok(())
+
+    fn keep(&mut self, address: ListenAddress, sockets: Vec<OwnedFd>) -> anyhow::Result<()> {
+        for socket in sockets {
+            self.0.insert(cookie(&socket)?, (address, socket));
+        }
+        Ok(())
+    }
 }
 
-fn keep_all(
-    kept: &mut HashMap<u64, (ListenAddress, OwnedFd)>,
-    address: ListenAddress,
-    sockets: Vec<OwnedFd>,
-) -> anyhow::Result<()> {
-    for socket in sockets {
-        let cookie = sockopt::socket_cookie(&socket).context("read a socket's cookie")?;
-        kept.insert(cookie, (address, socket));
-    }
-    Ok(())
+fn cookie(socket: &OwnedFd) -> anyhow::Result<u64> {
+    sockopt::socket_cookie(socket).context("read a socket's cookie")
 }
 
-fn answer(answer: &Answer, sockets: &[OwnedFd]) -> io::Result<()> {
+fn answer(peer: &OwnedFd, answer: &Answer, sockets: &[OwnedFd]) -> io::Result<()> {
     let sockets: Vec<BorrowedFd<'_>> = sockets.iter().map(AsFd::as_fd).collect();
-    send(&rustix::stdio::stdin(), answer, &sockets)
+    send(peer, answer, &sockets)
 }
 
 fn send(to: &impl AsFd, message: &impl Serialize, sockets: &[BorrowedFd<'_>]) -> io::Result<()> {
@@ -288,7 +550,8 @@ fn send(to: &impl AsFd, message: &impl Serialize, sockets: &[BorrowedFd<'_>]) ->
     }
 }
 
-/// One packet; `None` if the other end is gone.
+/// One packet; `None` if the other end is gone. Fewer sockets than were sent, if this process can
+/// have no more.
 fn receive<M: DeserializeOwned>(from: &impl AsFd) -> io::Result<Option<(M, Vec<OwnedFd>)>> {
     let mut packet = vec![0; MAX_PACKET];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(BATCH))];
@@ -308,10 +571,6 @@ fn receive<M: DeserializeOwned>(from: &impl AsFd) -> io::Result<Option<(M, Vec<O
             sockets.extend(descriptors);
         }
     }
-    if received.flags.contains(ReturnFlags::CTRUNC) {
-        // Fewer than were sent, because this process can have no more.
-        sockets.clear();
-    }
     match received.bytes {
         0 => Ok(None),
         bytes => Ok(Some((serde_json::from_slice(&packet[..bytes])?, sockets))),
@@ -328,7 +587,8 @@ mod tests {
         let (ours, theirs) =
             rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
                 .unwrap();
-        (Keeper::with(ours).unwrap(), theirs)
+        rustix::io::ioctl_fionbio(&ours, true).unwrap();
+        (Keeper { socket: ours, child: None }, theirs)
     }
 
     fn address() -> ListenAddress {
@@ -339,20 +599,25 @@ mod tests {
         rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).unwrap()
     }
 
+    fn give(to: &OwnedFd, is_new: bool, socket: &OwnedFd) {
+        let cookies = vec![cookie(socket).unwrap()];
+        let sockets = Answer::Sockets { address: address(), is_new, cookies };
+        send(to, &sockets, &[socket.as_fd()]).unwrap();
+    }
+
     #[test]
     fn what_was_answered_to_an_earlier_distributor_is_passed_over() {
         let (keeper, theirs) = ends();
         let old = some_socket();
-        send(&theirs, &Answer::Sockets { address: address(), is_new: true }, &[old.as_fd()]).unwrap();
+        give(&theirs, true, &old);
         let number = u64::from(std::process::id());
         send(&theirs, &Answer::All { number: number + 1 }, &[]).unwrap();
         let kept = some_socket();
-        send(&theirs, &Answer::Sockets { address: address(), is_new: false }, &[kept.as_fd()]).unwrap();
+        give(&theirs, false, &kept);
         send(&theirs, &Answer::All { number }, &[]).unwrap();
         let all = keeper.all().unwrap();
-        let cookie = |socket: &OwnedFd| sockopt::socket_cookie(socket).unwrap();
         assert_eq!(all.len(), 1);
-        assert_eq!(cookie(&all[0].1), cookie(&kept));
+        assert_eq!(cookie(&all[0].1).unwrap(), cookie(&kept).unwrap());
     }
 
     #[test]

@@ -12,7 +12,6 @@ mod survey;
 use std::{
     collections::{HashMap, VecDeque},
     fs,
-    os::fd::{AsFd as _, BorrowedFd},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -38,7 +37,7 @@ use crate::{
     instance,
     keeper::{self, Keeper},
     kernel::{self, Desk, Kernel, ProgramLog},
-    link::{Held, Link},
+    link::Link,
     listener::{self, Verdict},
     message::{Exit, ToMonitor},
     notify::{self, Notification},
@@ -194,7 +193,6 @@ impl Service {
         number: usize,
         config: config::Service,
         options: Options,
-        keeper: Option<Held>,
         host: &mut Host<'_>,
     ) -> anyhow::Result<Self> {
         let cgroup = host.place.cgroup.child(&config.name);
@@ -207,13 +205,10 @@ impl Service {
         logs.follow();
         follow(number, events, host.inputs);
 
-        let keeper = match keeper {
-            Some(held) => Keeper::with(held.fd)?,
-            None => {
-                let keeper = Keeper::start(rooms_cgroup.path())?;
-                hold_keeper(&config.name, keeper.as_fd(), host)?;
-                keeper
-            }
+        let socket = keeper::socket(&host.place.runtime_dir, &config.name);
+        let keeper = match Keeper::find(&socket)? {
+            Some(keeper) => keeper,
+            None => Keeper::start(rooms_cgroup.path(), &socket)?,
         };
         let duty = Duty {
             service: config.name.clone(),
@@ -221,6 +216,7 @@ impl Service {
             uid: uid(&config),
             cgroup: rooms_cgroup.path().to_owned(),
             cgroup_id: rooms_cgroup.id().context("read the number of a cgroup")?,
+            keeper: socket,
             capacity: config.waiting.capacity,
             timeout: config.waiting.timeout,
             reply: config.waiting.reply.as_slice().into(),
@@ -318,6 +314,11 @@ impl Service {
         for entry in 0..self.entries.len() {
             self.tell(entry, Event::Stop, host);
         }
+    }
+
+    /// All has stopped, and nobody is to wait here again.
+    pub fn end(self) {
+        self.attendant.end();
     }
 
     // What operators ask.
@@ -699,9 +700,8 @@ impl Service {
         }
     }
 
-    pub fn attendant_says(&mut self, says: Says, host: &mut Host<'_>) -> anyhow::Result<()> {
+    pub fn attendant_says(&mut self, says: Says) -> anyhow::Result<()> {
         match says {
-            Says::NewKeeper(socket) => hold_keeper(&self.config.name, socket.as_fd(), host),
             Says::Dismissed(client) => {
                 tokio::task::spawn_local(client.see_off());
                 Ok(())
@@ -906,14 +906,6 @@ impl Service {
             ),
         }
     }
-}
-
-/// Has the monitor hold the socket to a keeper. One that it holds already goes to a keeper that
-/// is gone.
-fn hold_keeper(service: &str, keeper: BorrowedFd<'_>, host: &mut Host<'_>) -> anyhow::Result<()> {
-    let label = keeper::Label { service: service.to_owned() };
-    let hold = ToMonitor::Hold { key: host.link.number(), label: serde_json::to_vec(&label)? };
-    host.link.send(&hold, Some(keeper))
 }
 
 /// The uid of all its sockets.

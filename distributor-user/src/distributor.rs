@@ -32,6 +32,7 @@ use crate::{
     keeper,
     kernel::ProgramLog,
     link::{Child, Held, Inheritance, Link},
+    lock::DistributorLock,
     message::{FromMonitor, ToMonitor},
     notify, room, server,
     service::{self, Host, Label, Service},
@@ -100,6 +101,8 @@ async fn serve(
         rustix::process::geteuid().is_root(),
         "start dist-ctl: it needs root to load programs into the kernel: run it with sudo"
     );
+    // Until we are gone, whatever happens below: there is no other.
+    let _lock = DistributorLock::take(runtime_dir)?;
     let place = Instance::find(runtime_dir)?;
     let first = inheritance.children.is_empty() && inheritance.held.is_empty();
     match Distributor::begin(&config, &place, log, link, inheritance).await {

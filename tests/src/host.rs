@@ -348,7 +348,9 @@ impl Up<'_> {
     /// The same, if it has one that runs.
     #[track_caller]
     pub fn process_if_any(&self, server: &str) -> Option<Process> {
-        Process::find(self.service().server(server).pid?).filter(|process| process.runs())
+        let status = self.status();
+        let service = server.split('/').next().unwrap_or_default();
+        Process::find(status.service(service).server(server).pid?).filter(|process| process.runs())
     }
 
     /// Waits until it answers `status`.

@@ -195,7 +195,7 @@ impl<'a> Distributor<'a> {
             }
             _ => {}
         }
-        let options = service::Options { log, bell: bell::is_needed()? };
+        let options = service::Options { log, bell: bell::is_needed(&place.pins)? };
         if options.bell {
             info!("this kernel moves a connection without waking its new server; a bell is rung for that");
         }

@@ -34,5 +34,6 @@ pub mod room;
 pub mod server;
 pub mod service;
 pub mod shared;
+pub mod sock_diag;
 pub mod status;
 pub mod watch;

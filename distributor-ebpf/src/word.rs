@@ -137,6 +137,12 @@ pub fn close(word: u64, now: u64) -> u64 {
     down(roll(word, now))
 }
 
+/// The word with so many active connections less; below 0: more. For counts that were found wrong.
+pub fn corrected(word: u64, by: i64) -> u64 {
+    let active = (active(word) as i64).saturating_sub(by).clamp(0, ACTIVE_MAX as i64);
+    word & !ACTIVE_MAX | active as u64
+}
+
 const fn down(word: u64) -> u64 {
     // A count of 0 cannot close one; staying at 0 is better than borrowing from the fields above.
     if active(word) == 0 { word } else { word - 1 }
@@ -204,6 +210,14 @@ mod tests {
     #[test]
     fn a_late_handshake_is_counted_without_a_reservation() {
         assert_eq!(establish(word(3, 0, 0, 5), 5), word(4, 0, 0, 5));
+    }
+
+    #[test]
+    fn a_correction_stays_in_its_field() {
+        assert_eq!(corrected(word(5, 3, 4, 10), 2), word(3, 3, 4, 10));
+        assert_eq!(corrected(word(5, 3, 4, 10), -2), word(7, 3, 4, 10));
+        assert_eq!(corrected(word(5, 3, 4, 10), 6), word(0, 3, 4, 10));
+        assert_eq!(corrected(word(5, 3, 4, 10), i64::MIN), word(ACTIVE_MAX, 3, 4, 10));
     }
 
     #[test]

@@ -25,7 +25,7 @@ use tokio::{
 use tracing::{debug, error, info};
 
 use crate::{
-    attendant, bell,
+    attendant, auditor, bell,
     config::Config,
     control::{self, Command, Request, Response},
     instance::Instance,
@@ -68,6 +68,11 @@ pub enum Input {
     Attendant {
         service: usize,
         says: attendant::Says,
+    },
+    /// The counts were compared with the sockets.
+    Audited {
+        service: usize,
+        result: anyhow::Result<auditor::Checked>,
     },
     Control(Request),
 }
@@ -149,7 +154,7 @@ impl<'a> Distributor<'a> {
             }
             _ => {}
         }
-        let options = service::Options { log, bell: bell::is_needed()? };
+        let options = service::Options { log, bell: bell::is_needed()?, audit: auditor::interval()? };
         if options.bell {
             info!("this kernel moves a connection without waking its new server; a bell is rung for that");
         }
@@ -294,6 +299,7 @@ impl<'a> Distributor<'a> {
                 services[service].notified(entry, instance, &message, &mut host);
             }
             Input::Attendant { service, says } => services[service].attendant_says(says, &mut host)?,
+            Input::Audited { service, result } => services[service].audited(result),
             Input::Control(request) => {
                 debug!("{} asks {:?}", request.peer, request.command);
                 let response = self.answer(request.command);

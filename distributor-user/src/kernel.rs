@@ -1,9 +1,11 @@
-//! The kernel objects of one service. The only file that imports aya.
+//! The kernel objects of one service. Only this file and those below it import aya.
 //!
 //! Loads the programs, pins the maps and links, attaches, and reads and writes the maps in the
 //! contract's types. It decides nothing. Opening it again where pins are left finds the same
 //! maps with their counts, and leaves the attached programs running.
 #![forbid(unsafe_code)]
+
+mod ledger;
 
 use std::{
     collections::HashSet,
@@ -36,6 +38,8 @@ use distributor_ebpf::{
 use tracing::debug;
 
 use crate::{address::ListenAddress, room::Room, shared::Shared, watch::Watch};
+
+pub use ledger::Ledger;
 
 mod object {
     include!(concat!(env!("OUT_DIR"), "/object.rs"));

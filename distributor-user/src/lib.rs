@@ -6,6 +6,7 @@
 pub mod accept_queue;
 pub mod address;
 pub mod attendant;
+pub mod auditor;
 pub mod backoff;
 pub mod bell;
 pub mod cgroup;
@@ -16,6 +17,7 @@ pub mod corridor;
 pub mod demo;
 pub mod dismiss;
 pub mod distributor;
+pub mod drift;
 pub mod error;
 pub mod instance;
 pub mod keeper;

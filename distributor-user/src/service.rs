@@ -5,6 +5,7 @@
 //! listener is adopted, out of the plan before the server is asked to stop.
 #![forbid(unsafe_code)]
 
+mod audit;
 mod launch;
 mod report;
 
@@ -30,6 +31,7 @@ use tracing::{debug, error, info, warn};
 
 use crate::{
     attendant::{self, Attendant, Duty, Says},
+    auditor::Auditor,
     cgroup::Cgroup,
     config,
     control::Response,
@@ -71,6 +73,8 @@ pub struct Options {
     pub log: ProgramLog,
     /// The kernel does not wake a server to which it moves a connection.
     pub bell: bool,
+    /// How often the counts are compared with the sockets.
+    pub audit: Duration,
 }
 
 /// One service.
@@ -82,6 +86,8 @@ pub struct Service {
     cgroup: Cgroup,
     /// Hands over to those who wait.
     attendant: attendant::Handle,
+    /// Compares the counts with the sockets.
+    audit: audit::Audit,
     /// The kernel does not wake a server to which it moves a connection.
     bell: bool,
     entries: Vec<Entry>,
@@ -227,10 +233,12 @@ impl Service {
             kernel.attach(group, attendant.any_room(group)?)?;
         }
         attendant.start(&mut handle)?;
+        let auditor = Auditor::open(&pins, &config.listen)?;
 
         let mut service = Self {
             number,
             attendant: handle,
+            audit: audit::Audit::start(number, auditor, options.audit, host),
             bell: options.bell,
             entries: Vec::new(),
             retired: Vec::new(),

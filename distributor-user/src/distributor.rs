@@ -154,7 +154,8 @@ impl<'a> Distributor<'a> {
             }
             _ => {}
         }
-        let options = service::Options { log, bell: bell::is_needed()?, audit: auditor::interval()? };
+        let options =
+            service::Options { log, bell: bell::is_needed(&place.pins)?, audit: auditor::interval()? };
         if options.bell {
             info!("this kernel moves a connection without waking its new server; a bell is rung for that");
         }

@@ -229,9 +229,8 @@ impl Service {
         let desk = Desk::open(&pins).with_context(|| format!("set up service {}", config.name))?;
         let (attendant, mut handle) = Attendant::new(duty, desk, keeper, tell)?;
         // Now that the programs find a room: from here on nobody is chosen but by them.
-        for group in 0..config.listen.len() {
-            kernel.attach(group, attendant.any_room(group)?)?;
-        }
+        let rooms = (0..config.listen.len()).map(|group| attendant.any_room(group));
+        kernel.take_charge(&rooms.collect::<Result<Vec<_>, _>>()?)?;
         attendant.start(&mut handle)?;
         let auditor = Auditor::open(&pins, &config.listen)?;
 
@@ -665,6 +664,11 @@ impl Service {
             if self.entries[entry].run.as_ref().is_some_and(|run| !run.included && !run.draining) {
                 self.scan(entry, None, host);
             }
+        }
+        match self.kernel.heal(|| host.place.remount()) {
+            Ok(None) => {}
+            Ok(Some(done)) => warn!("service {}: {done}", self.config.name),
+            Err(error) => error!("service {}: {error:#}; tries again every second", self.config.name),
         }
         self.forget_left();
         self.write_plan();

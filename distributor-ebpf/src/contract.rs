@@ -162,7 +162,8 @@ pub struct Plan {
 }
 
 /// What the kernel counts for one service. One writer: the programs; but user space rolls the
-/// words once a minute, by a compare-and-swap like theirs.
+/// words once a minute, and corrects an active count or `waiting` if it differs from the sockets
+/// there are; by a compare-and-swap or an addition like theirs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Load {

@@ -137,6 +137,12 @@ pub fn close(word: u64, now: u64) -> u64 {
     down(roll(word, now))
 }
 
+/// The word with so many active connections less; below 0: more. For counts that were found wrong.
+pub fn corrected(word: u64, by: i64) -> u64 {
+    let active = (active(word) as i64).saturating_sub(by).clamp(0, ACTIVE_MAX as i64);
+    word & !ACTIVE_MAX | active as u64
+}
+
 /// The word of a slot that is counted in two places, after what the other one gained was brought
 /// to it: what that was `before`, and is `now`.
 ///
@@ -266,6 +272,14 @@ mod tests {
     #[test]
     fn a_late_handshake_is_counted_without_a_reservation() {
         assert_eq!(establish(word(3, 0, 0, 5), 5), word(4, 0, 0, 5));
+    }
+
+    #[test]
+    fn a_correction_stays_in_its_field() {
+        assert_eq!(corrected(word(5, 3, 4, 10), 2), word(3, 3, 4, 10));
+        assert_eq!(corrected(word(5, 3, 4, 10), -2), word(7, 3, 4, 10));
+        assert_eq!(corrected(word(5, 3, 4, 10), 6), word(0, 3, 4, 10));
+        assert_eq!(corrected(word(5, 3, 4, 10), i64::MIN), word(ACTIVE_MAX, 3, 4, 10));
     }
 
     #[test]

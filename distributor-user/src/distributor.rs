@@ -29,7 +29,7 @@ use tokio::{
 use tracing::{debug, error, info, warn};
 
 use crate::{
-    attendant, bell,
+    attendant, auditor, bell,
     cli::Source,
     config::Config,
     control::{self, Command, Request, Response},
@@ -75,6 +75,11 @@ pub enum Input {
     Attendant {
         service: usize,
         says: attendant::Says,
+    },
+    /// The counts were compared with the sockets.
+    Audited {
+        service: usize,
+        result: anyhow::Result<auditor::Checked>,
     },
     Control(Request),
 }
@@ -195,7 +200,8 @@ impl<'a> Distributor<'a> {
             }
             _ => {}
         }
-        let options = service::Options { log, bell: bell::is_needed(&place.pins)? };
+        let options =
+            service::Options { log, bell: bell::is_needed(&place.pins)?, audit: auditor::interval()? };
         if options.bell {
             info!("this kernel moves a connection without waking its new server; a bell is rung for that");
         }
@@ -399,6 +405,7 @@ impl<'a> Distributor<'a> {
                 services[service].notified(entry, instance, &message, &mut host);
             }
             Input::Attendant { service, says } => services[service].attendant_says(says)?,
+            Input::Audited { service, result } => services[service].audited(result),
             Input::Control(request) => {
                 debug!("{} asks {:?}", request.peer, request.command);
                 let response = self.answer(request.command);

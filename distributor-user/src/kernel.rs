@@ -11,6 +11,8 @@ mod pins;
 mod programs;
 mod syscall;
 
+mod ledger;
+
 use std::{
     collections::HashSet,
     io,
@@ -45,6 +47,8 @@ use self::{
     programs::{Programs, Stamp},
 };
 use crate::{address::ListenAddress, cgroup::Cgroup, room::Room, shared::Shared, watch::Watch};
+
+pub use ledger::Ledger;
 
 mod object {
     include!(concat!(env!("OUT_DIR"), "/object.rs"));

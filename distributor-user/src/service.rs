@@ -5,6 +5,7 @@
 //! listener is adopted, out of the plan before the server is asked to stop.
 #![forbid(unsafe_code)]
 
+mod audit;
 mod launch;
 mod report;
 mod survey;
@@ -30,6 +31,7 @@ use tracing::{debug, error, info, warn};
 
 use crate::{
     attendant::{self, Attendant, Duty, Says},
+    auditor::Auditor,
     cgroup::Cgroup,
     config,
     control::Response,
@@ -73,6 +75,8 @@ pub struct Options {
     pub log: ProgramLog,
     /// The kernel does not wake a server to which it moves a connection.
     pub bell: bool,
+    /// How often the counts are compared with the sockets.
+    pub audit: Duration,
 }
 
 /// One service.
@@ -84,6 +88,8 @@ pub struct Service {
     cgroup: Cgroup,
     /// Hands over to those who wait.
     attendant: attendant::Handle,
+    /// Compares the counts with the sockets.
+    audit: audit::Audit,
     /// The kernel does not wake a server to which it moves a connection.
     bell: bool,
     entries: Vec<Entry>,
@@ -234,10 +240,12 @@ impl Service {
         let rooms = (0..config.listen.len()).map(|group| attendant.any_room(group));
         kernel.take_charge(&rooms.collect::<Result<Vec<_>, _>>()?)?;
         attendant.start(&mut handle)?;
+        let auditor = Auditor::open(&pins, &config.listen)?;
 
         let mut service = Self {
             number,
             attendant: handle,
+            audit: audit::Audit::start(number, auditor, options.audit, host),
             bell: options.bell,
             entries: Vec::new(),
             retired: Vec::new(),

@@ -29,6 +29,9 @@ pub struct ServiceStatus {
     pub listen: Vec<String>,
     pub policy: String,
     pub waiting: WaitingStatus,
+    /// How the counts compare with the sockets there are.
+    #[serde(default)]
+    pub drift: DriftStatus,
     pub servers: Vec<ServerStatus>,
     /// How often the kernel programs ended in each of their ways out.
     pub outcomes: BTreeMap<String, u64>,
@@ -51,6 +54,20 @@ pub struct WaitingStatus {
     /// How long those waited that were served.
     #[serde(default)]
     pub wait: Histogram,
+}
+
+/// The counts as compared with the sockets there are, since this distributor has started.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct DriftStatus {
+    pub checks: u64,
+    /// Counts that differed in several checks in a row.
+    pub found: u64,
+    /// How many of these were corrected.
+    pub repaired: u64,
+    /// `None`: there was no check yet, because nothing was open.
+    pub last_seconds_ago: Option<f64>,
+    /// Why they could not be compared the last time.
+    pub unavailable: Option<String>,
 }
 
 /// How often something took how long.
@@ -481,6 +498,13 @@ mod tests {
                 wait: Histogram { count: 3, sum_seconds: 0.5, buckets: vec![Bucket { le: 0.25, count: 3 }] },
                 ..WaitingStatus::default()
             },
+            drift: DriftStatus {
+                checks: 9,
+                found: 2,
+                repaired: 1,
+                last_seconds_ago: Some(1.5),
+                unavailable: None,
+            },
             servers: vec![server("shop/1"), dead_server("shop/2")],
             outcomes: BTreeMap::from([("selected".to_owned(), 1234)]),
         }
@@ -504,6 +528,9 @@ mod tests {
                     "now": 3, "max": 17, "capacity": 1024, "served": 40, "timed_out": 0,
                     "left": 0, "refused": 0, "oldest_seconds": 1.25,
                     "wait": {"count": 3, "sum_seconds": 0.5, "buckets": [{"le": 0.25, "count": 3}]},
+                },
+                "drift": {
+                    "checks": 9, "found": 2, "repaired": 1, "last_seconds_ago": 1.5, "unavailable": null,
                 },
                 "servers": [{
                     "name": "shop/2",

@@ -583,7 +583,7 @@ fn receive<M: DeserializeOwned>(from: &impl AsFd) -> io::Result<Option<(M, Vec<O
 mod tests {
     use std::{process, thread, time::Instant};
 
-    use rustix::process::{Resource, Rlimit, prlimit};
+    use rustix::process::{Resource, Rlimit, getrlimit, prlimit};
 
     use super::*;
 
@@ -827,8 +827,9 @@ mod tests {
         let uid = rustix::process::geteuid().as_raw();
         let is_open = |number: &u64| Path::new(&format!("/proc/{}/fd/{number}", child.as_raw_pid())).exists();
         let few = (0..).find(|number| !is_open(number)).unwrap();
-        let limit = |current| Rlimit { current: Some(current), maximum: Some(4096) };
-        let before = prlimit(Some(child), Resource::Nofile, limit(few)).unwrap();
+        let before = getrlimit(Resource::Nofile);
+        let limit = Rlimit { current: Some(few), ..before };
+        prlimit(Some(child), Resource::Nofile, limit).unwrap();
         let (free, _) = some_listener();
         assert!(keeper.make(free, uid, 1));
         match hear(&keeper) {

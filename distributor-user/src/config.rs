@@ -202,8 +202,16 @@ pub struct CommandForm {
 impl Config {
     /// The configuration in a file.
     pub fn read(path: &Path) -> Result<Self, UserError> {
+        Self::read_with_text(path).map(|(_, config)| config)
+    }
+
+    /// The file's text, and what it means.
+    pub fn read_with_text(path: &Path) -> Result<(String, Self), UserError> {
         match std::fs::read_to_string(path) {
-            Ok(text) => Self::parse(&text, &path.display().to_string()),
+            Ok(text) => {
+                let config = Self::parse(&text, &path.display().to_string())?;
+                Ok((text, config))
+            }
             Err(error) => Err(unreadable(path, &error)),
         }
     }

@@ -6,34 +6,41 @@
 #![forbid(unsafe_code)]
 
 use std::{
-    fs::DirBuilder,
-    os::unix::fs::DirBuilderExt as _,
+    fs::{DirBuilder, File},
+    io::Write as _,
+    os::{
+        fd::AsFd as _,
+        unix::fs::{DirBuilderExt as _, FileExt as _},
+    },
     path::Path,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::{Context as _, ensure};
 use distributor_ebpf::contract;
+use rustix::fs::MemfdFlags;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use tokio::{
     sync::mpsc::{self, UnboundedReceiver, UnboundedSender},
     task::{LocalSet, spawn_local},
     time::timeout_at,
 };
-use tracing::{debug, error, info};
+use tracing::{debug, error, info, warn};
 
 use crate::{
     attendant, bell,
+    cli::Source,
     config::Config,
     control::{self, Command, Request, Response},
     instance::Instance,
-    keeper::{self, Keeper},
     kernel::ProgramLog,
     link::{Child, Inheritance, Link},
     message::{FromMonitor, ToMonitor},
-    notify, room, server,
-    service::{self, Host, Label, Service},
+    notify,
+    record::{Record, Recorder},
+    room, server,
+    service::{self, Found, Host, Left, Service, Succession},
     status::Status,
 };
 
@@ -75,7 +82,7 @@ pub enum Input {
 ///
 /// # Errors
 /// It could not start (then nothing is left behind of what it had made), or the monitor died.
-pub fn run(config: Config, runtime_dir: &Path, log: ProgramLog) -> anyhow::Result<()> {
+pub fn run(source: &Source, runtime_dir: &Path, log: ProgramLog) -> anyhow::Result<()> {
     // The monitor tells when to stop. Who signals every process of a group or a cgroup, as a
     // terminal and systemd do, would otherwise end us before we have stopped anything.
     for signal in [SIGHUP, SIGINT, SIGTERM] {
@@ -83,7 +90,8 @@ pub fn run(config: Config, runtime_dir: &Path, log: ProgramLog) -> anyhow::Resul
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     LocalSet::new().block_on(&runtime, async {
-        let (link, inheritance) = Link::open()?;
+        let (mut link, inheritance) = Link::open()?;
+        let config = configuration(source, &inheritance, &mut link)?;
         serve(config, runtime_dir, log, link, inheritance).await
     })
 }
@@ -100,17 +108,45 @@ async fn serve(
         "start dist-ctl: it needs root to load programs into the kernel: run it with sudo"
     );
     let place = Instance::find(runtime_dir)?;
-    let first = inheritance.children.is_empty() && inheritance.held.is_empty();
+    // What an earlier run has left is not ours to end because we cannot start.
+    let nothing_runs = inheritance.is_empty() && !place.is_populated();
     match Distributor::begin(&config, &place, log, link, inheritance).await {
         Ok(distributor) => distributor.work(&config).await,
         Err(error) => {
-            // What runs already is the next distributor's; what we made is nobody's.
-            if first && let Err(left) = place.remove() {
+            if nothing_runs && let Err(left) = place.remove() {
                 error!("{left:#}; remove it by hand, or with the next dist-ctl up");
             }
             Err(error)
         }
     }
+}
+
+/// The label of the configuration that is in force.
+const CONFIGURATION: &[u8] = b"configuration";
+
+/// The configuration that is in force: what the first distributor of this monitor has read. The
+/// file may say something else since, or nothing that can be read.
+fn configuration(source: &Source, inheritance: &Inheritance, link: &mut Link) -> anyhow::Result<Config> {
+    let held = inheritance.held.iter().find(|held| held.label == CONFIGURATION);
+    let (text, config) = match (source, held) {
+        (Source::File(path), Some(held)) => {
+            let file = File::from(held.fd.try_clone()?);
+            let mut text = vec![0; usize::try_from(file.metadata()?.len())?];
+            // Its offset is that of every distributor before us.
+            file.read_exact_at(&mut text, 0).context("read the configuration that is in force")?;
+            return Ok(Config::parse(&String::from_utf8(text)?, &path.display().to_string())?);
+        }
+        (Source::Command(_), Some(_)) => return Ok(source.read()?),
+        (Source::File(path), None) => Config::read_with_text(path)?,
+        // It is in our arguments; that there was one before us is said all the same.
+        (Source::Command(_), None) => (String::new(), source.read()?),
+    };
+    let keep = "keep the configuration for the next distributor";
+    let memory = rustix::fs::memfd_create("configuration", MemfdFlags::CLOEXEC).context(keep)?;
+    File::from(memory.try_clone()?).write_all(text.as_bytes()).context(keep)?;
+    let hold = ToMonitor::Hold { key: link.number(), label: CONFIGURATION.to_vec() };
+    link.send(&hold, Some(memory.as_fd()))?;
+    Ok(config)
 }
 
 struct Distributor<'a> {
@@ -122,6 +158,9 @@ struct Distributor<'a> {
     stopping: bool,
     /// The services that were announced on standard output.
     announced: Vec<bool>,
+    recorder: Recorder,
+    /// Why the record is out of date, and since when.
+    unwritten: Option<(String, SystemTime)>,
 }
 
 impl<'a> Distributor<'a> {
@@ -135,11 +174,16 @@ impl<'a> Distributor<'a> {
     ) -> anyhow::Result<Self> {
         let (inputs, received) = mpsc::unbounded_channel();
         let Inheritance { children, held, stop } = inheritance;
-        let first = children.is_empty() && held.is_empty();
-        if first {
-            place.clean_leftovers()?;
-            let mut addresses = config.services.iter().flat_map(|service| &service.listen);
-            addresses.try_for_each(room::check_free)?;
+        let succession = match held.iter().any(|held| held.label == CONFIGURATION) {
+            true => Succession::Next,
+            false => Succession::First,
+        };
+        let record = Record::read(&place.runtime_dir).unwrap_or_else(|error| {
+            warn!("{error:#}: what runs is known by its cgroups only");
+            None
+        });
+        if succession == Succession::First {
+            clear_the_way(config, place, record.as_ref())?;
         }
         place.cgroup.create()?;
         match DirBuilder::new().mode(0o711).create(place.notify_dir()) {
@@ -157,20 +201,27 @@ impl<'a> Distributor<'a> {
             let mut host = Host { place, link: &mut link, inputs: &inputs };
             services.push(Service::open(number, service.clone(), options, &mut host)?);
         }
-        // Of services that are no longer configured: their rooms close.
-        for (service, socket) in keeper::sockets(&place.runtime_dir) {
-            if !config.services.iter().any(|known| known.name == service)
-                && let Some(keeper) = Keeper::find(&socket)?
-            {
-                keeper.end();
-            }
-        }
-        let announced = vec![!first; services.len()];
-        let mut distributor = Self { place, link, services, inputs, received, stopping: false, announced };
-        distributor.take_over(children)?;
+        let announced = vec![succession == Succession::Next; services.len()];
+        let recorder = Recorder::new(&place.runtime_dir);
+        let mut distributor = Self {
+            place,
+            link,
+            services,
+            inputs,
+            received,
+            stopping: false,
+            announced,
+            recorder,
+            unwritten: None,
+        };
+        distributor.take_over(children, record, succession)?;
         distributor.look_around();
         let (services, mut host) = distributor.split();
-        services.iter_mut().for_each(|service| service.start(&mut host));
+        services.iter_mut().for_each(Service::begin);
+        if !stop {
+            services.iter_mut().for_each(|service| service.start(&mut host));
+        }
+        distributor.write_down();
         distributor.open_control(config)?;
         distributor.listen_to_monitor()?;
         distributor.link.send(&ToMonitor::Ready, None)?;
@@ -180,32 +231,81 @@ impl<'a> Distributor<'a> {
         Ok(distributor)
     }
 
-    /// Gives every child to its service. One that has none is killed: it is of another
-    /// configuration, and nobody would ever stop it.
-    fn take_over(&mut self, children: Vec<Child>) -> anyhow::Result<()> {
-        let (services, mut host) = self.split();
-        let mut by_service: Vec<Vec<(Child, Label)>> = services.iter().map(|_| Vec::new()).collect();
+    /// Gives every child to its service, and what was recorded to whom it is of. A child that is of
+    /// no service is killed: it is of another configuration, and nobody would ever stop it.
+    fn take_over(
+        &mut self,
+        children: Vec<Child>,
+        record: Option<Record>,
+        succession: Succession,
+    ) -> anyhow::Result<()> {
+        let mut recorded = record.map_or(Vec::new(), |record| record.services);
+        let mut found: Vec<Found> = Vec::new();
         let mut strangers = Vec::new();
         for child in children {
-            let label: Option<Label> = serde_json::from_slice(&child.label).ok();
-            let owner = label
-                .as_ref()
-                .and_then(|label| services.iter().position(|service| service.name() == label.service));
-            match (owner, label) {
-                (Some(owner), Some(label)) => by_service[owner].push((child, label)),
-                _ => strangers.push(child),
+            match serde_json::from_slice(&child.label) {
+                Ok(label) => found.push(Found { label, child: Some(child) }),
+                Err(_) => strangers.push(child),
             }
         }
-        for (service, children) in services.iter_mut().zip(by_service) {
-            strangers.extend(service.take_over(children, &mut host)?);
+        let (services, mut host) = self.split();
+        for service in services.iter_mut() {
+            let (mut its, others) =
+                found.into_iter().partition(|found| found.label.service == service.name());
+            found = others;
+            let place = recorded.iter().position(|recorded| recorded.name == service.name());
+            let recorded = place.map(|place| recorded.swap_remove(place));
+            match succession {
+                Succession::First => its.extend(service.survey(recorded, &mut host)?),
+                Succession::Next => its.extend(
+                    recorded
+                        .into_iter()
+                        .flat_map(|service| service.servers)
+                        .map(|server| Found { label: server.label, child: None }),
+                ),
+            }
+            strangers.extend(service.take_over(its, succession, &mut host)?);
         }
+        strangers.extend(found.into_iter().filter_map(|found| found.child));
         for child in strangers {
-            info!("process {} is of no configured server; kills it", child.pid);
-            let kill = ToMonitor::Signal { id: child.id, signal: 9 };
-            self.link.send(&kill, None)?;
+            if child.exit.is_none() {
+                info!("process {} is of no configured server; kills it", child.pid);
+                self.link.send(&ToMonitor::Signal { id: child.id, signal: 9 }, None)?;
+            }
             self.link.send(&ToMonitor::Forget { id: child.id }, None)?;
         }
         Ok(())
+    }
+
+    /// Has the monitor and the disk know what has changed. The monitor has it even if the disk is
+    /// full; then a new `dist-ctl up` would find an older state.
+    fn write_down(&mut self) {
+        let (services, mut host) = self.split();
+        let mut changed = false;
+        for service in services.iter_mut() {
+            changed |= service.relabel(&mut host);
+        }
+        if !changed && self.unwritten.is_none() {
+            return;
+        }
+        let record = Record::new(self.services.iter().map(Service::record).collect());
+        match record.and_then(|record| self.recorder.write(&record)) {
+            Ok(()) => {
+                if self.unwritten.take().is_some() {
+                    info!("the record is written again");
+                }
+            }
+            Err(error) if self.unwritten.is_none() => {
+                let sentence = format!(
+                    "{error:#}; if everything was killed now, the next dist-ctl up would know an older state"
+                );
+                warn!("{sentence}");
+                self.unwritten = Some((sentence, SystemTime::now()));
+            }
+            Err(_) => {}
+        }
+        let (services, mut host) = self.split();
+        services.iter_mut().for_each(|service| service.forget_ended(&mut host));
     }
 
     fn split(&mut self) -> (&mut Vec<Service>, Host<'_>) {
@@ -256,6 +356,7 @@ impl<'a> Distributor<'a> {
                 looked_around = now;
                 self.look_around();
             }
+            self.write_down();
             self.announce(config);
         }
         self.finish()
@@ -298,6 +399,8 @@ impl<'a> Distributor<'a> {
             Input::Control(request) => {
                 debug!("{} asks {:?}", request.peer, request.command);
                 let response = self.answer(request.command);
+                // Before it is answered: who was told that it is done may count on it.
+                self.write_down();
                 // The client may be gone; what it asked is done all the same.
                 let _ = request.reply.send(response);
             }
@@ -358,7 +461,7 @@ impl<'a> Distributor<'a> {
                         contract::WEIGHT_MAX
                     ));
                 }
-                self.of_server(&server, |service, entry, host| service.set_weight(entry, weight, host))
+                self.of_server(&server, |service, entry, _| service.set_weight(entry, weight))
             }
             Command::Limit { server, limit } => {
                 if limit.is_some_and(|limit| !(1..=contract::LIMIT_MAX).contains(&limit)) {
@@ -367,7 +470,7 @@ impl<'a> Distributor<'a> {
                         contract::LIMIT_MAX
                     ));
                 }
-                self.of_server(&server, |service, entry, host| service.set_limit(entry, limit, host))
+                self.of_server(&server, |service, entry, _| service.set_limit(entry, limit))
             }
             Command::Resume { server } => {
                 self.of_server(&server, |service, entry, host| service.resume(entry, host))
@@ -431,4 +534,23 @@ impl<'a> Distributor<'a> {
         place.remove()?;
         link.send(&ToMonitor::Finished { code: 0 }, None)
     }
+}
+
+/// Ends what an earlier run has left and what cannot go on: services that are not configured any
+/// more, or otherwise than before. What is to be made anew must be possible.
+fn clear_the_way(config: &Config, place: &Instance, record: Option<&Record>) -> anyhow::Result<()> {
+    let mut kept = Vec::new();
+    for service in &config.services {
+        let recorded = record.and_then(|record| record.services.iter().find(|its| its.name == service.name));
+        match service::left(service, recorded, place)? {
+            Left::Nothing => {}
+            Left::Servers => kept.push(service.name.as_str()),
+            Left::Otherwise(why) => {
+                warn!("service {}: {why}: what runs of it is killed, and it starts afresh", service.name);
+            }
+        }
+    }
+    place.clean_leftovers(&kept)?;
+    let new = config.services.iter().filter(|service| !kept.contains(&service.name.as_str()));
+    new.flat_map(|service| &service.listen).try_for_each(room::check_free)
 }

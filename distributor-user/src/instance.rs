@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 use std::{
+    ffi::OsStr,
     fs::{self, DirBuilder},
     io,
     os::unix::fs::DirBuilderExt as _,
@@ -20,7 +21,7 @@ use tracing::info;
 
 use crate::{
     cgroup::{self, Cgroup},
-    keeper,
+    keeper, record,
 };
 
 /// Where bpffs usually is mounted.
@@ -82,13 +83,26 @@ impl Instance {
         self.runtime_dir.join("notify")
     }
 
-    /// Removes what an instance that was killed left behind: its servers are killed first.
-    pub fn clean_leftovers(&self) -> anyhow::Result<()> {
-        let left = self.cgroup.processes().len();
-        if left > 0 {
-            info!("{left} processes are left of an earlier run; kills them and starts afresh");
+    /// Whether processes of an earlier run are still there.
+    pub fn is_populated(&self) -> bool {
+        !self.cgroup.processes().is_empty()
+    }
+
+    /// Removes what an instance that was killed left behind of all services but these: what runs
+    /// of them is killed first.
+    pub fn clean_leftovers(&self, kept: &[&str]) -> anyhow::Result<()> {
+        for cgroup in self.cgroup.children() {
+            let service = cgroup.path().file_name().and_then(OsStr::to_str).unwrap_or_default().to_owned();
+            if kept.contains(&service.as_str()) {
+                continue;
+            }
+            let left = cgroup.processes().len();
+            if left > 0 {
+                info!("{left} processes are left of service {service} as it was; kills them");
+            }
+            kill_and_remove(&cgroup)?;
         }
-        self.remove_kernel_objects()
+        remove_pins(&self.pins, kept)
     }
 
     /// Removes everything outside of this process: processes, cgroups, pins, sockets, mounts.
@@ -98,6 +112,7 @@ impl Instance {
         self.unmount()?;
         let notify = self.notify_dir();
         remove_if_there(fs::remove_dir_all(&notify), &notify)?;
+        record::remove(&self.runtime_dir).context("remove the record")?;
         for (_, keeper) in keeper::sockets(&self.runtime_dir) {
             remove_if_there(fs::remove_file(&keeper), &keeper)?;
         }
@@ -113,26 +128,31 @@ impl Instance {
     }
 
     fn remove_kernel_objects(&self) -> anyhow::Result<()> {
-        self.cgroup.kill()?;
-        let deadline = Instant::now() + KILL_PATIENCE;
-        while !self.cgroup.processes().is_empty() {
-            ensure!(
-                Instant::now() < deadline,
-                "processes {:?} in {} do not die, though they were killed {} s ago: see what holds them \
-                 (state D), then run this again",
-                self.cgroup.processes(),
-                self.cgroup.path().display(),
-                KILL_PATIENCE.as_secs()
-            );
-            thread::sleep(Duration::from_millis(5));
-        }
-        // A process that is just gone keeps its cgroup busy for a moment.
-        while let Err(error) = self.cgroup.remove() {
-            ensure!(Instant::now() < deadline, error);
-            thread::sleep(Duration::from_millis(5));
-        }
-        remove_pins(&self.pins)
+        kill_and_remove(&self.cgroup)?;
+        remove_pins(&self.pins, &[])
     }
+}
+
+fn kill_and_remove(cgroup: &Cgroup) -> anyhow::Result<()> {
+    cgroup.kill()?;
+    let deadline = Instant::now() + KILL_PATIENCE;
+    while !cgroup.processes().is_empty() {
+        ensure!(
+            Instant::now() < deadline,
+            "processes {:?} in {} do not die, though they were killed {} s ago: see what holds them \
+             (state D), then run this again",
+            cgroup.processes(),
+            cgroup.path().display(),
+            KILL_PATIENCE.as_secs()
+        );
+        thread::sleep(Duration::from_millis(5));
+    }
+    // A process that is just gone keeps its cgroup busy for a moment.
+    while let Err(error) = cgroup.remove() {
+        ensure!(Instant::now() < deadline, error);
+        thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
 }
 
 /// "dist-ctl" for /run/dist-ctl, "dist-ctl-tmp-a" for /tmp/a. No two directories have the same
@@ -173,12 +193,17 @@ fn mount_bpffs(at: &Path) -> anyhow::Result<()> {
     })
 }
 
-/// Removes the pins of all services and versions. Once nothing is pinned and nobody has it
-/// open, the kernel drops a program or map by itself.
-fn remove_pins(pins: &Path) -> anyhow::Result<()> {
+/// Removes the pins of all services but these, and of all versions. Once nothing is pinned and
+/// nobody has it open, the kernel drops a program or map by itself.
+fn remove_pins(pins: &Path, kept: &[&str]) -> anyhow::Result<()> {
     let Ok(services) = fs::read_dir(pins) else { return Ok(()) };
     for service in services.flatten() {
         let service = service.path();
+        let name = service.file_name().and_then(OsStr::to_str).unwrap_or_default();
+        // The version of the contract follows it.
+        if name.rsplit_once("-v").is_some_and(|(name, _)| kept.contains(&name)) {
+            continue;
+        }
         for pin in fs::read_dir(&service).into_iter().flatten().flatten() {
             remove_if_there(fs::remove_file(pin.path()), &pin.path())?;
         }

@@ -587,6 +587,23 @@ pub fn pins(root: &Path, service: &str) -> PathBuf {
     root.join(format!("{service}-v{VERSION}"))
 }
 
+/// The addresses of a service whose pins are there, and their groups. `None` if there are none.
+pub fn addresses(pins: &Path) -> anyhow::Result<Option<Vec<(Address, u32)>>> {
+    let pin = pins.join("ADDRESSES");
+    if !pin.exists() {
+        return Ok(None);
+    }
+    let data = MapData::from_pin(&pin).with_context(|| format!("open {}", pin.display()))?;
+    let addresses: HashMap<MapData, Address, u32> = Map::from_map_data(data)?.try_into()?;
+    Ok(Some(addresses.iter().collect::<Result<_, _>>().context("read ADDRESSES")?))
+}
+
+/// Whether these addresses and groups are those of a service that listens on `listen`.
+pub fn are(addresses: &[(Address, u32)], listen: &[ListenAddress]) -> bool {
+    addresses.len() == listen.len()
+        && listen.iter().zip(0..).all(|(address, group)| addresses.contains(&(key(address), group)))
+}
+
 /// An address as the programs know it: the IP in network byte order.
 fn key(address: &ListenAddress) -> Address {
     let port = u32::from(address.socket.port());

@@ -159,6 +159,12 @@ pub async fn send_job(mut socket: UnixStream, exec: &Exec) -> Result<(), LaunchE
     }
 }
 
+/// Whether a process that was started as a launcher has not become its server yet.
+pub fn is_launcher(pid: u32) -> bool {
+    let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    words.split(|byte| *byte == 0).take(2).eq([&b"dist-ctl"[..], b"launch"])
+}
+
 fn encode(job: &Exec) -> io::Result<Vec<u8>> {
     let text = serde_json::to_vec(job)?;
     match u32::try_from(text.len()) {

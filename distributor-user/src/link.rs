@@ -35,6 +35,13 @@ pub struct Inheritance {
     pub stop: bool,
 }
 
+impl Inheritance {
+    /// There was no distributor before us.
+    pub fn is_empty(&self) -> bool {
+        self.children.is_empty() && self.held.is_empty()
+    }
+}
+
 /// A child that was started by an earlier distributor.
 #[derive(Debug)]
 pub struct Child {

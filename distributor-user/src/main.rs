@@ -54,7 +54,7 @@ fn perform(invocation: &Invocation) -> anyhow::Result<ExitCode> {
                 Verbosity::Verbose => ProgramLog::On,
                 Verbosity::Normal | Verbosity::Quiet => ProgramLog::Off,
             };
-            distributor::run(source.read()?, directory, log)?;
+            distributor::run(source, directory, log)?;
         }
         Command::Launch => return Ok(launch::run()),
         Command::Keep(cgroup) => return Ok(keeper::run(cgroup)),

@@ -26,7 +26,7 @@ use rustix::{
 /// No packet is longer. The sockets' buffers hold at least three of them by default.
 pub const MAX_MESSAGE: usize = 64 * 1024;
 
-/// What the longest header, that of `Child`, leaves. The same for every message, so that a
+/// What the longest header, that of `Child` and `Watch`, leaves. The same for every message, so that a
 /// label that was accepted once can always be told again.
 pub const MAX_LABEL: usize = MAX_MESSAGE - 13;
 
@@ -52,13 +52,18 @@ pub enum ToMonitor {
     Ready,
     /// Everything is stopped and cleaned up: exit with this.
     Finished { code: u8 },
+    /// Treat this process as a child from now on, though somebody else started it. The
+    /// descriptor is its pidfd; the pid is only told on. Its end is told as `Exited` with
+    /// [`Exit::Unknown`]. Answered only if it cannot be: by `NotStarted`, with `EEXIST` if the
+    /// id is taken, `EMFILE` if the descriptor got lost on the way or there is no room for it.
+    Watch { id: u64, pid: u32, label: Vec<u8> },
 }
 
 /// What the monitor tells the distributor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FromMonitor {
-    /// Before `Begin`: a child that an earlier distributor started. `Exited` follows at once
-    /// if it has exited and nobody said `Forget`.
+    /// Before `Begin`: a child that an earlier distributor started, or had watched. `Exited`
+    /// follows at once if it has ended and nobody said `Forget`.
     Child { id: u64, pid: u32, label: Vec<u8> },
     /// Before `Begin`, with the descriptor: what an earlier distributor gave to hold.
     Held { key: u64, label: Vec<u8> },
@@ -66,7 +71,7 @@ pub enum FromMonitor {
     Begin,
     /// The launcher runs. Whether it became the server, it says on its own socket.
     Started { id: u64, pid: u32 },
-    /// It could not be started: `EEXIST` if the id is taken, `EMFILE` if the descriptor got
+    /// It could not be started or watched: `EEXIST` if the id is taken, `EMFILE` if the descriptor got
     /// lost on the way.
     NotStarted { id: u64, errno: i32 },
     /// The descriptor is not held: it got lost on the way because the monitor has no room for
@@ -89,6 +94,8 @@ pub enum Exit {
     Code(i32),
     /// This signal ended it.
     Signal(i32),
+    /// It has ended, and only its parent, which we are not, was told how.
+    Unknown,
 }
 
 impl fmt::Display for Exit {
@@ -99,6 +106,7 @@ impl fmt::Display for Exit {
                 Some(name) => write!(f, "was killed by {name}"),
                 None => write!(f, "was killed by signal {signal}"),
             },
+            Self::Unknown => write!(f, "ended (how is not known)"),
         }
     }
 }
@@ -123,6 +131,7 @@ impl Message for ToMonitor {
             Self::Drop { key } => Packet::new(6).u64(*key).end(),
             Self::Ready => Packet::new(7).end(),
             Self::Finished { code } => Packet::new(8).u8(*code).end(),
+            Self::Watch { id, pid, label } => Packet::new(9).u64(*id).u32(*pid).label(label),
         }
     }
 
@@ -137,6 +146,7 @@ impl Message for ToMonitor {
             6 => Self::Drop { key: fields.u64()? },
             7 => Self::Ready,
             8 => Self::Finished { code: fields.u8()? },
+            9 => Self::Watch { id: fields.u64()?, pid: fields.u32()?, label: fields.label()? },
             _ => return Err(fields.unknown("the distributor")),
         };
         fields.end()?;
@@ -332,6 +342,8 @@ impl Packet {
         match exit {
             Exit::Code(code) => self.u8(0).i32(code),
             Exit::Signal(signal) => self.u8(1).i32(signal),
+            // No number follows, so that there is none that could be taken for a code.
+            Exit::Unknown => self.u8(2),
         }
     }
 
@@ -397,8 +409,9 @@ impl<'a> Fields<'a> {
         match self.u8()? {
             0 => Ok(Exit::Code(self.i32()?)),
             1 => Ok(Exit::Signal(self.i32()?)),
+            2 => Ok(Exit::Unknown),
             other => Err(invalid(format!(
-                "a message of kind {} says {other} for how a process ended: 0 and 1 are known",
+                "a message of kind {} says {other} for how a process ended: 0 to 2 are known",
                 self.kind
             ))),
         }
@@ -443,7 +456,11 @@ mod tests {
     }
 
     fn exit() -> impl Strategy<Value = Exit> {
-        prop_oneof![any::<i32>().prop_map(Exit::Code), any::<i32>().prop_map(Exit::Signal)]
+        prop_oneof![
+            any::<i32>().prop_map(Exit::Code),
+            any::<i32>().prop_map(Exit::Signal),
+            Just(Exit::Unknown)
+        ]
     }
 
     fn to_monitor() -> impl Strategy<Value = ToMonitor> {
@@ -457,6 +474,7 @@ mod tests {
             any::<u64>().prop_map(|key| Drop { key }),
             Just(Ready),
             any::<u8>().prop_map(|code| Finished { code }),
+            (any::<u64>(), any::<u32>(), label()).prop_map(|(id, pid, label)| Watch { id, pid, label }),
         ]
     }
 
@@ -480,7 +498,7 @@ mod tests {
     fn header_of(packet: &[u8]) -> usize {
         match packet[0] {
             1 | 3 | 5 | 66 => 9,
-            65 => 13,
+            9 | 65 => 13,
             _ => packet.len(),
         }
     }
@@ -552,16 +570,20 @@ mod tests {
         for excess in [0, 1] {
             let label = || vec![7; MAX_LABEL + excess];
             let start = ToMonitor::Start { id: 1, label: label() };
+            let watch = ToMonitor::Watch { id: 1, pid: 2, label: label() };
             let child = FromMonitor::Child { id: 1, pid: 2, label: label() };
             match excess {
                 0 => {
-                    here.send(&start, None).unwrap();
-                    assert_eq!(there.receive::<ToMonitor>().unwrap().unwrap().0, start);
+                    for message in [&start, &watch] {
+                        here.send(message, None).unwrap();
+                        assert_eq!(there.receive::<ToMonitor>().unwrap().unwrap().0, *message);
+                    }
                     here.send(&child, None).unwrap();
                     assert_eq!(there.receive::<FromMonitor>().unwrap().unwrap().0, child);
                 }
                 _ => {
                     here.send(&start, None).unwrap_err();
+                    here.send(&watch, None).unwrap_err();
                     here.send(&child, None).unwrap_err();
                 }
             }
@@ -655,6 +677,7 @@ mod tests {
         assert_eq!(Exit::Code(101).to_string(), "exited with 101");
         assert_eq!(Exit::Signal(9).to_string(), "was killed by SIGKILL");
         assert_eq!(Exit::Signal(34).to_string(), "was killed by signal 34");
+        assert_eq!(Exit::Unknown.to_string(), "ended (how is not known)");
     }
 
     fn inode(descriptor: impl AsFd) -> u64 {

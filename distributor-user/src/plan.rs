@@ -102,7 +102,7 @@ impl Wanted {
             .servers
             .iter()
             .filter(|server| server.eligible)
-            .map(|server| (server.slot as u16, hash_name(&server.identity), f64::from(server.weight)))
+            .map(|server| (server.slot as u16, hash(server.identity.as_bytes()), f64::from(server.weight)))
             .collect();
         for (bucket, slot) in table.iter_mut().enumerate() {
             let mut best = f64::NEG_INFINITY;
@@ -120,10 +120,10 @@ impl Wanted {
 }
 
 /// FNV-1a, then mixed: stable over builds and machines, as `std`'s hasher is not.
-fn hash_name(name: &str) -> u64 {
-    let hash = name
-        .bytes()
-        .fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
+pub fn hash(bytes: &[u8]) -> u64 {
+    let hash = bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3));
     mix(hash)
 }
 
@@ -190,6 +190,19 @@ impl Indices {
         );
         self.taken.insert(first, len);
         Ok(first)
+    }
+
+    /// Marks indices as taken that an earlier distributor took.
+    ///
+    /// # Errors
+    /// Some of them are taken already, or are none of a server's.
+    pub fn claim(&mut self, first: u32, len: u32) -> anyhow::Result<()> {
+        let before = self.taken.range(..=first).next_back().map_or(0, |(&start, &length)| start + length);
+        let after = self.taken.range(first + 1..).next().map_or(SERVERS_END as u32, |(&start, _)| start);
+        ensure!(before <= first, "the place {first} is taken");
+        ensure!(first + len <= after, "the places after {first} are taken");
+        self.taken.insert(first, len);
+        Ok(())
     }
 
     pub fn give_back(&mut self, first: u32) {

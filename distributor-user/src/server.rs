@@ -18,6 +18,7 @@ use std::{
 };
 
 use rustix::process::Signal;
+use serde::{Deserialize, Serialize};
 use tracing::Level;
 
 use self::step::Step;
@@ -26,18 +27,20 @@ use crate::{
     backoff::Backoff,
     config::{self, Readiness},
     message::Exit,
+    moment,
     status::{self, ServerState},
 };
 
-/// One server and what has become of it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// One server and what has become of it. What is written of it is what the next distributor goes
+/// on from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Server {
     state: State,
     history: History,
 }
 
 /// The number of an instance. A server's first is 1; none is used twice.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Instance(pub u32);
 
 /// The part of the configuration that decides.
@@ -57,27 +60,67 @@ pub struct Supervision {
 }
 
 /// Where a server is. Each state owns what it needs to go on.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum State {
     /// Nothing runs, and nothing is wanted to.
-    Stopped { since: Instant },
+    Stopped {
+        #[serde(with = "moment")]
+        since: Instant,
+    },
     /// An instance runs, or is about to, and is not in the plan.
-    Starting { since: Instant, deadline: Instant, run: Run },
+    Starting {
+        #[serde(with = "moment")]
+        since: Instant,
+        #[serde(with = "moment")]
+        deadline: Instant,
+        run: Run,
+    },
     /// It is in the plan. The only state in which it is.
-    Ready { since: Instant, run: Run },
+    Ready {
+        #[serde(with = "moment")]
+        since: Instant,
+        run: Run,
+    },
     /// It is out of the plan and finishes its connections.
-    Draining { since: Instant, deadline: Instant, run: Run, then: Then },
+    Draining {
+        #[serde(with = "moment")]
+        since: Instant,
+        #[serde(with = "moment")]
+        deadline: Instant,
+        run: Run,
+        then: Then,
+    },
     /// It was told to end. What is left of it at the deadline is killed, as often as needed.
-    Stopping { since: Instant, deadline: Instant, stage: Stage, run: Run, then: Then },
+    Stopping {
+        #[serde(with = "moment")]
+        since: Instant,
+        #[serde(with = "moment")]
+        deadline: Instant,
+        stage: Stage,
+        run: Run,
+        then: Then,
+    },
     /// Nothing runs until the wait is over.
-    Backoff { since: Instant, until: Instant, attempt: u32, why: String },
+    Backoff {
+        #[serde(with = "moment")]
+        since: Instant,
+        #[serde(with = "moment")]
+        until: Instant,
+        attempt: u32,
+        why: String,
+    },
     /// Nothing runs until a person resumes it.
-    Failed { since: Instant, fault: Fault },
+    Failed {
+        #[serde(with = "moment")]
+        since: Instant,
+        fault: Fault,
+    },
 }
 
 /// What is known of the instance that runs.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Run {
+    #[serde(with = "moment")]
     started: Instant,
     main: Main,
     /// The service's addresses on which it has a listener that was adopted.
@@ -93,7 +136,7 @@ pub struct Run {
 }
 
 /// The process that was launched.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Main {
     /// It does not run the server's command yet.
     Launching,
@@ -107,7 +150,7 @@ pub enum Main {
 }
 
 /// How far an end has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Stage {
     /// The stop signal was sent.
     Asked,
@@ -116,7 +159,7 @@ pub enum Stage {
 }
 
 /// What follows when an instance has ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Then {
     Stopped,
     /// A new instance at once: wanted, not a failure.
@@ -130,7 +173,7 @@ pub enum Then {
 }
 
 /// Why starting it again would be of no use.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Fault {
     /// It failed too often in a row.
     CrashLoop { failures: u32, why: String },
@@ -150,24 +193,8 @@ pub enum Event {
     Resume,
     /// Time has passed. Only needed at the deadline; harmless at any time.
     Tick,
-    /// An instance that an earlier distributor started still runs. Instead of `Start`.
-    Found(Found),
     /// Something was seen of an instance.
     Of(Instance, Report),
-}
-
-/// An instance that was started by an earlier distributor.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Found {
-    pub instance: Instance,
-    /// The process that was launched. `None`: it went to the background and is gone.
-    pub pid: Option<u32>,
-    /// When it was launched.
-    pub started: Instant,
-    /// Whether it had said READY=1.
-    pub notified: bool,
-    pub failures: u32,
-    pub restarts: u64,
 }
 
 /// What was seen of an instance.
@@ -175,6 +202,9 @@ pub struct Found {
 pub enum Report {
     /// The launcher's exec succeeded: the process runs the server's command.
     Launched { pid: u32 },
+    /// The distributor that launched it died before it knew what came of that, and its launcher
+    /// has not run the command.
+    LaunchInterrupted,
     /// There is no process, or it will end without having run the command.
     LaunchFailed { sentence: String },
     /// It has a listener on this address of the service, and it was adopted.
@@ -233,7 +263,7 @@ pub enum Recipient {
 }
 
 /// What outlives an instance.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct History {
     /// The newest instance.
     instance: Instance,
@@ -262,6 +292,13 @@ impl Supervision {
 }
 
 impl Server {
+    /// A server whose instance runs, though nothing was written down of it.
+    pub fn found(instance: Instance, run: Run, now: Instant, policy: &Supervision) -> Self {
+        let mut found = Self::new(instance, now);
+        found.state = State::Starting { since: now, deadline: now + policy.start_timeout, run };
+        found
+    }
+
     /// A server of which nothing runs. `newest` is the last instance number that was used by
     /// an earlier distributor, or 0.
     pub fn new(newest: Instance, now: Instant) -> Self {
@@ -290,6 +327,54 @@ impl Server {
                 (Self { state, history }, step.actions)
             }
         }
+    }
+
+    /// As it goes on under a new monitor: what kept it from being started is forgotten, and so is
+    /// that it was to be stopped; what runs goes on.
+    pub fn afresh(self, now: Instant) -> Self {
+        let Self { state, mut history } = self;
+        let state = match state {
+            State::Stopped { .. } | State::Backoff { .. } | State::Failed { .. } => {
+                history.failures = 0;
+                State::Stopped { since: now }
+            }
+            running => running,
+        };
+        Self { state, history }
+    }
+
+    /// What was known of its instance has come to nothing; the next one has a number of its own.
+    pub fn interrupted(self, newest: Instance, now: Instant) -> Self {
+        let mut history = self.history;
+        history.instance = history.instance.max(newest);
+        Self { state: State::Stopped { since: now }, history }
+    }
+
+    /// The instance that runs, or is about to.
+    pub fn run(&self) -> Option<&Run> {
+        match &self.state {
+            State::Starting { run, .. }
+            | State::Ready { run, .. }
+            | State::Draining { run, .. }
+            | State::Stopping { run, .. } => Some(run),
+            State::Stopped { .. } | State::Backoff { .. } | State::Failed { .. } => None,
+        }
+    }
+
+    /// It is in the plan.
+    pub fn is_included(&self) -> bool {
+        matches!(self.state, State::Ready { .. })
+    }
+
+    /// `DrainDone` is to be told.
+    pub fn awaits_drain(&self) -> bool {
+        matches!(self.state, State::Draining { .. })
+    }
+
+    /// `CgroupEmpty` is to be told.
+    pub fn awaits_empty(&self) -> bool {
+        let killed = matches!(self.state, State::Stopping { stage: Stage::Killed { .. }, .. });
+        killed || self.run().is_some_and(|run| matches!(run.main, Main::Background | Main::Ended))
     }
 
     /// When `Tick` is to be told.
@@ -374,15 +459,9 @@ impl Server {
 
     /// The process that was launched, while it runs.
     pub fn pid(&self) -> Option<u32> {
-        match &self.state {
-            State::Starting { run, .. }
-            | State::Ready { run, .. }
-            | State::Draining { run, .. }
-            | State::Stopping { run, .. } => match run.main {
-                Main::Running { pid } => Some(pid),
-                Main::Launching | Main::Background | Main::Ended => None,
-            },
-            State::Stopped { .. } | State::Backoff { .. } | State::Failed { .. } => None,
+        match self.run()?.main {
+            Main::Running { pid } => Some(pid),
+            Main::Launching | Main::Background | Main::Ended => None,
         }
     }
 
@@ -391,7 +470,7 @@ impl Server {
         self.history.restarts
     }
 
-    /// Failures in a row. With the restarts, what the next distributor needs for `Found`.
+    /// Failures in a row.
     pub fn failures(&self) -> u32 {
         self.history.failures
     }
@@ -403,9 +482,14 @@ impl Server {
 }
 
 impl Run {
-    /// Whether the instance said READY=1.
-    pub fn notified(&self) -> bool {
-        self.notified
+    /// The process that was launched.
+    pub fn main(&self) -> Main {
+        self.main
+    }
+
+    /// An instance of which nothing was written down: it runs, and may have served.
+    pub fn found(pid: u32, started: Instant) -> Self {
+        Self { main: Main::Running { pid }, notified: true, served: true, ..Self::new(started) }
     }
 
     fn new(started: Instant) -> Self {
@@ -417,17 +501,6 @@ impl Run {
             notified: false,
             served: false,
             healthy: false,
-        }
-    }
-
-    fn found(found: &Found) -> Self {
-        Self {
-            main: found.pid.map_or(Main::Background, |pid| Main::Running { pid }),
-            notified: found.notified,
-            // It may have been ready and have connections; to drain it once too often is
-            // harmless.
-            served: true,
-            ..Self::new(found.started)
         }
     }
 

@@ -7,6 +7,7 @@
 
 mod launch;
 mod report;
+mod survey;
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -17,7 +18,7 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use distributor_ebpf::{
-    contract::{Event as KernelEvent, EventKind, Home, Load, Policy, ROOM, ROOMS, Run, SERVERS_END, SOCKETS},
+    contract::{Event as KernelEvent, EventKind, Home, Load, Policy, ROOMS, Run, SERVERS_END, SOCKETS},
     word,
 };
 use rustix::{
@@ -41,10 +42,12 @@ use crate::{
     message::{Exit, ToMonitor},
     notify::{self, Notification},
     plan::{Indices, Slots, Wanted, WantedServer},
+    record,
     server::{Action, Event, Instance, Recipient, Report, Server, Supervision},
 };
 
-pub use launch::Label;
+pub use launch::{Found, Label, Ran, Succession};
+pub use survey::{Left, left};
 
 /// Places in SOCKETS that a server gets for its listeners on one address at first.
 const RUN: u32 = 8;
@@ -96,8 +99,13 @@ pub struct Service {
     left: VecDeque<(Instant, u64)>,
     syncookies: bool,
     closing: bool,
+    /// What runs has not all been found yet: the kernel goes on by the plan that it has.
+    taking_over: bool,
     /// What the kernel was told last.
     told: Option<Wanted>,
+    /// Children whose end has been dealt with, which the monitor may forget once that is written
+    /// down.
+    ended: Vec<u64>,
 }
 
 /// One configured server.
@@ -112,6 +120,8 @@ struct Entry {
     /// Of ended instances.
     total_before: u64,
     most_before: u64,
+    /// Its label is out of date.
+    changed: bool,
 }
 
 /// The instance of a server that runs.
@@ -121,17 +131,19 @@ struct Running {
     id: u64,
     /// Told by the monitor.
     pid: Option<u32>,
+    /// When that process started: see `record::start_time`.
+    start_time: Option<u64>,
     launch: Launch,
     /// Its exit, if that was told before the launcher's answer.
     exit: Option<Exit>,
-    started: Instant,
-    notified: bool,
     cgroup: Cgroup,
     cgroup_id: u64,
     slot: u32,
     generation: u32,
     /// LOAD's total of the slot when it was taken.
     base: u64,
+    /// A hash of what it was started with.
+    job: u64,
     /// By group.
     listeners: Vec<Listeners>,
     included: bool,
@@ -238,7 +250,9 @@ impl Service {
             left: VecDeque::new(),
             syncookies: false,
             closing: false,
+            taking_over: true,
             told: None,
+            ended: Vec::new(),
             config,
             kernel,
             cgroup,
@@ -257,23 +271,11 @@ impl Service {
                     run: None,
                     total_before: 0,
                     most_before: 0,
+                    changed: true,
                 })
             })
             .collect::<Result<_, _>>()?;
-        service.forget_homes()?;
         Ok(service)
-    }
-
-    /// What an earlier distributor's listeners are filed under is out of date: they are found
-    /// and adopted anew. Rooms are the attendant's.
-    fn forget_homes(&mut self) -> anyhow::Result<()> {
-        for (cookie, home) in self.kernel.homes()? {
-            if home.slot != ROOM {
-                self.kernel.vacate(home.index);
-                self.left.push_back((Instant::now() + HOME_STAYS, cookie));
-            }
-        }
-        Ok(())
     }
 
     pub fn name(&self) -> &str {
@@ -290,12 +292,16 @@ impl Service {
         self.entries.iter().all(|entry| entry.run.is_none() && entry.machine.deadline().is_none())
     }
 
-    /// Starts every server that does not run already.
+    /// What runs has been taken over: from here on the kernel goes by what is wanted now.
+    pub fn begin(&mut self) {
+        self.taking_over = false;
+        self.write_plan();
+    }
+
+    /// Starts every server that does not run, or is to be stopped.
     pub fn start(&mut self, host: &mut Host<'_>) {
         for entry in 0..self.entries.len() {
-            if self.entries[entry].run.is_none() {
-                self.tell(entry, Event::Start, host);
-            }
+            self.tell(entry, Event::Start, host);
         }
     }
 
@@ -327,24 +333,24 @@ impl Service {
         self.entries.iter().map(|entry| entry.config.name.clone())
     }
 
-    pub fn set_weight(&mut self, entry: usize, weight: u32, host: &mut Host<'_>) -> Response {
+    pub fn set_weight(&mut self, entry: usize, weight: u32) -> Response {
         let entry_ = &mut self.entries[entry];
         let before = std::mem::replace(&mut entry_.weight, weight);
         info!("server {}: weight {before} -> {weight}", entry_.config.name);
-        self.changed(entry, host)
+        self.changed(entry)
     }
 
-    pub fn set_limit(&mut self, entry: usize, limit: Option<u32>, host: &mut Host<'_>) -> Response {
+    pub fn set_limit(&mut self, entry: usize, limit: Option<u32>) -> Response {
         let shown = |limit: Option<u32>| limit.map_or("none".to_owned(), |limit| limit.to_string());
         let entry_ = &mut self.entries[entry];
         let before = std::mem::replace(&mut entry_.limit, limit);
         info!("server {}: limit {} -> {}", entry_.config.name, shown(before), shown(limit));
-        self.changed(entry, host)
+        self.changed(entry)
     }
 
-    fn changed(&mut self, entry: usize, host: &mut Host<'_>) -> Response {
+    fn changed(&mut self, entry: usize) -> Response {
+        self.entries[entry].changed = true;
         self.write_plan();
-        self.relabel(entry, host);
         Response::Done
     }
 
@@ -504,7 +510,9 @@ impl Service {
     pub fn started(&mut self, entry: usize, pid: u32, host: &mut Host<'_>) {
         if let Some(run) = &mut self.entries[entry].run {
             run.pid = Some(pid);
+            run.start_time = record::start_time(pid);
         }
+        self.entries[entry].changed = true;
         self.settle_launch(entry, host);
     }
 
@@ -566,7 +574,6 @@ impl Service {
                 let told = self.entries[entry].machine.pid() == Some(pid);
                 if !told {
                     self.report(entry, Report::Launched { pid }, host);
-                    self.relabel(entry, host);
                 }
             }
             (Launch::Failed, _) => {}
@@ -601,12 +608,6 @@ impl Service {
                 Notification::Status(text) => Report::NotifyStatus(text.clone()),
                 Notification::MainPid(_) | Notification::Other => continue,
             };
-            if report == Report::NotifyReady {
-                if let Some(run) = &mut self.entries[entry].run {
-                    run.notified = true;
-                }
-                self.relabel(entry, host);
-            }
             self.report(entry, report, host);
         }
     }
@@ -646,7 +647,7 @@ impl Service {
         }
         let Ok(load) = self.kernel.load() else { return };
         self.check_drained(&load, host);
-        self.free_retired(&load, host);
+        self.free_retired(&load);
     }
 
     /// Once a second: what is cheap to look at, and would otherwise depend on an event that
@@ -686,14 +687,14 @@ impl Service {
         }
     }
 
-    fn free_retired(&mut self, load: &Load, host: &mut Host<'_>) {
+    fn free_retired(&mut self, load: &Load) {
         let (empty, busy): (Vec<_>, Vec<_>) =
             self.retired.drain(..).partition(|retired| places(load, retired.slot) == 0);
         self.retired = busy;
         for retired in empty {
             if let Some(entry) = retired.entry {
                 self.entries[entry].total_before += load.total[retired.slot as usize] - retired.base;
-                self.relabel(entry, host);
+                self.entries[entry].changed = true;
             }
             self.slots.give_back(retired.slot);
         }
@@ -724,6 +725,7 @@ impl Service {
             let (machine, actions) =
                 server.machine.clone().step(event, Instant::now(), random(), &server.policy);
             server.machine = machine;
+            server.changed = true;
             for action in actions {
                 events.extend(self.perform(entry, action, host));
             }
@@ -769,7 +771,7 @@ impl Service {
                 if empty { of(Report::CgroupEmpty) } else { None }
             }
             Action::RemoveInstance { .. } => {
-                self.retire(entry, host);
+                self.retire(entry);
                 None
             }
             Action::Log { level, sentence } => {
@@ -815,11 +817,11 @@ impl Service {
     }
 
     /// Clears up after an instance that has no process any more.
-    fn retire(&mut self, entry: usize, host: &mut Host<'_>) {
+    fn retire(&mut self, entry: usize) {
         let Some(run) = self.entries[entry].run.take() else { return };
         // Not at its exit: a server in the background, or what a killed one left, is the next
-        // distributor's to know of. If the monitor is gone, so are we in a moment.
-        let _ = host.link.send(&ToMonitor::Forget { id: run.id }, None);
+        // distributor's to know of.
+        self.ended.push(run.id);
         for them in &run.listeners {
             for (offset, &cookie) in them.cookies.iter().enumerate() {
                 self.kernel.vacate(them.first + offset as u32);
@@ -848,8 +850,19 @@ impl Service {
         self.write_plan();
     }
 
+    /// What became of the children that have ended is written down: the monitor may forget them.
+    pub fn forget_ended(&mut self, host: &mut Host<'_>) {
+        for id in self.ended.drain(..) {
+            // If the monitor is gone, so are we in a moment.
+            let _ = host.link.send(&ToMonitor::Forget { id }, None);
+        }
+    }
+
     /// Tells the kernel what is wanted now, if that differs from what it was told last.
     fn write_plan(&mut self) {
+        if self.taking_over {
+            return;
+        }
         let wanted = Wanted {
             policy: self.config.policy,
             capacity: self.config.waiting.capacity,

@@ -176,7 +176,7 @@ impl<F> State<F> {
                 }
                 let code = match exit {
                     Exit::Code(code) => u8::try_from(code).ok(),
-                    Exit::Signal(_) => None,
+                    Exit::Signal(_) | Exit::Unknown => None,
                 };
                 let how = format!("the distributor (pid {pid}) {exit} after {:.1}s", ran.as_secs_f32());
                 self.died(&how, code, now)
@@ -247,6 +247,7 @@ impl<F> State<F> {
                 self.held.remove(&key);
                 vec![]
             }
+            (ToMonitor::Watch { .. }, _) => vec![],
             (ToMonitor::Ready, _) => {
                 self.ready = true;
                 vec![]

@@ -12,8 +12,8 @@ use rustix::process::Signal;
 use tracing::Level;
 
 use super::{
-    Action, Event, Fault, Found, History, Instance, Main, Recipient, Report, Run, Stage, State, Supervision,
-    Then, span,
+    Action, Event, Fault, History, Instance, Main, Recipient, Report, Run, Stage, State, Supervision, Then,
+    span,
 };
 use crate::message::Exit;
 
@@ -28,17 +28,16 @@ pub(super) struct Step<'a> {
 
 impl Step<'_> {
     pub(super) fn next(&mut self, state: State, event: Event) -> State {
-        use Event::{Found, Of, Resume, Start, Stop, Tick};
+        use Event::{Of, Resume, Start, Stop, Tick};
         use Report::{
-            CgroupEmpty, DrainDone, LaunchFailed, Launched, ListenerAdopted, ListenerGone, ListensElsewhere,
-            MainExited, Misbound, NotifyReady, NotifyStatus, NotifyStopping,
+            CgroupEmpty, DrainDone, LaunchFailed, LaunchInterrupted, Launched, ListenerAdopted, ListenerGone,
+            ListensElsewhere, MainExited, Misbound, NotifyReady, NotifyStatus, NotifyStopping,
         };
         use State::{Backoff, Draining, Failed, Ready, Starting, Stopped, Stopping};
 
         match (state, event) {
             // -- Stopped
             (Stopped { .. }, Start) => self.launch_afresh(),
-            (Stopped { .. }, Found(found)) => self.take_over(&found),
             // It is stopped already; it has not failed; it waits for no time.
             (state @ Stopped { .. }, Stop | Resume | Tick) => state,
 
@@ -83,6 +82,10 @@ impl Step<'_> {
                 run.main = Main::Ended;
                 self.kill(self.now, run, then, 0)
             }
+            (Starting { since, deadline, run }, Of(_, LaunchInterrupted)) => match run.main {
+                Main::Launching => self.kill(self.now, run, Then::Start, 0),
+                Main::Running { .. } | Main::Background | Main::Ended => Starting { since, deadline, run },
+            },
             (Starting { since, deadline, mut run }, Of(_, ListenerAdopted { address })) => {
                 run.listening.insert(address);
                 self.settle(since, deadline, run)
@@ -190,7 +193,14 @@ impl Step<'_> {
             // once the service's are there; it is in the plan, so nobody asked for its drain.
             (
                 state @ Ready { .. },
-                Of(_, Launched { .. } | LaunchFailed { .. } | ListensElsewhere { .. } | DrainDone),
+                Of(
+                    _,
+                    Launched { .. }
+                    | LaunchFailed { .. }
+                    | LaunchInterrupted
+                    | ListensElsewhere { .. }
+                    | DrainDone,
+                ),
             ) => state,
 
             // -- Draining
@@ -249,6 +259,7 @@ impl Step<'_> {
                     _,
                     Launched { .. }
                     | LaunchFailed { .. }
+                    | LaunchInterrupted
                     | ListenerAdopted { .. }
                     | ListenerGone { .. }
                     | ListensElsewhere { .. }
@@ -351,7 +362,8 @@ impl Step<'_> {
                 state @ Stopping { .. },
                 Of(
                     _,
-                    ListenerAdopted { .. }
+                    LaunchInterrupted
+                    | ListenerAdopted { .. }
                     | ListenerGone { .. }
                     | ListensElsewhere { .. }
                     | Misbound { .. }
@@ -403,16 +415,6 @@ impl Step<'_> {
                 self.history.says = says;
                 state
             }
-            // What runs is found before anything is started.
-            (
-                state @ (Starting { .. }
-                | Ready { .. }
-                | Draining { .. }
-                | Stopping { .. }
-                | Backoff { .. }
-                | Failed { .. }),
-                Found(_),
-            ) => state,
             // The instance has ended, and this was on its way.
             (state @ Stopped { .. }, Of(_, LaunchFailed { .. }))
             | (
@@ -420,6 +422,7 @@ impl Step<'_> {
                 Of(
                     _,
                     Launched { .. }
+                    | LaunchInterrupted
                     | ListenerAdopted { .. }
                     | ListenerGone { .. }
                     | ListensElsewhere { .. }
@@ -455,18 +458,6 @@ impl Step<'_> {
             since: self.now,
             deadline: self.after(self.policy.start_timeout),
             run: Run::new(self.now),
-        }
-    }
-
-    fn take_over(&mut self, found: &Found) -> State {
-        self.history.instance = found.instance;
-        self.history.failures = found.failures;
-        self.history.restarts = found.restarts;
-        self.log(Level::INFO, "was found running; gets connections once its listeners are found".to_owned());
-        State::Starting {
-            since: self.now,
-            deadline: self.after(self.policy.start_timeout),
-            run: Run::found(found),
         }
     }
 

@@ -643,27 +643,72 @@ fn event_of_an_earlier_instance_changes_nothing() {
     assert_eq!(story.server, before);
 }
 
+/// As the next distributor reads it.
+fn written_and_read(server: &Server) -> Server {
+    serde_json::from_str(&serde_json::to_string(server).unwrap()).unwrap()
+}
+
 #[test]
-fn found_instance_is_ready_when_its_listeners_are_found() {
+fn the_next_distributor_goes_on_where_the_one_before_was() {
+    let mut story = Story::ready();
+    story.exits(Exit::Code(1));
+    story.launched();
+    story.report(Report::ListenerAdopted { address: 0 });
+    assert_eq!(story.server.failures(), 1);
+    story.server = written_and_read(&story.server);
+    assert!(story.server.is_included());
+    assert_eq!(story.server.pid(), Some(4711));
+    assert_eq!(story.exits(Exit::Code(1)), ["exclude 2", "remove 2"]);
+    assert!(story.reason().contains("(attempt 3)"), "{}", story.reason());
+    story.server = written_and_read(&story.server);
+    assert_eq!(story.status(), ServerState::Backoff);
+    assert_eq!(story.deadline(), ["launch 3"]);
+    assert_eq!(story.server.restarts(), 2);
+}
+
+#[test]
+fn under_a_new_monitor_a_server_that_was_given_up_is_started() {
+    let mut story = Story::new();
+    story.tell(Event::Start);
+    story.launched();
+    let sentence = "binds it wrongly".to_owned();
+    story.report(Report::Misbound { sentence });
+    story.exits(Exit::Signal(15));
+    assert_eq!(story.status(), ServerState::Failed);
+    story.server = written_and_read(&story.server).afresh(story.now);
+    assert_eq!(story.tell(Event::Start), ["launch 2"]);
+}
+
+#[test]
+fn one_that_was_being_stopped_is_started_again_under_a_new_monitor() {
+    let mut story = Story::ready();
+    story.tell(Event::Stop);
+    assert_eq!(story.status(), ServerState::Draining);
+    story.server = written_and_read(&story.server).afresh(story.now);
+    assert_eq!(story.tell(Event::Start), NOTHING);
+    story.report(Report::DrainDone);
+    assert_eq!(story.exits(Exit::Signal(15)), ["remove 1", "launch 2"]);
+}
+
+#[test]
+fn a_launch_that_was_interrupted_is_no_failure() {
+    let mut story = Story::new();
+    story.tell(Event::Start);
+    story.server = written_and_read(&story.server);
+    assert_eq!(story.report(Report::LaunchInterrupted), ["SIGKILL to main of 1", "kill 1"]);
+    assert_eq!(story.exits(Exit::Signal(9)), ["remove 1", "launch 2"]);
+    assert_eq!((story.server.failures(), story.server.restarts()), (0, 0));
+}
+
+#[test]
+fn an_instance_of_which_nothing_was_written_down_is_ready_once_it_listens() {
     let mut story = Story::with(Supervision { readiness: Readiness::Notify, ..policy() });
-    let found = Event::Found(Found {
-        instance: Instance(7),
-        pid: Some(4711),
-        started: story.now - Duration::from_millis(500),
-        notified: true,
-        failures: 2,
-        restarts: 6,
-    });
-    assert_eq!(story.tell(found), NOTHING);
+    let run = Run::found(4711, story.now - Duration::from_millis(500));
+    story.server = Server::found(Instance(7), run, story.now, &story.policy);
     assert_eq!(story.server.pid(), Some(4711));
     assert_eq!(story.reason(), "has no listener on [::]:8080 now, waits for one");
-    let actions = story.report(Report::ListenerAdopted { address: 0 });
-    assert_eq!(actions, ["include 7"]);
-    // What it failed before is remembered: the third failure in a row.
-    assert_eq!(story.exits(Exit::Code(1)), ["exclude 7", "remove 7"]);
-    assert_eq!(story.reason(), "exited with 1 after 0.5s; next start in 4s (attempt 4)");
-    assert_eq!(story.deadline(), ["launch 8"]);
-    assert_eq!(story.server.restarts(), 7);
+    assert_eq!(story.report(Report::ListenerAdopted { address: 0 }), ["include 7"]);
+    assert_eq!(story.exits(Exit::Code(1)), ["exclude 7", "remove 7", "launch 8"]);
 }
 
 #[test]
@@ -706,6 +751,7 @@ fn any_report() -> impl Strategy<Value = Report> {
     prop_oneof![
         3 => Just(Report::Launched { pid: 4711 }),
         1 => Just(Report::LaunchFailed { sentence: "exec: no".to_owned() }),
+        1 => Just(Report::LaunchInterrupted),
         6 => (0..3_usize).prop_map(|address| Report::ListenerAdopted { address }),
         2 => (0..3_usize).prop_map(|address| Report::ListenerGone { address }),
         1 => Just(Report::ListensElsewhere { address: "0.0.0.0:1".to_owned() }),
@@ -728,6 +774,8 @@ enum Happens {
     Seen(u32, Report),
     /// The time of the deadline has come.
     Deadline,
+    /// The distributor is killed, and the next one reads what was written of the server.
+    Succession,
 }
 
 /// Some milliseconds later, with this random number, it happens.
@@ -745,6 +793,7 @@ fn one() -> impl Strategy<Value = Happening> {
         12 => (prop_oneof![9 => Just(0), 1 => Just(1_u32)], any_report())
             .prop_map(|(before, report)| Happens::Seen(before, report)),
         3 => Just(Happens::Deadline),
+        3 => Just(Happens::Succession),
     ];
     let later = prop_oneof![4 => 0..50_u64, 1 => 0..40_000_u64];
     (later, any::<u32>(), happens)
@@ -869,8 +918,14 @@ fn live(policy: &Supervision, events: Vec<Happening>) -> (Server, Instant, Witne
                 now = now.max(server.deadline().unwrap_or(now));
                 Event::Tick
             }
+            Happens::Succession => {
+                server = written_and_read(&server);
+                // Reading and writing take their time.
+                now = now.max(Instant::now());
+                Event::Tick
+            }
         };
-        ordered |= matches!(event, Event::Start | Event::Resume);
+        ordered |= matches!(event, Event::Start | Event::Resume | Event::Of(_, Report::LaunchInterrupted));
         let before = server.clone();
         let (after, actions) = server.step(event.clone(), now, random, policy);
         for action in &actions {

@@ -2,15 +2,17 @@
 
 use std::{
     cmp::Reverse,
+    collections::HashSet,
     os::fd::AsFd as _,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
+use distributor_ebpf::contract::{Home, Plan, ROOM, Run as KernelRun, SLOTS};
 use serde::{Deserialize, Serialize};
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
-use super::{Entry, Host, Launch, Listeners, Running, Service};
+use super::{Host, Launch, Listeners, Running, Service};
 use crate::{
     config::SocketMode,
     distributor::Input,
@@ -18,27 +20,56 @@ use crate::{
     link::Child,
     message::ToMonitor,
     notify::NotifySocket,
-    server::{Event, Found, Instance},
+    plan, record,
+    server::{self, Event, Instance, Main, Report, Server},
 };
 
-/// What the monitor keeps with a server's process, for the next distributor.
+/// What the next distributor has to know of a server. The monitor keeps it with the server's
+/// process, and the record on disk has that of every server.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Label {
     pub service: String,
     /// Its full name, `shop/1`.
     pub server: String,
-    pub instance: u32,
-    pub slot: u32,
-    pub generation: u32,
-    pub base: u64,
-    pub started: SystemTime,
-    pub notified: bool,
-    pub failures: u32,
-    pub restarts: u64,
+    pub machine: Server,
+    /// Of the instance that runs, or is about to.
+    pub run: Option<Ran>,
+    /// Live: the configuration's, or what an operator set since.
     pub weight: u32,
     pub limit: Option<u32>,
+    /// Of ended instances that have no connections any more.
     pub total_before: u64,
     pub most_before: u64,
+    /// Slots of ended instances that still have some, and LOAD's total when each was taken.
+    pub retired: Vec<(u32, u64)>,
+}
+
+/// An instance's place in the kernel's maps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ran {
+    pub slot: u32,
+    pub generation: u32,
+    /// LOAD's total of the slot when it was taken.
+    pub base: u64,
+    /// What it was started with: a hash of its job.
+    pub job: u64,
+}
+
+/// How a distributor comes to what it takes over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Succession {
+    /// It follows another one of the same monitor, and goes on where that was.
+    Next,
+    /// It is the first one of its monitor. What runs goes on, and what was wanted of it before
+    /// counts no more: the configuration does.
+    First,
+}
+
+/// A server to be taken over.
+pub struct Found {
+    pub label: Label,
+    /// Its process, if the monitor knows of one.
+    pub child: Option<Child>,
 }
 
 impl Service {
@@ -59,15 +90,15 @@ impl Service {
             instance,
             id: host.link.number(),
             pid: None,
+            start_time: None,
             launch: Launch::UnderWay,
             exit: None,
-            started: Instant::now(),
-            notified: false,
             cgroup: cgroup.clone(),
             cgroup_id: 0,
             slot,
             generation,
             base,
+            job: self.job(entry)?,
             listeners: vec![Listeners::default(); self.config.listen.len()],
             included: false,
             draining: false,
@@ -82,7 +113,7 @@ impl Service {
         if notify.is_some() {
             exec.environment.push(("NOTIFY_SOCKET".to_owned(), notify_path.to_string_lossy().into_owned()));
         }
-        let label = self.label(entry).context("the instance was just made")?;
+        let label = self.label(entry);
         let run = self.entries[entry].run.as_mut().context("the instance was just made")?;
         run.cgroup_id = cgroup_id;
         run.notify = notify;
@@ -98,85 +129,190 @@ impl Service {
         Ok(())
     }
 
-    /// Takes over the instances that an earlier distributor started. Returns those that are of
-    /// no server of this service any more.
+    /// Takes over what earlier distributors started. Nothing is taken out of the kernel's maps that
+    /// is still there, and no plan is written before [`Service::start`]: connections are steered
+    /// by the last one all the time.
+    ///
+    /// Returns those children that are of no server of this service any more.
     pub fn take_over(
         &mut self,
-        mut children: Vec<(Child, Label)>,
+        mut found: Vec<Found>,
+        succession: Succession,
         host: &mut Host<'_>,
     ) -> anyhow::Result<Vec<Child>> {
-        // A launcher that failed may still be known beside the instance after it.
-        children.sort_by_key(|(_, label)| Reverse(label.instance));
-        let (mut found, mut strangers) = (Vec::<(usize, Child, Label)>::new(), Vec::new());
-        for (child, label) in children {
-            match self.find(&label.server) {
-                Some(entry) if found.iter().all(|(other, ..)| *other != entry) => {
-                    // All of them, before one that has died meanwhile is started in another slot.
-                    self.slots.claim(label.slot)?;
-                    found.push((entry, child, label));
-                }
-                _ => strangers.push(child),
+        let mut strangers = Vec::new();
+        // One that was launched may be known beside the instance before it, and what was recorded
+        // beside what the monitor keeps.
+        found.sort_by_key(|found| Reverse(found.label.age()));
+        let mut chosen: Vec<(usize, Found)> = Vec::new();
+        for found in found {
+            match self.find(&found.label.server) {
+                Some(entry) if chosen.iter().all(|(other, _)| *other != entry) => chosen.push((entry, found)),
+                _ => strangers.extend(found.child),
             }
         }
+        // All of them, before one that has died meanwhile is started in another slot.
+        for (entry, Found { label, .. }) in &chosen {
+            self.remember(*entry, label, succession);
+        }
         self.retire_unclaimed()?;
-        for (entry, child, label) in found {
-            self.take_over_one(entry, &child, &label, host)?;
+        let plan = self.kernel.plan()?;
+        let homes = self.kernel.homes()?;
+        for (entry, Found { label, child }) in &chosen {
+            if label.machine.run().is_some() {
+                self.take_over_run(*entry, label, child.as_ref(), host)?;
+                self.find_listeners(*entry, &plan, &homes);
+            }
+        }
+        self.forget_homes(homes);
+        for (entry, Found { label, child }) in &chosen {
+            self.catch_up(*entry, label, child.as_ref(), succession, host);
         }
         Ok(strangers)
     }
 
-    fn take_over_one(
+    /// What outlives an instance.
+    fn remember(&mut self, entry: usize, label: &Label, succession: Succession) {
+        let server = &mut self.entries[entry];
+        if succession == Succession::Next {
+            (server.weight, server.limit) = (label.weight, label.limit);
+        }
+        (server.total_before, server.most_before) = (label.total_before, label.most_before);
+        server.machine = match succession {
+            Succession::Next => label.machine.clone(),
+            Succession::First => label.machine.clone().afresh(Instant::now()),
+        };
+        for &(slot, base) in &label.retired {
+            if self.slots.claim(slot).is_ok() {
+                self.retired.push(super::Retired { slot, entry: Some(entry), base });
+            }
+        }
+        if let Some(ran) = label.run {
+            // If the slot is somebody else's, it gets one of its own below.
+            let _ = self.slots.claim(ran.slot);
+            self.generation = self.generation.max(ran.generation);
+        }
+    }
+
+    fn take_over_run(
         &mut self,
         entry: usize,
-        child: &Child,
         label: &Label,
+        child: Option<&Child>,
         host: &mut Host<'_>,
     ) -> anyhow::Result<()> {
-        let instance = Instance(label.instance);
+        let machine = &self.entries[entry].machine;
+        let instance = machine.instance();
+        let (included, draining, emptying) =
+            (machine.is_included(), machine.awaits_drain(), machine.awaits_empty());
+        let main = machine.run().map(server::Run::main);
         let (cgroup, notify_path) = self.places_of(entry, instance, host);
-        let age = SystemTime::now().duration_since(label.started).unwrap_or(Duration::ZERO);
-        let now = Instant::now();
-        let started = now.checked_sub(age).unwrap_or(now);
-        let Entry { weight, limit, total_before, most_before, .. } = &mut self.entries[entry];
-        (*weight, *limit) = (label.weight, label.limit);
-        (*total_before, *most_before) = (label.total_before, label.most_before);
         let notify = match self.wants_notify() {
             true => Some(self.listen_to(entry, instance, notify_path, host)?),
             false => None,
         };
+        let ran = match label.run {
+            Some(ran) => ran,
+            None => {
+                let slot = self.slots.take()?;
+                self.generation = self.generation.wrapping_add(1);
+                let base = self.kernel.load()?.total[slot as usize];
+                Ran { slot, generation: self.generation, base, job: 0 }
+            }
+        };
         self.entries[entry].run = Some(Running {
             instance,
-            id: child.id,
-            pid: Some(child.pid),
-            launch: Launch::Running,
+            // Without a child nobody is ever told this number.
+            id: child.map_or(0, |child| child.id),
+            pid: child.map(|child| child.pid),
+            start_time: child.and_then(|child| record::start_time(child.pid)),
+            launch: if main == Some(Main::Launching) { Launch::UnderWay } else { Launch::Running },
             exit: None,
-            started,
-            notified: label.notified,
             cgroup_id: cgroup.id().unwrap_or(0),
             cgroup,
-            slot: label.slot,
-            generation: label.generation,
-            base: label.base,
+            slot: ran.slot,
+            generation: ran.generation,
+            base: ran.base,
+            job: ran.job,
             listeners: vec![Listeners::default(); self.config.listen.len()],
-            included: false,
-            draining: false,
-            emptying: false,
+            included,
+            draining,
+            emptying,
             notify,
         });
-        let found = Found {
-            instance,
-            pid: Some(child.pid),
-            started,
-            notified: label.notified,
-            failures: label.failures,
-            restarts: label.restarts,
-        };
-        self.tell(entry, Event::Found(found), host);
+        Ok(())
+    }
+
+    /// The listeners of an instance, as the last plan has them: at the same places of SOCKETS, so
+    /// that they never leave it.
+    fn find_listeners(&mut self, entry: usize, plan: &Plan, homes: &[(u64, Home)]) {
+        let Some(run) = &mut self.entries[entry].run else { return };
+        for (group, them) in run.listeners.iter_mut().enumerate() {
+            let KernelRun { first, len } = plan.runs[group * SLOTS + run.slot as usize];
+            let (first, len) = (u32::from(first), u32::from(len));
+            let cookie_at = |index: u32| {
+                let home = Home { slot: run.slot, index };
+                homes.iter().find(|(_, its)| *its == home).map(|(cookie, _)| *cookie)
+            };
+            // Without one of them they are adopted anew.
+            let Some(cookies) = (first..first + len).map(cookie_at).collect::<Option<Vec<u64>>>() else {
+                continue;
+            };
+            let places = len.next_power_of_two().max(super::RUN);
+            if len > 0 && self.indices.claim(first, places).is_ok() {
+                *them = Listeners { first, places, cookies };
+            }
+        }
+    }
+
+    /// Brings a server up to date with what has happened since its label was written.
+    fn catch_up(
+        &mut self,
+        entry: usize,
+        label: &Label,
+        child: Option<&Child>,
+        succession: Succession,
+        host: &mut Host<'_>,
+    ) {
+        let Some(run) = &self.entries[entry].run else { return };
+        let name = &self.entries[entry].config.name;
+        match run.pid {
+            Some(pid) => info!("server {name} was found running (pid {pid})"),
+            None => info!("server {name} was found running"),
+        }
+        if let (Launch::UnderWay, Some(pid)) = (run.launch, run.pid) {
+            if child.is_some_and(|child| child.exit.is_none()) && !launch::is_launcher(pid) {
+                self.launched(entry, run.instance, Ok(()), host);
+            } else {
+                if let Some(run) = &mut self.entries[entry].run {
+                    run.launch = Launch::Failed;
+                }
+                self.report(entry, Report::LaunchInterrupted, host);
+            }
+        }
         self.scan(entry, None, host);
-        if let Some(exit) = child.exit {
+        if let Some(exit) = child.and_then(|child| child.exit) {
             self.exited(entry, exit, host);
         }
-        Ok(())
+        let changed = label.run.is_some_and(|ran| self.job(entry).is_ok_and(|job| job != ran.job));
+        if succession == Succession::First && changed && self.entries[entry].run.is_some() {
+            info!("server {}: what it is started with has changed", self.entries[entry].config.name);
+            self.tell(entry, Event::Stop, host);
+        }
+    }
+
+    /// What an earlier distributor's listeners are filed under, if nobody has them any more.
+    /// Rooms are the attendant's.
+    fn forget_homes(&mut self, homes: Vec<(u64, Home)>) {
+        let runs = self.entries.iter().filter_map(|entry| entry.run.as_ref());
+        let kept: HashSet<u64> =
+            runs.flat_map(|run| &run.listeners).flat_map(|them| them.cookies.iter().copied()).collect();
+        for (cookie, home) in homes {
+            if home.slot != ROOM && !kept.contains(&cookie) {
+                self.kernel.vacate(home.index);
+                self.left.push_back((Instant::now() + super::HOME_STAYS, cookie));
+            }
+        }
     }
 
     /// Slots that hold connections of instances which ended while nobody watched: not to be
@@ -261,35 +397,72 @@ impl Service {
         }
     }
 
-    fn label(&self, entry: usize) -> Option<Label> {
+    /// What the next distributor has to know of a server.
+    pub(super) fn label(&self, entry: usize) -> Label {
         let server = &self.entries[entry];
-        let run = server.run.as_ref()?;
-        Some(Label {
+        let retired = self.retired.iter().filter(|retired| retired.entry == Some(entry));
+        Label {
             service: self.config.name.clone(),
             server: server.config.name.clone(),
-            instance: run.instance.0,
-            slot: run.slot,
-            generation: run.generation,
-            base: run.base,
-            started: SystemTime::now() - run.started.elapsed(),
-            notified: run.notified,
-            failures: server.machine.failures(),
-            restarts: server.machine.restarts(),
+            machine: server.machine.clone(),
+            run: server.run.as_ref().map(|run| Ran {
+                slot: run.slot,
+                generation: run.generation,
+                base: run.base,
+                job: run.job,
+            }),
             weight: server.weight,
             limit: server.limit,
             total_before: server.total_before,
             most_before: server.most_before,
-        })
+            retired: retired.map(|retired| (retired.slot, retired.base)).collect(),
+        }
     }
 
-    /// Has the monitor keep what has changed about an instance.
-    pub(super) fn relabel(&mut self, entry: usize, host: &mut Host<'_>) {
-        let (Some(label), Some(run)) = (self.label(entry), &self.entries[entry].run) else { return };
-        let sent = serde_json::to_vec(&label)
-            .map_err(anyhow::Error::from)
-            .and_then(|label| host.link.send(&ToMonitor::Relabel { id: run.id, label }, None));
-        if let Err(error) = sent {
-            debug!("server {}: {error:#}; a next distributor knows an older state of it", label.server);
+    /// Has the monitor keep what has changed of the servers. False if nothing has.
+    pub fn relabel(&mut self, host: &mut Host<'_>) -> bool {
+        let mut changed = false;
+        for entry in 0..self.entries.len() {
+            if !std::mem::take(&mut self.entries[entry].changed) {
+                continue;
+            }
+            changed = true;
+            let label = self.label(entry);
+            let Some(run) = &self.entries[entry].run else { continue };
+            let sent = serde_json::to_vec(&label)
+                .map_err(anyhow::Error::from)
+                .and_then(|label| host.link.send(&ToMonitor::Relabel { id: run.id, label }, None));
+            if let Err(error) = sent {
+                debug!("server {}: {error:#}; a next distributor knows an older state of it", label.server);
+            }
         }
+        changed
+    }
+
+    /// What is recorded of it.
+    pub fn record(&self) -> record::Service {
+        let server = |entry: usize| record::Server {
+            label: self.label(entry),
+            start_time: self.entries[entry].run.as_ref().and_then(|run| run.start_time),
+        };
+        record::Service {
+            name: self.config.name.clone(),
+            uid: super::uid(&self.config),
+            servers: (0..self.entries.len()).map(server).collect(),
+        }
+    }
+
+    /// A hash of what a server is started with.
+    pub(super) fn job(&self, entry: usize) -> anyhow::Result<u64> {
+        // Where it runs differs from instance to instance.
+        let exec = self.exec(entry, std::path::PathBuf::new());
+        Ok(plan::hash(&serde_json::to_vec(&exec)?))
+    }
+}
+
+impl Label {
+    /// Of two labels of a server, the one with more of this was written later.
+    fn age(&self) -> (u32, bool) {
+        (self.machine.instance().0, self.machine.run().is_none())
     }
 }

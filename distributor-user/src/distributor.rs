@@ -36,6 +36,7 @@ use crate::{
     instance::Instance,
     kernel::ProgramLog,
     link::{Child, Inheritance, Link},
+    lock::DistributorLock,
     message::{FromMonitor, ToMonitor},
     notify,
     record::{Record, Recorder},
@@ -107,6 +108,8 @@ async fn serve(
         rustix::process::geteuid().is_root(),
         "start dist-ctl: it needs root to load programs into the kernel: run it with sudo"
     );
+    // Until we are gone, whatever happens below: there is no other.
+    let _lock = DistributorLock::take(runtime_dir)?;
     let place = Instance::find(runtime_dir)?;
     // What an earlier run has left is not ours to end because we cannot start.
     let nothing_runs = inheritance.is_empty() && !place.is_populated();

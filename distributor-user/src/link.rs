@@ -14,6 +14,7 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     time::{ClockId, clock_gettime},
 };
+use tracing::warn;
 
 use crate::{
     message::{Channel, Exit, FromMonitor, ToMonitor},
@@ -67,7 +68,14 @@ impl Link {
             .context("talk to the monitor: this command is started by dist-ctl up, not by hand")?;
         let mut inheritance = Inheritance::default();
         loop {
-            match channel.receive().context("hear from the monitor")? {
+            let received = match channel.receive() {
+                Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                    not_understood(&error);
+                    continue;
+                }
+                received => received.context("hear from the monitor")?,
+            };
+            match received {
                 Some((FromMonitor::Begin, _)) => break,
                 Some((FromMonitor::Child { id, pid, label }, _)) => {
                     inheritance.children.push(Child { id, pid, label, exit: None });
@@ -131,7 +139,16 @@ impl Link {
                  on this runtime directory ends them and starts afresh"
             ),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                not_understood(&error);
+                self.receive()
+            }
             Err(error) => Err(error).context("hear from the monitor"),
         }
     }
+}
+
+/// The monitor may be newer than we are, and know more messages.
+fn not_understood(error: &io::Error) {
+    warn!("the monitor sent {error}: it is ignored");
 }

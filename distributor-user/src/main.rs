@@ -22,7 +22,7 @@ use distributor_user::{
     keeper,
     kernel::ProgramLog,
     launch,
-    lock::Lock,
+    lock::{DistributorLock, Lock},
     logging::{self, Verbosity},
     monitor,
     status::Status,
@@ -72,6 +72,7 @@ fn perform(invocation: &Invocation) -> anyhow::Result<ExitCode> {
         Command::Down => match control::down(directory, DOWN_TIMEOUT) {
             Err(_) if !control::is_up(directory) && Instance::is_abandoned(directory) => {
                 let _lock = Lock::take(directory)?;
+                let _distributor = DistributorLock::take(directory)?;
                 Instance::find(directory)?.remove()?;
             }
             answer => {

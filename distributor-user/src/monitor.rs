@@ -1,8 +1,8 @@
 //! The monitor: parent of the distributor and of every server.
 //!
-//! It starts and signals servers when the distributor asks, reports their exits, keeps
-//! descriptors for the next distributor, and starts that one when the distributor dies. It
-//! reads no configuration and no job, waits for nobody without a limit, and remembers only
+//! It starts and signals servers when the distributor asks, watches those that somebody else
+//! started, reports how they end, keeps descriptors for the next distributor, and starts that
+//! one when the distributor dies. It reads no configuration and no job, waits for nobody without a limit, and remembers only
 //! what the next distributor must be told. What to do is decided in monitor/state.rs, and done
 //! here; message.rs says what each message means.
 #![forbid(unsafe_code)]
@@ -91,7 +91,7 @@ fn supervise(programs: Programs, runtime_dir: &Path) -> anyhow::Result<u8> {
         if let Some(code) = monitor.finished {
             break code;
         }
-        monitor.wait(signals.get_read())?;
+        let ended = monitor.wait(signals.get_read())?;
         for signal in signals.pending() {
             match signal {
                 SIGTERM | SIGINT => monitor.step(Event::Stop),
@@ -101,6 +101,7 @@ fn supervise(programs: Programs, runtime_dir: &Path) -> anyhow::Result<u8> {
             }
         }
         monitor.read();
+        ended.into_iter().for_each(|id| monitor.step(Event::WatchedEnded { id }));
         monitor.reap();
         monitor.write();
     };
@@ -150,6 +151,7 @@ impl Monitor {
                     self.step(Event::ServerStarted { id, label, result });
                 }
                 Action::Signal { pid, signal } => send_signal(pid, signal),
+                Action::SignalWatched { id, signal } => self.signal_watched(id, signal),
                 Action::Tell(message) => self.queue.push_back(message),
                 Action::Say(sentence) => tracing::warn!("{sentence}"),
                 Action::Finish(code) => self.finished = Some(code),
@@ -184,9 +186,34 @@ impl Monitor {
         }
     }
 
-    /// Sleeps until there is something to do.
-    fn wait(&self, signals: &UnixStream) -> anyhow::Result<()> {
-        let mut events = vec![PollFd::new(signals, PollFlags::IN)];
+    /// By its descriptor, which is no other process's however long this one has been dead.
+    fn signal_watched(&self, id: u64, signal: i32) {
+        let Some((_, pidfd)) = self.state.watched().find(|(watched, _)| *watched == id) else {
+            return;
+        };
+        let Some(named) = Signal::from_named_raw(signal) else {
+            tracing::warn!("signal {signal} for watched process {id}: it has no name, so it is not sent");
+            return;
+        };
+        match rustix::process::pidfd_send_signal(pidfd, named) {
+            // That it is gone is about to be noticed.
+            Ok(()) | Err(Errno::SRCH) => {}
+            Err(error) => tracing::warn!("send signal {signal} to watched process {id}: {error}"),
+        }
+    }
+
+    /// Sleeps until there is something to do. Gives the watched processes that have ended.
+    fn wait(&self, signals: &UnixStream) -> anyhow::Result<Vec<u64>> {
+        let mut events = vec![];
+        let mut watched = vec![];
+        // With a full queue they may stay as they are, like children that nobody has reaped.
+        if self.queue.len() < QUEUE {
+            for (id, pidfd) in self.state.watched() {
+                events.push(PollFd::new(pidfd, PollFlags::IN));
+                watched.push(id);
+            }
+        }
+        events.push(PollFd::new(signals, PollFlags::IN));
         if let Some(channel) = &self.channel {
             let mut wanted = PollFlags::empty();
             wanted.set(PollFlags::IN, self.queue.len() < QUEUE);
@@ -198,7 +225,11 @@ impl Monitor {
             Timespec::try_from(left).expect("a backoff fits")
         });
         match rustix::event::poll(&mut events, timeout.as_ref()) {
-            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Ok(_) => {
+                let ended = watched.into_iter().zip(&events).filter(|(_, event)| !event.revents().is_empty());
+                Ok(ended.map(|(id, _)| id).collect())
+            }
+            Err(Errno::INTR) => Ok(vec![]),
             Err(error) => Err(error).context("wait for something to happen"),
         }
     }
@@ -289,8 +320,13 @@ impl Monitor {
         self.step(Event::Exited { pid, exit });
     }
 
-    /// Nothing of ours outlives us, except what cannot die: everything is killed, and what
+    /// No child of ours outlives us, except what cannot die: everything is killed, and what
     /// that leaves to us as well. Only the distributor gets time to exit by itself.
+    ///
+    /// Watched processes are left alone. The distributor has ended those that were the
+    /// service's before it said `Finished`, by signals and by their cgroups. If it could not,
+    /// they live on like after our own death, and the next dist-ctl finds them. And a server
+    /// that somebody else lent to the service is not ours to end.
     fn end_what_is_left(&mut self) {
         let leaving = match self.state.distributor {
             Distributor::Done { leaving } => leaving,

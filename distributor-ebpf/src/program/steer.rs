@@ -278,16 +278,23 @@ fn move_established(
         // place in the order is behind it, and ahead of everybody who has had no server.
         last = Parked { count: FULL, ..place };
     }
-    // No spare room, which the attendant sees to, unless many servers die at once while it is
-    // dead: behind those that wait, but not lost.
-    let current = corridor.room(loads.current(group) >> 16);
-    if SOCKETS.select_reuseport(ctx, current).is_ok() {
-        maps::record(loads, cookie, Owner { owner: in_room(current), ..owner }, false);
-        if let Some(coming) = maps::coming(current) {
-            coming.note_first(now, owner.since);
+    // No spare room, because many servers die at once, or a long queue moves while its first ones
+    // are handed over. The current room will do, if nobody has come to it and another can be
+    // current; otherwise behind those that wait, but not lost.
+    let current = loads.current(group);
+    let index = corridor.room(current >> 16);
+    if SOCKETS.select_reuseport(ctx, index).is_ok() {
+        maps::record(loads, cookie, Owner { owner: in_room(index), ..owner }, false);
+        if let Some(coming) = maps::coming(index) {
+            let is_first = coming.first() == 0 && (current >> 16) + 1 < corridor.made();
+            coming.note_first(if is_first { owner.order } else { now }, owner.since);
             coming.add(Comes::Entered);
+            if is_first {
+                maps::next_room(loads, corridor, group, current);
+                maps::note_parked(listener, Parked { index, count: 1 });
+            }
+            count(if is_first { Outcome::Parked } else { Outcome::ParkedBehind });
         }
-        count(Outcome::ParkedBehind);
         leave(loads, before.owner, true);
         return SK_PASS;
     }
@@ -321,7 +328,7 @@ fn spare(loads: Loads, corridor: Corridor, group: usize, parked: Parked) -> Park
             return Parked { index, count: 1 };
         }
     }
-    with_the_last
+    if with_the_last.count > FULL { Parked { count: 0, ..with_the_last } } else { with_the_last }
 }
 
 /// Times that two CPUs may want the same spare room, each on behalf of a closing listener.

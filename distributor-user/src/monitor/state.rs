@@ -15,15 +15,15 @@ use rustix::{io::Errno, process::Signal};
 
 use crate::message::{Exit, FromMonitor, ToMonitor};
 
-/// A distributor that ran this long was healthy: the one after it starts at once.
+/// A distributor that ran this long was healthy: its death is the first in a row.
 const HEALTHY_RUN: Duration = Duration::from_secs(10);
 
 /// How long a distributor that was told to hurry may take before one more request replaces it.
 /// It only has to kill and to remove; people press Ctrl-C more often than that.
 const HURRY: Duration = Duration::from_secs(3);
 
-/// How many deaths in a row end the attempt to stop cleanly. With the backoff: four seconds.
-const DEATHS_WHILE_STOPPING: u32 = 6;
+/// How many deaths in a row end the attempt to stop cleanly. With the backoff: three seconds.
+const DEATHS_WHILE_STOPPING: u32 = 8;
 
 /// How many exits are kept that no distributor said `Forget` to. More means that it has a bug,
 /// and the oldest are dropped.
@@ -32,22 +32,26 @@ const KEPT_EXITS: usize = 4096;
 /// All that the monitor remembers. `F` is a descriptor; in tests it is a number.
 pub(super) struct State<F> {
     pub(super) distributor: Distributor,
-    /// How often in a row it died soon after its start.
+    /// How often in a row it died by its own fault, or before it was ready.
     deaths: u32,
     /// Whether any distributor ever said that it works.
     ready: bool,
     wish: Wish,
-    children: BTreeMap<u64, Child>,
+    children: BTreeMap<u64, Child<F>>,
     pub(super) held: BTreeMap<u64, Held<F>>,
+    /// How many descriptors there may be: held ones, and those of watched processes.
     most_held: usize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Distributor {
-    /// `kill_at`: when to lose patience with one that closed its channel and does not exit.
+    /// `sound`: it said that it is ready, and we have not killed it ourselves since; whatever
+    /// kills it came from outside. `kill_at`: when to lose patience with one that closed its
+    /// channel and does not exit.
     Running {
         pid: u32,
         since: Instant,
+        sound: bool,
         kill_at: Option<Instant>,
     },
     Down {
@@ -71,10 +75,18 @@ enum Wish {
     },
 }
 
-struct Child {
+struct Child<F> {
     pid: u32,
     label: Vec<u8>,
-    exit: Option<Exit>,
+    is: Is<F>,
+}
+
+enum Is<F> {
+    /// Our child, and not reaped: so the pid is nobody else's.
+    Started,
+    /// Somebody else's child, known by its pidfd: its pid may be another's at any time.
+    Watched(F),
+    Ended(Exit),
 }
 
 pub(super) struct Held<F> {
@@ -89,6 +101,7 @@ pub(super) enum Event<F> {
     Asked(ToMonitor, Option<F>),
     ServerStarted { id: u64, label: Vec<u8>, result: Result<u32, i32> },
     Exited { pid: u32, exit: Exit },
+    WatchedEnded { id: u64 },
     Stop,
     Reload,
 }
@@ -98,6 +111,7 @@ pub(super) enum Action<F> {
     StartDistributor,
     StartServer { id: u64, label: Vec<u8>, stdin: F },
     Signal { pid: u32, signal: i32 },
+    SignalWatched { id: u64, signal: i32 },
     Tell(FromMonitor),
     Say(String),
     Finish(u8),
@@ -125,13 +139,20 @@ impl<F> State<F> {
         }
     }
 
+    /// The processes that are somebody else's children, and live as far as we know.
+    pub(super) fn watched(&self) -> impl Iterator<Item = (u64, &F)> {
+        self.children.iter().filter_map(|(&id, child)| match &child.is {
+            Is::Watched(pidfd) => Some((id, pidfd)),
+            Is::Started | Is::Ended(_) => None,
+        })
+    }
+
     pub(super) fn step(&mut self, event: Event<F>, now: Instant) -> Vec<Action<F>> {
         use Distributor::{Done, Down, Running};
         match (self.distributor, event) {
             (Down { until }, Event::Time) if now >= until => vec![Action::StartDistributor],
-            (Running { pid, since, kill_at }, Event::Time) if kill_at.is_some_and(|at| now >= at) => {
-                let kill_at = None;
-                self.distributor = Running { pid, since, kill_at };
+            (Running { pid, since, kill_at, .. }, Event::Time) if kill_at.is_some_and(|at| now >= at) => {
+                self.distributor = Running { pid, since, sound: false, kill_at: None };
                 vec![
                     Action::Say(format!(
                         "the distributor (pid {pid}) closed its channel and does not exit: it is killed"
@@ -142,37 +163,43 @@ impl<F> State<F> {
             (Running { .. } | Down { .. } | Done { .. }, Event::Time) => vec![],
 
             (_, Event::DistributorStarted(Ok(pid))) => {
-                let (since, kill_at) = (now, None);
-                self.distributor = Running { pid, since, kill_at };
+                self.distributor = Running { pid, since: now, sound: false, kill_at: None };
                 if let Wish::Hurry { since } = &mut self.wish {
                     *since = now;
                 }
                 self.greeting().map(Action::Tell).collect()
             }
             (_, Event::DistributorStarted(Err(error))) => {
+                self.deaths += 1;
                 self.died(&format!("start the distributor: {error}"), None, now)
             }
 
-            (Running { pid, since, .. }, Event::HungUp) => {
+            (Running { pid, since, sound, .. }, Event::HungUp) => {
                 let kill_at = Some(now + super::EXIT_TIME);
-                self.distributor = Running { pid, since, kill_at };
+                self.distributor = Running { pid, since, sound, kill_at };
                 vec![]
             }
             (Down { .. } | Done { .. }, Event::HungUp) => vec![],
 
             (_, Event::Asked(message, descriptor)) => self.asked(message, descriptor),
             (_, Event::ServerStarted { id, label, result: Ok(pid) }) => {
-                self.children.insert(id, Child { pid, label, exit: None });
+                self.children.insert(id, Child { pid, label, is: Is::Started });
                 self.tell(FromMonitor::Started { id, pid })
             }
             (_, Event::ServerStarted { id, result: Err(errno), .. }) => {
                 self.tell(FromMonitor::NotStarted { id, errno })
             }
 
-            (Running { pid, since, .. }, Event::Exited { pid: gone, exit }) if gone == pid => {
+            (Running { pid, since, sound, .. }, Event::Exited { pid: gone, exit }) if gone == pid => {
                 let ran = now - since;
-                if ran >= HEALTHY_RUN {
+                let by_kill = exit == Exit::Signal(Signal::KILL.as_raw());
+                // While stopping every death counts, or it might never end.
+                let from_outside = sound && by_kill && self.wish == Wish::Run;
+                if from_outside || ran >= HEALTHY_RUN {
                     self.deaths = 0;
+                }
+                if !from_outside {
+                    self.deaths += 1;
                 }
                 let code = match exit {
                     Exit::Code(code) => u8::try_from(code).ok(),
@@ -182,6 +209,7 @@ impl<F> State<F> {
                 self.died(&how, code, now)
             }
             (_, Event::Exited { pid, exit }) => self.exited(pid, exit),
+            (_, Event::WatchedEnded { id }) => self.ended(id, Exit::Unknown),
 
             (_, Event::Stop) => self.stop(now),
             (_, Event::Reload) => self.tell(FromMonitor::Reload),
@@ -192,7 +220,10 @@ impl<F> State<F> {
     fn greeting(&self) -> impl Iterator<Item = FromMonitor> + '_ {
         let children = self.children.iter().flat_map(|(&id, child)| {
             let (pid, label) = (child.pid, child.label.clone());
-            let exited = child.exit.map(|exit| FromMonitor::Exited { id, pid, exit });
+            let exited = match child.is {
+                Is::Started | Is::Watched(_) => None,
+                Is::Ended(exit) => Some(FromMonitor::Exited { id, pid, exit }),
+            };
             [FromMonitor::Child { id, pid, label }].into_iter().chain(exited)
         });
         let held = self.held.iter().map(|(&key, held)| FromMonitor::Held { key, label: held.label.clone() });
@@ -207,21 +238,31 @@ impl<F> State<F> {
     fn asked(&mut self, message: ToMonitor, descriptor: Option<F>) -> Vec<Action<F>> {
         let no_descriptor = Errno::MFILE.raw_os_error();
         match (message, descriptor) {
-            (ToMonitor::Start { id, .. }, _) if self.children.contains_key(&id) => {
+            (ToMonitor::Start { id, .. } | ToMonitor::Watch { id, .. }, _)
+                if self.children.contains_key(&id) =>
+            {
                 let errno = Errno::EXIST.raw_os_error();
                 self.tell(FromMonitor::NotStarted { id, errno })
             }
-            (ToMonitor::Start { id, .. }, None) => {
+            (ToMonitor::Start { id, .. } | ToMonitor::Watch { id, .. }, None) => {
                 let errno = no_descriptor;
                 self.tell(FromMonitor::NotStarted { id, errno })
             }
             (ToMonitor::Start { id, label }, Some(stdin)) => {
                 vec![Action::StartServer { id, label, stdin }]
             }
+            (ToMonitor::Watch { id, pid, label }, Some(pidfd)) => {
+                if self.is_full() {
+                    let errno = no_descriptor;
+                    return self.tell(FromMonitor::NotStarted { id, errno });
+                }
+                self.children.insert(id, Child { pid, label, is: Is::Watched(pidfd) });
+                vec![]
+            }
             (ToMonitor::Signal { id, signal }, _) => match self.children.get(&id) {
-                // Not reaped, so the pid is still this child's.
-                Some(&Child { pid, exit: None, .. }) => vec![Action::Signal { pid, signal }],
-                Some(Child { exit: Some(_), .. }) | None => vec![],
+                Some(&Child { pid, is: Is::Started, .. }) => vec![Action::Signal { pid, signal }],
+                Some(Child { is: Is::Watched(_), .. }) => vec![Action::SignalWatched { id, signal }],
+                Some(Child { is: Is::Ended(_), .. }) | None => vec![],
             },
             (ToMonitor::Relabel { id, label }, _) => {
                 if let Some(child) = self.children.get_mut(&id) {
@@ -230,11 +271,11 @@ impl<F> State<F> {
                 vec![]
             }
             (ToMonitor::Forget { id }, _) => {
-                self.children.retain(|&other, child| other != id || child.exit.is_none());
+                self.children.retain(|&other, child| other != id || !matches!(child.is, Is::Ended(_)));
                 vec![]
             }
             (ToMonitor::Hold { key, label }, Some(descriptor))
-                if self.held.len() < self.most_held || self.held.contains_key(&key) =>
+                if !self.is_full() || self.held.contains_key(&key) =>
             {
                 self.held.insert(key, Held { label, descriptor });
                 vec![]
@@ -247,9 +288,11 @@ impl<F> State<F> {
                 self.held.remove(&key);
                 vec![]
             }
-            (ToMonitor::Watch { .. }, _) => vec![],
             (ToMonitor::Ready, _) => {
                 self.ready = true;
+                if let Distributor::Running { sound, .. } = &mut self.distributor {
+                    *sound = true;
+                }
                 vec![]
             }
             (ToMonitor::Finished { code }, _) => {
@@ -263,26 +306,39 @@ impl<F> State<F> {
         }
     }
 
-    /// A process ended that is not the distributor.
+    /// A child of ours ended that is not the distributor.
     fn exited(&mut self, pid: u32, exit: Exit) -> Vec<Action<F>> {
-        let mut living = self.children.iter_mut().filter(|(_, child)| child.exit.is_none());
-        let Some((&id, child)) = living.find(|(_, child)| child.pid == pid) else {
+        let mut started = self.children.iter().filter(|(_, child)| matches!(child.is, Is::Started));
+        match started.find(|(_, child)| child.pid == pid) {
+            Some((&id, _)) => self.ended(id, exit),
             // Without a distributor this is lost: the next one looks for itself what of its
             // servers is still there.
-            return self.tell(FromMonitor::Orphan { pid, exit });
+            None => self.tell(FromMonitor::Orphan { pid, exit }),
+        }
+    }
+
+    fn ended(&mut self, id: u64, exit: Exit) -> Vec<Action<F>> {
+        let pid = match self.children.get_mut(&id) {
+            Some(child @ Child { is: Is::Started | Is::Watched(_), .. }) => {
+                child.is = Is::Ended(exit);
+                child.pid
+            }
+            Some(Child { is: Is::Ended(_), .. }) | None => return vec![],
         };
-        child.exit = Some(exit);
-        let mut kept = self.children.iter().filter(|(_, child)| child.exit.is_some());
+        let mut kept = self.children.iter().filter(|(_, child)| matches!(child.is, Is::Ended(_)));
         if let (Some((&oldest, _)), KEPT_EXITS) = (kept.next(), kept.count()) {
             self.children.remove(&oldest);
         }
         self.tell(FromMonitor::Exited { id, pid, exit })
     }
 
+    fn is_full(&self) -> bool {
+        self.held.len() + self.watched().count() >= self.most_held
+    }
+
     /// The distributor ended without `Finished`, or could not be started. One that exited
     /// with a code has said why.
     fn died(&mut self, how: &str, code: Option<u8>, now: Instant) -> Vec<Action<F>> {
-        self.deaths += 1;
         if !self.ready {
             self.distributor = Distributor::Done { leaving: None };
             return match code {
@@ -323,13 +379,16 @@ impl<F> State<F> {
                 self.tell(FromMonitor::Stop)
             }
             // It may hang: the next one may not.
-            (Distributor::Running { pid, .. }, Wish::Hurry { .. }) => vec![
-                Action::Say(format!(
-                    "asked to stop once more: the distributor (pid {pid}) is killed, \
-                     and the next one finishes"
-                )),
-                Action::Signal { pid, signal: Signal::KILL.as_raw() },
-            ],
+            (Distributor::Running { pid, since, kill_at, .. }, Wish::Hurry { .. }) => {
+                self.distributor = Distributor::Running { pid, since, sound: false, kill_at };
+                vec![
+                    Action::Say(format!(
+                        "asked to stop once more: the distributor (pid {pid}) is killed, \
+                         and the next one finishes"
+                    )),
+                    Action::Signal { pid, signal: Signal::KILL.as_raw() },
+                ]
+            }
             (Distributor::Down { .. }, _) => {
                 self.distributor = Distributor::Down { until: now };
                 vec![]
@@ -350,8 +409,8 @@ impl<F> State<F> {
 /// How long the next distributor waits after so many deaths in a row.
 fn delay(deaths: u32) -> Duration {
     match deaths {
-        0 | 1 => Duration::ZERO,
-        more => Duration::from_millis(100 << (more - 2).min(6)).min(Duration::from_secs(5)),
+        0..=2 => Duration::ZERO,
+        more => Duration::from_millis(100 << (more - 3).min(6)).min(Duration::from_secs(5)),
     }
 }
 
@@ -385,6 +444,17 @@ mod tests {
         state.step(Event::Exited { pid, exit: Exit::Signal(9) }, now)
     }
 
+    /// The next distributor starts and says that it is ready.
+    fn starts(state: &mut Monitor, pid: u32, now: Instant) {
+        state.step(Event::DistributorStarted(Ok(pid)), now);
+        state.step(Event::Asked(ToMonitor::Ready, None), now);
+    }
+
+    fn watch(state: &mut Monitor, id: u64, pid: u32, pidfd: u32, now: Instant) {
+        let watch = ToMonitor::Watch { id, pid, label: format!("shop/{id}").into_bytes() };
+        assert_eq!(state.step(Event::Asked(watch, Some(pidfd)), now), []);
+    }
+
     /// How long the next distributor waits.
     fn wait(state: &Monitor, now: Instant) -> Duration {
         match state.distributor {
@@ -396,44 +466,93 @@ mod tests {
     #[test]
     fn each_death_in_a_row_makes_the_next_distributor_wait_longer_up_to_five_seconds() {
         let now = Instant::now();
-        let mut state = ready(now);
-        let mut waits = vec![];
-        for _ in 0..9 {
-            dies(&mut state, 1, now);
-            waits.push(wait(&state, now).as_millis());
-            state.step(Event::DistributorStarted(Ok(1)), now);
+        // Before it was ready, and by its own fault after it was.
+        for (says, exit) in
+            [(None, Exit::Signal(9)), (None, Exit::Code(1)), (Some(ToMonitor::Ready), Exit::Signal(11))]
+        {
+            let mut state = ready(now);
+            state.step(Event::Exited { pid: 1, exit: Exit::Code(101) }, now);
+            let mut waits = vec![wait(&state, now).as_millis()];
+            for _ in 0..9 {
+                state.step(Event::DistributorStarted(Ok(2)), now);
+                says.iter().for_each(|says| _ = state.step(Event::Asked(says.clone(), None), now));
+                state.step(Event::HungUp, now);
+                state.step(Event::Exited { pid: 2, exit }, now);
+                waits.push(wait(&state, now).as_millis());
+            }
+            assert_eq!(waits, [0, 0, 100, 200, 400, 800, 1600, 3200, 5000, 5000]);
         }
-        assert_eq!(waits, [0, 100, 200, 400, 800, 1600, 3200, 5000, 5000]);
     }
 
     #[test]
-    fn after_a_healthy_run_the_next_distributor_starts_at_once() {
+    fn one_that_is_killed_from_outside_is_followed_at_once_however_often() {
         let now = Instant::now();
         let mut state = ready(now);
-        dies(&mut state, 1, now);
-        state.step(Event::DistributorStarted(Ok(2)), now);
-        dies(&mut state, 2, now + Duration::from_secs(9));
-        state.step(Event::DistributorStarted(Ok(3)), now);
+        for pid in 1..=500 {
+            // Its channel is seen closed before it is seen dead, or the other way round.
+            if pid % 2 == 0 {
+                state.step(Event::HungUp, now);
+            }
+            let said = dies(&mut state, pid, now);
+            assert_eq!(
+                said,
+                [Action::Say(format!(
+                    "the distributor (pid {pid}) was killed by SIGKILL after 0.0s: servers and kernel go on; \
+                     the next distributor starts at once"
+                ))]
+            );
+            assert_eq!(state.step(Event::Time, now), [Action::StartDistributor]);
+            starts(&mut state, pid + 1, now);
+        }
+    }
+
+    #[test]
+    fn one_that_hangs_and_is_killed_for_it_counts() {
+        let mut now = Instant::now();
+        let mut state = ready(now);
+        for (pid, then) in [(1, 0), (2, 0), (3, 100)] {
+            state.step(Event::HungUp, now);
+            // Longer than it has, and shorter than a healthy run.
+            now += Duration::from_secs(5);
+            assert_eq!(state.step(Event::Time, now).last(), Some(&Action::Signal { pid, signal: 9 }));
+            dies(&mut state, pid, now);
+            assert_eq!(wait(&state, now), Duration::from_millis(then));
+            starts(&mut state, pid + 1, now);
+        }
+    }
+
+    #[test]
+    fn after_a_healthy_run_or_a_kill_from_outside_deaths_are_counted_anew() {
+        let now = Instant::now();
         let later = now + Duration::from_secs(10);
-        let said = dies(&mut state, 3, later);
-        assert_eq!(wait(&state, later), Duration::ZERO);
-        assert_eq!(
-            said,
-            [Action::Say(
-                "the distributor (pid 3) was killed by SIGKILL after 10.0s: servers and kernel go on; the \
-                 next distributor starts at once"
-                    .into()
-            )]
-        );
+        for (exit, then) in [(Exit::Code(1), later), (Exit::Signal(9), now)] {
+            let mut state = ready(now);
+            for pid in 1..=3 {
+                state.step(Event::Exited { pid, exit: Exit::Code(1) }, now);
+                starts(&mut state, pid + 1, now);
+            }
+            state.step(Event::Exited { pid: 4, exit }, then);
+            assert_eq!(wait(&state, then), Duration::ZERO);
+        }
+    }
+
+    /// A monitor whose distributor has exited three times in a row.
+    fn down_for_100_ms(now: Instant) -> Monitor {
+        let mut state = ready(now);
+        for pid in 1..=3 {
+            state.step(Event::Exited { pid, exit: Exit::Code(1) }, now);
+            if pid < 3 {
+                starts(&mut state, pid + 1, now);
+            }
+        }
+        assert_eq!(wait(&state, now), Duration::from_millis(100));
+        state
     }
 
     #[test]
     fn nothing_starts_before_its_time() {
         let now = Instant::now();
-        let mut state = ready(now);
-        dies(&mut state, 1, now);
-        state.step(Event::DistributorStarted(Ok(2)), now);
-        dies(&mut state, 2, now);
+        let mut state = down_for_100_ms(now);
         assert_eq!(state.deadline(), Some(now + Duration::from_millis(100)));
         assert_eq!(state.step(Event::Time, now + Duration::from_millis(99)), []);
         let due = now + Duration::from_millis(100);
@@ -504,11 +623,7 @@ mod tests {
     #[test]
     fn being_asked_to_stop_ends_the_wait_for_the_next_distributor() {
         let now = Instant::now();
-        let mut state = ready(now);
-        dies(&mut state, 1, now);
-        state.step(Event::DistributorStarted(Ok(2)), now);
-        dies(&mut state, 2, now);
-        assert_eq!(wait(&state, now), Duration::from_millis(100));
+        let mut state = down_for_100_ms(now);
         assert_eq!(state.step(Event::Stop, now), []);
         assert_eq!(state.step(Event::Time, now), [Action::StartDistributor]);
     }
@@ -516,14 +631,20 @@ mod tests {
     #[test]
     fn distributors_that_keep_dying_while_stopping_do_not_keep_it_up() {
         let now = Instant::now();
-        let mut state = ready(now);
-        state.step(Event::Stop, now);
-        for pid in 2..=DEATHS_WHILE_STOPPING {
-            dies(&mut state, pid - 1, now);
-            state.step(Event::DistributorStarted(Ok(pid)), now);
+        for are_ready in [false, true] {
+            let mut state = ready(now);
+            state.step(Event::Stop, now);
+            for pid in 2..=DEATHS_WHILE_STOPPING {
+                dies(&mut state, pid - 1, now);
+                assert!(wait(&state, now) < Duration::from_secs(2));
+                state.step(Event::DistributorStarted(Ok(pid)), now);
+                if are_ready {
+                    state.step(Event::Asked(ToMonitor::Ready, None), now);
+                }
+            }
+            let actions = dies(&mut state, DEATHS_WHILE_STOPPING, now);
+            assert_eq!(actions.last(), Some(&Action::Finish(1)));
         }
-        let actions = dies(&mut state, DEATHS_WHILE_STOPPING, now);
-        assert_eq!(actions.last(), Some(&Action::Finish(1)));
     }
 
     #[test]
@@ -563,6 +684,47 @@ mod tests {
         assert_eq!(state.step(signal(), now), [Action::Signal { pid: 110, signal: 15 }]);
         state.step(Event::Exited { pid: 110, exit: Exit::Code(0) }, now);
         assert_eq!(state.step(signal(), now), []);
+    }
+
+    #[test]
+    fn a_watched_process_is_signalled_by_its_descriptor_and_never_by_its_pid() {
+        let now = Instant::now();
+        let mut state = ready(now);
+        watch(&mut state, 10, 110, 7, now);
+        let signal = || Event::Asked(ToMonitor::Signal { id: 10, signal: 15 }, None);
+        assert_eq!(state.step(signal(), now), [Action::SignalWatched { id: 10, signal: 15 }]);
+        assert_eq!(state.watched().collect::<Vec<_>>(), [(10, &7)]);
+
+        // A child of ours that got the number of one that is gone is another process.
+        server(&mut state, 11, 110, now);
+        let exited = FromMonitor::Exited { id: 11, pid: 110, exit: Exit::Code(0) };
+        let told = state.step(Event::Exited { pid: 110, exit: Exit::Code(0) }, now);
+        assert_eq!(told, [Action::Tell(exited)]);
+
+        let ended = FromMonitor::Exited { id: 10, pid: 110, exit: Exit::Unknown };
+        assert_eq!(state.step(Event::WatchedEnded { id: 10 }, now), [Action::Tell(ended)]);
+        assert_eq!(state.watched().count(), 0, "the descriptor is still there");
+        assert_eq!(state.step(signal(), now), []);
+    }
+
+    #[test]
+    fn what_cannot_be_watched_is_answered() {
+        let now = Instant::now();
+        let mut state = ready(now);
+        let watch_it = |id| ToMonitor::Watch { id, pid: 110, label: vec![] };
+        let refused = |id, errno| [Action::Tell(FromMonitor::NotStarted { id, errno })];
+        assert_eq!(state.step(Event::Asked(watch_it(1), None), now), refused(1, 24));
+        for id in 1..=60 {
+            watch(&mut state, id, 110, 7, now);
+        }
+        assert_eq!(state.step(Event::Asked(watch_it(1), Some(7)), now), refused(1, 17));
+        for key in 0..40 {
+            let hold = ToMonitor::Hold { key, label: vec![] };
+            assert_eq!(state.step(Event::Asked(hold, Some(7)), now), []);
+        }
+        assert_eq!(state.step(Event::Asked(watch_it(61), Some(7)), now), refused(61, 24));
+        state.step(Event::WatchedEnded { id: 1 }, now);
+        assert_eq!(state.step(Event::Asked(watch_it(61), Some(7)), now), []);
     }
 
     #[test]
@@ -617,11 +779,13 @@ mod tests {
     #[derive(Clone, Debug)]
     enum Happening {
         Start(u64),
-        Exit(u64),
+        Watch(u64),
+        Ends(u64),
         Forget(u64),
         Hold(u64),
         Drop(u64),
-        DistributorDies,
+        Ready,
+        DistributorDies(Exit),
         TimePasses(u64),
         Stop,
     }
@@ -630,11 +794,14 @@ mod tests {
         use Happening::*;
         prop_oneof![
             4 => (0..6u64).prop_map(Start),
-            4 => (0..6u64).prop_map(Exit),
+            3 => (0..6u64).prop_map(Watch),
+            4 => (0..6u64).prop_map(Ends),
             2 => (0..6u64).prop_map(Forget),
             2 => (0..6u64).prop_map(Hold),
             1 => (0..6u64).prop_map(Drop),
-            3 => Just(DistributorDies),
+            2 => Just(Ready),
+            2 => Just(DistributorDies(Exit::Signal(9))),
+            1 => Just(DistributorDies(Exit::Code(1))),
             3 => (0..12_000u64).prop_map(TimePasses),
             1 => Just(Stop),
         ]
@@ -642,16 +809,17 @@ mod tests {
 
     proptest! {
         /// Whatever happens, every distributor is told exactly what there is, and every exit
-        /// until one of them forgets it.
+        /// until one of them forgets it; and the one after a killed one starts at once.
         #[test]
         fn nothing_is_ever_lost(story in proptest::collection::vec(happening(), 0..200)) {
             let mut now = Instant::now();
             let mut state = ready(now);
             let mut distributor = Some(1);
             let mut last_pid = 1;
-            let mut stops = 0;
-            // Id to pid and exit; key to descriptor: what a perfect memory would hold.
-            let mut children = BTreeMap::<u64, (u32, Option<Exit>)>::new();
+            let (mut is_ready, mut deaths, mut stops) = (true, 0, 0);
+            // Id to pid, whether it is watched, and exit; key to descriptor: what a perfect
+            // memory would hold.
+            let mut children = BTreeMap::<u64, (u32, bool, Option<Exit>)>::new();
             let mut held = BTreeMap::<u64, u32>::new();
             for happens in story {
                 let told = |message| if distributor.is_some() { vec![Action::Tell(message)] } else { vec![] };
@@ -659,21 +827,27 @@ mod tests {
                     Happening::Start(id) if distributor.is_some() && !children.contains_key(&id) => {
                         last_pid += 1;
                         server(&mut state, id, last_pid, now);
-                        children.insert(id, (last_pid, None));
+                        children.insert(id, (last_pid, false, None));
                     }
-                    Happening::Exit(id) => {
-                        if let Some((pid, exit @ None)) = children.get_mut(&id) {
-                            *exit = Some(Exit::Code(3));
-                            let actions = state.step(Event::Exited { pid: *pid, exit: Exit::Code(3) }, now);
-                            prop_assert_eq!(
-                                actions,
-                                told(FromMonitor::Exited { id, pid: *pid, exit: Exit::Code(3) })
-                            );
+                    Happening::Watch(id) if distributor.is_some() && !children.contains_key(&id) => {
+                        last_pid += 1;
+                        watch(&mut state, id, last_pid, last_pid, now);
+                        children.insert(id, (last_pid, true, None));
+                    }
+                    Happening::Ends(id) => {
+                        if let Some(&mut (pid, watched, ref mut exit @ None)) = children.get_mut(&id) {
+                            let (event, how) = match watched {
+                                true => (Event::WatchedEnded { id }, Exit::Unknown),
+                                false => (Event::Exited { pid, exit: Exit::Code(3) }, Exit::Code(3)),
+                            };
+                            *exit = Some(how);
+                            let actions = state.step(event, now);
+                            prop_assert_eq!(actions, told(FromMonitor::Exited { id, pid, exit: how }));
                         }
                     }
                     Happening::Forget(id) if distributor.is_some() => {
                         state.step(Event::Asked(ToMonitor::Forget { id }, None), now);
-                        children.retain(|&other, (_, exit)| other != id || exit.is_none());
+                        children.retain(|&other, (_, _, exit)| other != id || exit.is_none());
                     }
                     Happening::Hold(key) if distributor.is_some() => {
                         last_pid += 1;
@@ -685,14 +859,23 @@ mod tests {
                         state.step(Event::Asked(ToMonitor::Drop { key }, None), now);
                         held.remove(&key);
                     }
-                    Happening::DistributorDies => {
+                    Happening::Ready if distributor.is_some() => {
+                        prop_assert_eq!(state.step(Event::Asked(ToMonitor::Ready, None), now), vec![]);
+                        is_ready = true;
+                    }
+                    Happening::DistributorDies(exit) => {
                         if let Some(pid) = distributor.take() {
-                            let actions = dies(&mut state, pid, now);
+                            let actions = state.step(Event::Exited { pid, exit }, now);
                             if matches!(actions.last(), Some(Action::Finish(1))) {
                                 prop_assert!(stops > 0, "it gives up only while stopping");
                                 return Ok(());
                             }
-                            prop_assert!(wait(&state, now) <= Duration::from_secs(5));
+                            let from_outside = is_ready && exit == Exit::Signal(9) && stops == 0;
+                            deaths = if from_outside { 0 } else { deaths + 1 };
+                            let wait = wait(&state, now);
+                            // A healthy run makes it shorter.
+                            prop_assert!(wait == Duration::ZERO || deaths > 2, "{wait:?} after {deaths}");
+                            prop_assert!(wait <= Duration::from_secs(5));
                         }
                     }
                     Happening::TimePasses(milliseconds) => {
@@ -706,8 +889,9 @@ mod tests {
                         prop_assert_eq!(actions, vec![Action::StartDistributor]);
                         last_pid += 1;
                         distributor = Some(last_pid);
+                        is_ready = false;
                         let mut expected = vec![];
-                        for (&id, &(pid, exit)) in &children {
+                        for (&id, &(pid, _, exit)) in &children {
                             let label = format!("shop/{id}").into_bytes();
                             expected.push(FromMonitor::Child { id, pid, label });
                             expected.extend(exit.map(|exit| FromMonitor::Exited { id, pid, exit }));
@@ -720,6 +904,9 @@ mod tests {
                         let kept: BTreeMap<_, _> =
                             state.held.iter().map(|(&key, held)| (key, held.descriptor)).collect();
                         prop_assert_eq!(&kept, &held);
+                        let watched: Vec<_> = state.watched().map(|(id, &pidfd)| (id, pidfd)).collect();
+                        let living = children.iter().filter(|(_, (_, watched, exit))| *watched && exit.is_none());
+                        prop_assert_eq!(watched, living.map(|(&id, &(pid, ..))| (id, pid)).collect::<Vec<_>>());
                     }
                     Happening::Stop if stops < 2 => {
                         stops += 1;
@@ -727,6 +914,8 @@ mod tests {
                     }
                     // Not possible now, or the subject of another test.
                     Happening::Start(_)
+                    | Happening::Watch(_)
+                    | Happening::Ready
                     | Happening::Forget(_)
                     | Happening::Hold(_)
                     | Happening::Drop(_)

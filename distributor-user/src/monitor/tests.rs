@@ -18,7 +18,10 @@ use std::{
     process::{self, Child, Stdio},
 };
 
-use rustix::io::retry_on_intr;
+use rustix::{
+    io::retry_on_intr,
+    process::{PidfdFlags, pidfd_open},
+};
 
 use super::*;
 use crate::message::ToMonitor;
@@ -165,6 +168,13 @@ impl Distributor {
     fn hold(&self, key: u64, descriptor: BorrowedFd<'_>) {
         let label = format!("room {key}").into_bytes();
         self.channel.send(&ToMonitor::Hold { key, label }, Some(descriptor)).unwrap();
+    }
+
+    fn watch(&self, id: u64, process: &Child) {
+        let pid = process.id();
+        let pidfd = pidfd_open(Pid::from_child(process), PidfdFlags::empty()).unwrap();
+        let label = format!("server {id}").into_bytes();
+        self.channel.send(&ToMonitor::Watch { id, pid, label }, Some(pidfd.as_fd())).unwrap();
     }
 
     fn told_with_descriptor(&self) -> (FromMonitor, Option<OwnedFd>) {
@@ -338,6 +348,98 @@ fn what_servers_leave_behind_is_reaped_and_told() {
         FromMonitor::Orphan { pid, exit: Exit::Code(6) } => assert!(!is_there(pid)),
         other => panic!("{other:?}"),
     }
+}
+
+/// A process that is not the monitor's child, as a server is that an earlier monitor started.
+fn stranger(script: &str) -> Child {
+    Command::new("/bin/sh").args(["-c", script]).stdin(Stdio::null()).spawn().unwrap()
+}
+
+#[test]
+fn a_process_that_somebody_else_started_is_watched_and_its_end_is_told_until_it_is_forgotten() {
+    let run = Run::start("watched");
+    let distributor = run.first_distributor();
+    let mut processes: Vec<Child> = (0..3).map(|_| stranger("exec sleep 60")).collect();
+    let pids: Vec<u32> = processes.iter().map(Child::id).collect();
+    for (id, process) in (1..).zip(&processes) {
+        distributor.watch(id, process);
+    }
+    // Long after its parent has reaped it.
+    processes[0].kill().unwrap();
+    processes[0].wait().unwrap();
+    let ended = |id: u64| FromMonitor::Exited { id, pid: pids[id as usize - 1], exit: Exit::Unknown };
+    assert_eq!(distributor.told(), ended(1));
+    distributor.ask(ToMonitor::Signal { id: 2, signal: 15 });
+    // A zombie, whose parent has not looked.
+    assert_eq!(distributor.told(), ended(2));
+    assert_eq!(processes[1].wait().unwrap().to_string(), "signal: 15 (SIGTERM)");
+    distributor.ask(ToMonitor::Forget { id: 1 });
+    distributor.die();
+
+    let next = run.distributor();
+    let child = |id: u64| FromMonitor::Child {
+        id,
+        pid: pids[id as usize - 1],
+        label: format!("server {id}").into_bytes(),
+    };
+    for expected in [child(2), ended(2), child(3), FromMonitor::Begin] {
+        assert_eq!(next.told(), expected);
+    }
+    // Nobody says Forget while there is nobody: it is told to the one after.
+    run.signal(Signal::STOP);
+    next.die();
+    processes[2].kill().unwrap();
+    processes[2].wait().unwrap();
+    run.signal(Signal::CONT);
+    let third = run.distributor();
+    let told: Vec<_> = (0..5).map(|_| third.told()).collect();
+    // Whether the monitor saw the one's end first, or the other's, only the order says.
+    let at_once = [child(2), ended(2), child(3), ended(3), FromMonitor::Begin];
+    let after = [child(2), ended(2), child(3), FromMonitor::Begin, ended(3)];
+    assert!(told == at_once || told == after, "{told:?}");
+}
+
+#[test]
+fn what_cannot_be_watched_is_answered() {
+    let run = Run::start("not-watched");
+    let distributor = run.first_distributor();
+    let mut process = stranger("exec sleep 60");
+    distributor.ask(ToMonitor::Watch { id: 1, pid: process.id(), label: vec![] });
+    assert_eq!(distributor.told(), FromMonitor::NotStarted { id: 1, errno: 24 });
+    distributor.watch(1, &process);
+    distributor.watch(1, &process);
+    assert_eq!(distributor.told(), FromMonitor::NotStarted { id: 1, errno: 17 });
+    process.kill().unwrap();
+    process.wait().unwrap();
+    let ended = FromMonitor::Exited { id: 1, pid: process.id(), exit: Exit::Unknown };
+    assert_eq!(distributor.told(), ended);
+}
+
+#[test]
+fn what_is_watched_outlives_the_monitor() {
+    let mut run = Run::start("left-alone");
+    let distributor = run.first_distributor();
+    let mut process = stranger("exec sleep 60");
+    distributor.watch(1, &process);
+    distributor.ask(ToMonitor::Finished { code: 0 });
+    distributor.exit(0);
+    assert_eq!(run.exit_code(), Some(0));
+    assert_eq!(process.try_wait().unwrap(), None, "it was somebody else's");
+    process.kill().unwrap();
+    process.wait().unwrap();
+}
+
+#[test]
+fn a_distributor_that_is_killed_again_and_again_is_followed_at_once() {
+    let run = Run::start("again");
+    let mut distributor = run.first_distributor();
+    // With a delay that grows it would take minutes.
+    let started = Instant::now();
+    for _ in 0..40 {
+        distributor.die();
+        distributor = run.first_distributor();
+    }
+    assert!(started.elapsed() < PATIENCE, "{:?}", started.elapsed());
 }
 
 #[test]

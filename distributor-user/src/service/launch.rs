@@ -452,10 +452,12 @@ impl Service {
         }
     }
 
-    /// A hash of what a server is started with.
+    /// A hash of what a server is started with, as far as the configuration says it.
     pub(super) fn job(&self, entry: usize) -> anyhow::Result<u64> {
-        // Where it runs differs from instance to instance.
-        let exec = self.exec(entry, std::path::PathBuf::new());
+        // Where it runs differs from instance to instance...
+        let mut exec = self.exec(entry, std::path::PathBuf::new());
+        // ...and what is not configured from shell to shell.
+        exec.environment.retain(|(name, value)| std::env::var(name).as_ref() != Ok(value));
         Ok(plan::hash(&serde_json::to_vec(&exec)?))
     }
 }

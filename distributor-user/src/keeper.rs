@@ -177,16 +177,18 @@ impl Keeper {
     /// there, which could not be reached or has failed: what they keep is given to it, and then
     /// they are killed.
     pub fn start(cgroup: &Path, path: &Path) -> anyhow::Result<Self> {
+        let mut command = Command::new("/proc/self/exe");
+        command.arg("keep").arg(cgroup);
+        Self::start_as(command, cgroup, path)
+    }
+
+    fn start_as(mut command: Command, cgroup: &Path, path: &Path) -> anyhow::Result<Self> {
         let listener = listen(path).with_context(|| format!("listen on {}", path.display()))?;
         let others = Cgroup::at(cgroup).processes();
         // It outlives us, and is then the monitor's child, or init's.
-        let child = Command::new("/proc/self/exe")
-            .arg("keep")
-            .arg(cgroup)
-            .stdin(listener)
-            .stdout(Stdio::null())
-            .spawn()
-            .context("start the keeper")?;
+        let child = command.stdin(listener).stdout(Stdio::null()).spawn().context("start the keeper")?;
+        // It closes ours of the listener.
+        drop(command);
         let Some(keeper) = Self::find(path)? else { bail!(Silent("the keeper is gone")) };
         let keeper = Self { child: Some(child), ..keeper };
         for other in others {
@@ -579,9 +581,87 @@ fn receive<M: DeserializeOwned>(from: &impl AsFd) -> io::Result<Option<(M, Vec<O
 
 #[cfg(test)]
 mod tests {
-    use std::thread;
+    use std::{process, thread, time::Instant};
+
+    use rustix::process::{Resource, Rlimit, getrlimit, prlimit};
 
     use super::*;
+
+    const CGROUP: &str = "DIST_CTL_TEST_CGROUP";
+    /// Longer than anything here takes on a busy machine.
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    #[test]
+    #[ignore = "a process that the other tests start"]
+    fn keeper_process() {
+        let Some(cgroup) = env::var_os(CGROUP) else { return };
+        assert_eq!(run(Path::new(&cgroup)), ExitCode::SUCCESS);
+    }
+
+    /// A runtime directory, and a directory that passes for a cgroup.
+    struct Place(PathBuf);
+
+    impl Place {
+        fn new(name: &str) -> Self {
+            let place = Self(env::temp_dir().join(format!("dist-ctl-test-keeper-{name}-{}", process::id())));
+            let _ = fs::remove_dir_all(&place.0);
+            fs::create_dir_all(place.cgroup()).unwrap();
+            place
+        }
+
+        fn cgroup(&self) -> PathBuf {
+            self.0.join("cgroup")
+        }
+
+        fn socket(&self) -> PathBuf {
+            socket(&self.0, "shop")
+        }
+
+        fn command(&self, stays: u64) -> Command {
+            let mut command = Command::new("/proc/self/exe");
+            command.args(["--exact", "keeper::tests::keeper_process", "--ignored", "--nocapture"]);
+            command.env(CGROUP, self.cgroup()).env(STAYS, stays.to_string());
+            command
+        }
+
+        /// A keeper that stays so many milliseconds without anybody.
+        fn start(&self, stays: u64) -> Keeper {
+            let keeper = Keeper::start_as(self.command(stays), &self.cgroup(), &self.socket()).unwrap();
+            // It is there, and has entered what passes for a cgroup.
+            assert_eq!(keeper.all().unwrap().len(), 0);
+            let pid = keeper.child.as_ref().unwrap().id();
+            fs::write(self.cgroup().join("cgroup.procs"), format!("{pid}\n")).unwrap();
+            keeper
+        }
+
+        fn find(&self) -> Option<Keeper> {
+            Keeper::find(&self.socket()).unwrap()
+        }
+    }
+
+    impl Drop for Place {
+        fn drop(&mut self) {
+            if let Ok(Some(keeper)) = Keeper::find(&self.socket()) {
+                keeper.end();
+            }
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn wait_for_end(child: &mut Child) -> process::ExitStatus {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "the keeper does not end");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn pid(child: &Child) -> Pid {
+        Pid::from_child(child)
+    }
 
     fn ends() -> (Keeper, OwnedFd) {
         let (ours, theirs) =
@@ -599,10 +679,173 @@ mod tests {
         rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).unwrap()
     }
 
+    /// A listener on a port of the kernel's choice, and where that is.
+    fn some_listener() -> (ListenAddress, OwnedFd) {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        (listener.local_addr().unwrap().to_string().parse().unwrap(), listener.into())
+    }
+
     fn give(to: &OwnedFd, is_new: bool, socket: &OwnedFd) {
         let cookies = vec![cookie(socket).unwrap()];
         let sockets = Answer::Sockets { address: address(), is_new, cookies };
         send(to, &sockets, &[socket.as_fd()]).unwrap();
+    }
+
+    fn cookies(keeper: &Keeper) -> Vec<u64> {
+        let mut cookies: Vec<u64> =
+            keeper.all().unwrap().iter().map(|(_, socket)| cookie(socket).unwrap()).collect();
+        cookies.sort_unstable();
+        cookies
+    }
+
+    fn hear(keeper: &Keeper) -> Heard {
+        keeper.wait().unwrap();
+        keeper.hear().unwrap().unwrap()
+    }
+
+    #[test]
+    fn one_distributor_after_another_finds_what_is_kept() {
+        let place = Place::new("after");
+        assert!(place.find().is_none());
+        let mut first = place.start(60_000);
+        let mut child = first.leave().unwrap();
+        let kept = some_socket();
+        first.keep(address(), &[kept.as_fd()]).unwrap();
+        let wanted = vec![cookie(&kept).unwrap()];
+        assert_eq!(cookies(&first), wanted);
+        drop((first, kept));
+        for _ in 0..3 {
+            assert_eq!(cookies(&place.find().unwrap()), wanted);
+        }
+        // A newer one replaces an older one.
+        let old = place.find().unwrap();
+        assert_eq!(cookies(&old), wanted);
+        let new = place.find().unwrap();
+        assert_eq!(cookies(&new), wanted);
+        assert!(old.hear().unwrap_err().is::<Silent>());
+        new.end();
+        assert!(wait_for_end(&mut child).success());
+        assert!(place.find().is_none(), "its socket's file is there, and nobody listens");
+    }
+
+    #[test]
+    fn a_keeper_to_which_nobody_comes_ends_and_no_sooner() {
+        const STAYS: u64 = 500;
+        let place = Place::new("alone");
+        let mut keeper = place.start(STAYS);
+        let mut child = keeper.leave().unwrap();
+        thread::sleep(Duration::from_millis(2 * STAYS));
+        assert!(child.try_wait().unwrap().is_none(), "somebody is there");
+        let left = Instant::now();
+        drop(keeper);
+        assert!(wait_for_end(&mut child).success());
+        assert!(left.elapsed() >= Duration::from_millis(STAYS));
+    }
+
+    #[test]
+    fn a_path_may_be_long_and_the_socket_is_for_its_owner_only() {
+        use std::os::unix::fs::MetadataExt as _;
+        let mut place = Place::new("long");
+        let short = place.0.clone();
+        place.0 = (0..5).fold(short.clone(), |path, _| path.join("a".repeat(50)));
+        fs::create_dir_all(place.cgroup()).unwrap();
+        let mut keeper = place.start(60_000);
+        assert_eq!(fs::metadata(place.socket()).unwrap().mode() & 0o777, 0o600);
+        assert_eq!(sockets(&place.0), [("shop".to_owned(), place.socket())]);
+        let mut child = keeper.leave().unwrap();
+        place.find().unwrap().end();
+        assert!(wait_for_end(&mut child).success());
+        fs::remove_dir_all(short).unwrap();
+    }
+
+    #[test]
+    fn signals_that_are_meant_for_others_do_not_end_it() {
+        let place = Place::new("signals");
+        let keeper = place.start(60_000);
+        let child = keeper.child.as_ref().unwrap();
+        for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
+            rustix::process::kill_process(pid(child), signal).unwrap();
+            assert!(keeper.all().unwrap().is_empty());
+        }
+        let group = rustix::process::getpgid(Some(pid(child))).unwrap();
+        assert_eq!(group, pid(child), "a group of its own");
+        keeper.end();
+    }
+
+    #[test]
+    fn a_keeper_that_cannot_be_reached_gives_its_rooms_to_another_and_is_killed() {
+        for stopped in [false, true] {
+            let place = Place::new("unreached");
+            let mut first = place.start(60_000);
+            let mut child = first.leave().unwrap();
+            let (address, listener) = some_listener();
+            first.keep(address, &[listener.as_fd()]).unwrap();
+            let wanted = vec![cookie(&listener).unwrap()];
+            assert_eq!(cookies(&first), wanted);
+            drop((first, listener));
+            fs::remove_file(place.socket()).unwrap();
+            if stopped {
+                rustix::process::kill_process(pid(&child), Signal::STOP).unwrap();
+            }
+            assert!(place.find().is_none());
+            let mut second =
+                Keeper::start_as(place.command(60_000), &place.cgroup(), &place.socket()).unwrap();
+            let all = second.all().unwrap();
+            assert_eq!(
+                all.iter().map(|(at, it)| (*at, cookie(it).unwrap())).collect::<Vec<_>>(),
+                [(address, wanted[0])]
+            );
+            assert!(sockopt::socket_acceptconn(&all[0].1).unwrap(), "it listens all the time");
+            assert!(!wait_for_end(&mut child).success());
+            let mut child = second.leave().unwrap();
+            second.end();
+            wait_for_end(&mut child);
+        }
+    }
+
+    #[test]
+    fn what_nobody_else_can_understand_ends_the_conversation_and_not_the_keeper() {
+        let place = Place::new("nonsense");
+        let keeper = place.start(60_000);
+        let kept = some_socket();
+        keeper.keep(address(), &[kept.as_fd()]).unwrap();
+        rustix::net::send(&keeper.socket, b"{\"Sing\":{}}", SendFlags::NOSIGNAL).unwrap();
+        keeper.wait().unwrap();
+        assert!(keeper.hear().unwrap_err().is::<Silent>());
+        assert_eq!(cookies(&place.find().unwrap()), [cookie(&kept).unwrap()]);
+    }
+
+    #[test]
+    fn without_descriptors_it_makes_nothing_and_the_next_distributor_can_still_come() {
+        let place = Place::new("descriptors");
+        let keeper = place.start(60_000);
+        let child = pid(keeper.child.as_ref().unwrap());
+        let (address, listener) = some_listener();
+        keeper.keep(address, &[listener.as_fd()]).unwrap();
+        drop(listener);
+        assert_eq!(keeper.all().unwrap().len(), 1);
+        let uid = rustix::process::geteuid().as_raw();
+        let is_open = |number: &u64| Path::new(&format!("/proc/{}/fd/{number}", child.as_raw_pid())).exists();
+        let few = (0..).find(|number| !is_open(number)).unwrap();
+        let before = getrlimit(Resource::Nofile);
+        let limit = Rlimit { current: Some(few), ..before };
+        prlimit(Some(child), Resource::Nofile, limit).unwrap();
+        let (free, _) = some_listener();
+        assert!(keeper.make(free, uid, 1));
+        match hear(&keeper) {
+            Heard::NotMade(_, why) => assert!(why.contains("Too many open files"), "{why}"),
+            made => panic!("{made:?}"),
+        }
+        drop(keeper);
+        let next = place.find().unwrap();
+        assert_eq!(next.all().unwrap().len(), 1);
+        prlimit(Some(child), Resource::Nofile, before).unwrap();
+        assert!(next.make(free, uid, 3));
+        match hear(&next) {
+            Heard::Made { sockets, lost, .. } => assert_eq!((sockets.len(), lost.len()), (3, 0)),
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(next.all().unwrap().len(), 4);
     }
 
     #[test]
@@ -610,14 +853,32 @@ mod tests {
         let (keeper, theirs) = ends();
         let old = some_socket();
         give(&theirs, true, &old);
-        let number = u64::from(std::process::id());
+        let number = u64::from(process::id());
         send(&theirs, &Answer::All { number: number + 1 }, &[]).unwrap();
         let kept = some_socket();
         give(&theirs, false, &kept);
         send(&theirs, &Answer::All { number }, &[]).unwrap();
-        let all = keeper.all().unwrap();
-        assert_eq!(all.len(), 1);
-        assert_eq!(cookie(&all[0].1).unwrap(), cookie(&kept).unwrap());
+        assert_eq!(cookies(&keeper), [cookie(&kept).unwrap()]);
+    }
+
+    #[test]
+    fn sockets_for_which_there_was_no_descriptor_are_known_by_their_cookies() {
+        let (keeper, theirs) = ends();
+        let socket = some_socket();
+        let known = cookie(&socket).unwrap();
+        let answer = Answer::Sockets { address: address(), is_new: true, cookies: vec![known, 7, 8] };
+        send(&theirs, &answer, &[socket.as_fd()]).unwrap();
+        match hear(&keeper) {
+            Heard::Made { sockets, lost, .. } => {
+                assert_eq!((cookie(&sockets[0]).unwrap(), sockets.len(), lost), (known, 1, vec![7, 8]));
+            }
+            other => panic!("{other:?}"),
+        }
+        // What is kept must all come, or rooms with clients in them would be taken for closed.
+        let answer = Answer::Sockets { address: address(), is_new: false, cookies: vec![7] };
+        send(&theirs, &answer, &[]).unwrap();
+        let error = keeper.all().unwrap_err();
+        assert!(!error.is::<Silent>() && error.to_string().contains("raise the limit"), "{error}");
     }
 
     #[test]

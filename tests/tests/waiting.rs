@@ -920,3 +920,37 @@ fn handshakes_that_never_complete_reserve_half_of_a_limit_at_most() {
     drop((held, more));
     assert_quiet(&up, 1);
 }
+
+/// The attendant empties the rooms of the first orphans while the rest of their queue is still
+/// moving.
+#[test]
+fn the_end_of_a_long_queue_of_a_killed_server_goes_before_those_who_wait() {
+    const QUEUE: usize = 2_000;
+    const PLACES: usize = 100;
+    const BEHIND: usize = 200;
+    let _alone = heavy();
+    for round in 0..4 {
+        let host = Host::new();
+        let servers = [("a", format!("limit = {QUEUE}")), ("b", format!("limit = {PLACES}"))];
+        let mut app = App { policy: Some("first"), ..App::of(&host, 0).named(servers) };
+        app.waiting = Some("capacity = 12000\ntimeout = \"5m\"".to_owned());
+        let up = host.up(&app);
+        let victim = up.process("app/a");
+        victim.freeze(seconds(5.0));
+        let mut streams = client::stand(&[V4], QUEUE);
+        let held = client::hold(V4, PLACES);
+        streams.extend(client::stand(&[V4], BEHIND));
+        wait_waiting(&up, BEHIND);
+        victim.signal(Signal::KILL);
+        drop(held);
+        // The next instance has a place for everybody in the queue, and b for some who wait.
+        wait_until_eq("those who got a place", seconds(10.0), (QUEUE + PLACES) as u64, || {
+            up.service().outcomes(["handed_over", "moved"]).iter().sum()
+        });
+        assert_eq!(up.service().outcomes(["parked_behind", "move_failed"]), [0, 0], "round {round}");
+        let rest = streams.split_off(QUEUE + PLACES);
+        let served: Result<Vec<Client>, _> = streams.into_iter().map(Client::greeted).collect();
+        served.as_ref().unwrap_or_else(|error| panic!("round {round}: {error}"));
+        assert_eq!(waiting(&up).now, rest.len() as u64);
+    }
+}

@@ -438,6 +438,13 @@ impl Coming {
         unsafe { (&raw const (*self.0).completed).read_volatile() }
     }
 
+    /// The place in the order of the first who came; 0 if nobody has.
+    #[inline(always)]
+    pub(crate) fn first(self) -> u64 {
+        // SAFETY: the map value is a `State`; volatile, because other CPUs write it.
+        unsafe { (&raw const (*self.0).first).read_volatile() }
+    }
+
     /// Notes who came, if nobody had.
     #[inline(always)]
     pub(crate) fn note_first(self, order: u64, since: u64) {

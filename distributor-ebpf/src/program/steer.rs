@@ -229,7 +229,10 @@ fn move_established(
     let group = maps::group();
     let Some(corridor) = maps::corridor(group) else { return SK_DROP };
     let parked = maps::parked(listener);
-    let is_before_others = room_of(before.owner).is_none() || before.order <= corridor.bound();
+    // While nobody attends, rooms close because their keeper has ended, and any place is better than
+    // none.
+    let is_before_others =
+        room_of(before.owner).is_none() || before.order <= corridor.bound() || !maps::is_attended(now);
     // Once one of them is parked, so are all behind it: none may overtake it.
     if parked.count == 0 && is_before_others {
         let hashes = plan.policy == Policy::SourceHash as u32;
@@ -254,8 +257,9 @@ fn move_established(
         // Older than all that wait, whose order is a time.
         None => Owner { order: loads.add(Sum::Orphans, 1) + 1, since: now, ..before },
     };
+    let mut last = parked;
     for _ in 0..SPARE_TRIES {
-        let place = spare(loads, corridor, group, parked);
+        let place = spare(loads, corridor, group, last);
         if place.count == 0 {
             break;
         }
@@ -270,17 +274,27 @@ fn move_established(
             leave(loads, before.owner, true);
             return SK_PASS;
         }
+        // It was emptied while the queue is still moving. Those behind go into the next one, whose
+        // place in the order is behind it, and ahead of everybody who has had no server.
+        last = Parked { count: FULL, ..place };
     }
-    // No spare room, which the attendant sees to, unless many servers die at once while it is
-    // dead: behind those that wait, but not lost.
-    let current = corridor.room(loads.current(group) >> 16);
-    if SOCKETS.select_reuseport(ctx, current).is_ok() {
-        maps::record(loads, cookie, Owner { owner: in_room(current), ..owner }, false);
-        if let Some(coming) = maps::coming(current) {
-            coming.note_first(now, owner.since);
+    // No spare room, because many servers die at once, or a long queue moves while its first ones
+    // are handed over. The current room will do, if nobody has come to it and another can be
+    // current; otherwise behind those that wait, but not lost.
+    let current = loads.current(group);
+    let index = corridor.room(current >> 16);
+    if SOCKETS.select_reuseport(ctx, index).is_ok() {
+        maps::record(loads, cookie, Owner { owner: in_room(index), ..owner }, false);
+        if let Some(coming) = maps::coming(index) {
+            let is_first = coming.first() == 0 && (current >> 16) + 1 < corridor.made();
+            coming.note_first(if is_first { owner.order } else { now }, owner.since);
             coming.add(Comes::Entered);
+            if is_first {
+                maps::next_room(loads, corridor, group, current);
+                maps::note_parked(listener, Parked { index, count: 1 });
+            }
+            count(if is_first { Outcome::Parked } else { Outcome::ParkedBehind });
         }
-        count(Outcome::ParkedBehind);
         leave(loads, before.owner, true);
         return SK_PASS;
     }
@@ -291,6 +305,9 @@ fn move_established(
 
 /// Spare rooms that are tried for one connection.
 const SPARE_TRIES: usize = 2;
+
+/// In a room where so many are parked is no place.
+const FULL: u32 = u32::MAX - 1;
 
 /// Where the next connection of a closing listener is parked: in the room of the one before,
 /// as long as that is not full, or in the next spare one; or with the one before all the same.
@@ -311,7 +328,7 @@ fn spare(loads: Loads, corridor: Corridor, group: usize, parked: Parked) -> Park
             return Parked { index, count: 1 };
         }
     }
-    with_the_last
+    if with_the_last.count > FULL { Parked { count: 0, ..with_the_last } } else { with_the_last }
 }
 
 /// Times that two CPUs may want the same spare room, each on behalf of a closing listener.

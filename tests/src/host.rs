@@ -39,6 +39,8 @@ use crate::{
 
 /// Names the program under test, if it is not the one that cargo built.
 const PROGRAM: &str = "DIST_CTL_BIN";
+/// Names the one with the contract after this one, likewise.
+const NEXT_PROGRAM: &str = "DIST_CTL_NEXT_BIN";
 
 /// The port of the service in most tests, over IPv4 and IPv6.
 pub const V4: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 8080);
@@ -490,16 +492,28 @@ impl Drop for Up<'_> {
 /// The program under test.
 #[track_caller]
 pub fn program() -> PathBuf {
-    if let Some(path) = std::env::var_os(PROGRAM) {
+    program_of(PROGRAM, "release/dist-ctl", "cargo build --release")
+}
+
+/// The same with the contract after this one.
+#[track_caller]
+pub fn next_program() -> PathBuf {
+    let build = "cargo build --release --features next-contract --target-dir target/next";
+    program_of(NEXT_PROGRAM, "next/release/dist-ctl", build)
+}
+
+#[track_caller]
+fn program_of(variable: &str, path: &str, build: &str) -> PathBuf {
+    if let Some(path) = std::env::var_os(variable) {
         return path.into();
     }
     // This test's program is in target/PROFILE/deps.
     let own = std::env::current_exe().expect("a process knows its program");
     let target = own.ancestors().nth(3).expect("a test's program is in target/PROFILE/deps");
-    let program = target.join("release/dist-ctl");
+    let program = target.join(path);
     assert!(
         program.exists(),
-        "{} does not exist: build it with cargo build --release, or name another in {PROGRAM}",
+        "{} does not exist: build it with {build}, or name another in {variable}",
         program.display()
     );
     program

@@ -14,7 +14,7 @@ use std::{
 use tests::{command, host::program, wait::seconds};
 
 /// What is written by people for machines, by its ending.
-const SOURCES: [&str; 5] = ["rs", "sh", "java", "js", "py"];
+const SOURCES: [&str; 6] = ["rs", "sh", "java", "js", "py", "c"];
 
 fn workspace() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the package lies in the workspace")

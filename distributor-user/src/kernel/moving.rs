@@ -40,7 +40,7 @@ use tracing::info;
 use super::{
     links::HOOKS,
     pins::{self, Shape},
-    syscall::{self, ARRAY, Entries},
+    syscall::{self, Entries},
 };
 use crate::shared::Shared;
 
@@ -52,8 +52,11 @@ const BASE_OF_STATES: &str = "BASE_OF_STATES";
 
 // enum bpf_map_type (include/uapi/linux/bpf.h)
 const HASH: u32 = 1;
+const ARRAY: u32 = 2;
 const PERCPU_ARRAY: u32 = 6;
 const RINGBUF: u32 = 27;
+/// BPF_F_MMAPABLE
+const MMAPABLE: u32 = 1 << 10;
 
 /// Maps with keys that the programs write.
 const WRITTEN_BY_PROGRAMS: [&str; 2] = ["OWNERS", "PARKED"];
@@ -277,9 +280,12 @@ impl Moving {
                 _ => pair.copy().with_context(|| format!("copy the map {name}"))?,
             }
         }
-        self.load = Some(syscall::create_array(size_of::<Load>(), 1).context("make the map BASE")?);
-        let states = syscall::create_array(size_of::<State>(), SOCKETS);
-        self.states = Some(states.context("make the map BASE_OF_STATES")?);
+        let base = |value: usize, entries: usize| {
+            let (value, entries) = (value as u32, entries as u32);
+            syscall::create_map(Shape { kind: ARRAY, key: 4, value, entries, flags: MMAPABLE })
+        };
+        self.load = Some(base(size_of::<Load>(), 1).context("make the map BASE")?);
+        self.states = Some(base(size_of::<State>(), SOCKETS).context("make the map BASE_OF_STATES")?);
         // The bases are zero, and so are the maps: all that the old ones have is a difference.
         self.join()?;
         step(Step::Copy)

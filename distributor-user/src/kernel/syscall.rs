@@ -14,6 +14,8 @@ use std::{
     ptr,
 };
 
+use super::pins::Shape;
+
 // enum bpf_cmd (include/uapi/linux/bpf.h)
 const MAP_CREATE: u32 = 0;
 const MAP_LOOKUP_ELEM: u32 = 1;
@@ -109,16 +111,10 @@ pub(super) struct Entries<'a> {
     pub(super) most: usize,
 }
 
-/// BPF_MAP_TYPE_ARRAY
-pub(super) const ARRAY: u32 = 2;
-/// BPF_F_MMAPABLE
-const MMAPABLE: u32 = 1 << 10;
-
-/// Makes an array that can be had as memory, with values of so many bytes, all zero.
-pub(super) fn create_array(value_size: usize, entries: usize) -> io::Result<OwnedFd> {
-    let (value_size, entries) = (value_size as u32, entries as u32);
-    let mut attributes =
-        CreateMapAttr { kind: ARRAY, key_size: 4, value_size, entries, flags: MMAPABLE, padding: 0 };
+/// Makes a map in which everything is zero, or nothing.
+pub(super) fn create_map(shape: Shape) -> io::Result<OwnedFd> {
+    let Shape { kind, key: key_size, value: value_size, entries, flags } = shape;
+    let mut attributes = CreateMapAttr { kind, key_size, value_size, entries, flags, padding: 0 };
     let fd = bpf(MAP_CREATE, &mut attributes)?;
     // SAFETY: the kernel has just made this descriptor for us, and nobody else knows of it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })

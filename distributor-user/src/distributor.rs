@@ -8,7 +8,7 @@
 use std::{
     collections::HashMap,
     fs::DirBuilder,
-    os::unix::fs::DirBuilderExt as _,
+    os::{fd::AsFd as _, unix::fs::DirBuilderExt as _},
     path::Path,
     sync::Arc,
     time::{Duration, Instant},
@@ -18,11 +18,14 @@ use anyhow::{Context as _, ensure};
 use distributor_ebpf::contract;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use tokio::{
-    sync::mpsc::{self, UnboundedReceiver, UnboundedSender},
-    task::{LocalSet, spawn_local},
+    sync::{
+        mpsc::{self, UnboundedReceiver, UnboundedSender},
+        oneshot,
+    },
+    task::{LocalSet, spawn_local, yield_now},
     time::timeout_at,
 };
-use tracing::{debug, error, info};
+use tracing::{debug, error, info, warn};
 
 use crate::{
     attendant, bell,
@@ -37,6 +40,7 @@ use crate::{
     notify, room, server,
     service::{self, Host, Label, Service},
     status::Status,
+    upgrade::{self, Candidate},
 };
 
 /// How often what is only seen by looking is looked at: who drains.
@@ -71,6 +75,8 @@ pub enum Input {
         says: attendant::Says,
     },
     Control(Request),
+    /// The trial of another program is over.
+    Tried(Result<Candidate, Response>, oneshot::Sender<Response>),
 }
 
 /// Runs until everything has been stopped, as the monitor or an operator asked.
@@ -124,6 +130,12 @@ struct Distributor<'a> {
     inputs: UnboundedSender<Input>,
     received: UnboundedReceiver<Input>,
     stopping: bool,
+    /// Another program is on trial.
+    trying: bool,
+    /// It takes over now.
+    successor: Option<Candidate>,
+    /// Why we were not replaced by the last one that was to take over.
+    not_upgraded: Option<String>,
     /// The services that were announced on standard output.
     announced: Vec<bool>,
 }
@@ -138,7 +150,11 @@ impl<'a> Distributor<'a> {
         inheritance: Inheritance,
     ) -> anyhow::Result<Self> {
         let (inputs, received) = mpsc::unbounded_channel();
-        let Inheritance { children, held, stop } = inheritance;
+        let Inheritance { children, held, not_replaced, stop } = inheritance;
+        let not_upgraded = not_replaced.map(upgrade::not_upgraded);
+        if let Some(why) = &not_upgraded {
+            warn!("not upgraded: {why}");
+        }
         let first = children.is_empty() && held.is_empty();
         if first {
             place.clean_leftovers()?;
@@ -168,7 +184,18 @@ impl<'a> Distributor<'a> {
             link.send(&ToMonitor::Drop { key: held.key }, None)?;
         }
         let announced = vec![!first; services.len()];
-        let mut distributor = Self { place, link, services, inputs, received, stopping: false, announced };
+        let mut distributor = Self {
+            place,
+            link,
+            services,
+            inputs,
+            received,
+            stopping: false,
+            trying: false,
+            successor: None,
+            not_upgraded,
+            announced,
+        };
         distributor.take_over(children)?;
         distributor.look_around();
         let (services, mut host) = distributor.split();
@@ -236,7 +263,7 @@ impl<'a> Distributor<'a> {
         spawn_local(async move {
             // Only the signal that there is something; the loop reads it.
             while watch.readable(|| ()).await.is_ok() && inputs.send(Input::MonitorSpeaks).is_ok() {
-                tokio::task::yield_now().await;
+                yield_now().await;
             }
         });
         Ok(())
@@ -250,6 +277,9 @@ impl<'a> Distributor<'a> {
             // `None` cannot come: we hold a sender ourselves.
             if let Ok(Some(input)) = timeout_at(next.into(), self.received.recv()).await {
                 self.perform(input)?;
+            }
+            if let Some(successor) = self.successor.take() {
+                self.make_room(successor).await?;
             }
             let now = Instant::now();
             let (services, mut host) = self.split();
@@ -297,11 +327,27 @@ impl<'a> Distributor<'a> {
                 services[service].notified(entry, instance, &message, &mut host);
             }
             Input::Attendant { service, says } => services[service].attendant_says(says, &mut host)?,
-            Input::Control(request) => {
-                debug!("{} asks {:?}", request.peer, request.command);
-                let response = self.answer(request.command);
+            Input::Control(Request { command, reply, peer }) => {
+                debug!("{peer} asks {command:?}");
+                let response = match command {
+                    Command::Upgrade { program } => return Ok(self.try_out(program, reply)),
+                    command => self.answer(command),
+                };
                 // The client may be gone; what it asked is done all the same.
-                let _ = request.reply.send(response);
+                let _ = reply.send(response);
+            }
+            Input::Tried(result, reply) => {
+                self.trying = false;
+                let response = match result {
+                    Ok(_) if self.stopping => Response::failure("upgrade: dist-ctl is being stopped"),
+                    Ok(candidate) => {
+                        self.not_upgraded = None;
+                        self.successor = Some(candidate);
+                        Response::Done
+                    }
+                    Err(refusal) => refusal,
+                };
+                let _ = reply.send(response);
             }
         }
         Ok(())
@@ -341,7 +387,10 @@ impl<'a> Distributor<'a> {
             FromMonitor::Reload => {
                 info!("asked to reload: this version reads its configuration at the start only")
             }
-            FromMonitor::Child { .. } | FromMonitor::Held { .. } | FromMonitor::Begin => {
+            FromMonitor::Child { .. }
+            | FromMonitor::Held { .. }
+            | FromMonitor::NotReplaced { .. }
+            | FromMonitor::Begin => {
                 debug!("the monitor told twice what is told at the beginning");
             }
         }
@@ -378,7 +427,35 @@ impl<'a> Distributor<'a> {
                 self.stop();
                 Response::Done
             }
+            // Not possible: `perform` gives it to `try_out`.
+            Command::Upgrade { .. } => Response::failure("upgrade: it is answered after a trial only"),
         }
+    }
+
+    /// Puts another program on trial, beside everything else. `Input::Tried` says how it went.
+    fn try_out(&mut self, program: String, reply: oneshot::Sender<Response>) {
+        if self.trying {
+            let _ = reply.send(Response::failure("upgrade: another one is under way: wait for it"));
+            return;
+        }
+        self.trying = true;
+        let inputs = self.inputs.clone();
+        spawn_local(async move {
+            // It fails when the loop is gone, and then nobody waits for it.
+            let _ = inputs.send(Input::Tried(upgrade::try_out(&program).await, reply));
+        });
+    }
+
+    /// Exits, and has the monitor start the other program in our place. Nothing is stopped or
+    /// even dropped: the next distributor finds everything as after a death.
+    async fn make_room(&self, successor: Candidate) -> anyhow::Result<()> {
+        // The reply is written by a task that is to have its turn.
+        for _ in 0..16 {
+            yield_now().await;
+        }
+        info!("makes room for {}", successor.name);
+        self.link.send(&ToMonitor::Replace, Some(successor.file.as_fd()))?;
+        std::process::exit(0)
     }
 
     fn of_server(
@@ -399,6 +476,8 @@ impl<'a> Distributor<'a> {
     fn status(&self) -> anyhow::Result<Status> {
         Ok(Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            build: upgrade::own_build(),
+            not_upgraded: self.not_upgraded.clone(),
             services: self.services.iter().map(Service::status).collect::<Result<_, _>>()?,
         })
     }

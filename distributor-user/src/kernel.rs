@@ -732,3 +732,22 @@ fn said(error: ProgramError) -> anyhow::Error {
         _ => anyhow!("the kernel refused it: {io_error}: {last_line}"),
     }
 }
+
+/// Has the kernel load every program, with maps that are gone with them: whether it takes them.
+pub fn trial() -> anyhow::Result<()> {
+    let mut loader = EbpfLoader::new();
+    loader.override_global("GROUP", &0u32, true).override_global(aya_log::LEVEL, &0u8, true);
+    let mut object = loader.load(object::object()).map_err(said_of_maps).context("create the eBPF maps")?;
+    load_select(&mut object)?;
+    let track: &mut SockOps =
+        object.program_mut("track").context("the eBPF object has no track program")?.try_into()?;
+    track.load().map_err(said).context("load the track program")?;
+    for name in ["bind4", "bind6"] {
+        let bind: &mut CgroupSockAddr = object
+            .program_mut(name)
+            .with_context(|| format!("the eBPF object has no {name} program"))?
+            .try_into()?;
+        bind.load().map_err(said).with_context(|| format!("load the {name} program"))?;
+    }
+    Ok(())
+}

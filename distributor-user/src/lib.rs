@@ -35,4 +35,5 @@ pub mod server;
 pub mod service;
 pub mod shared;
 pub mod status;
+pub mod upgrade;
 pub mod watch;

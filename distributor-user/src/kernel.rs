@@ -11,6 +11,8 @@ mod pins;
 mod programs;
 mod syscall;
 
+pub use programs::trial;
+
 mod ledger;
 
 use std::{

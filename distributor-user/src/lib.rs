@@ -41,4 +41,5 @@ pub mod service;
 pub mod shared;
 pub mod sock_diag;
 pub mod status;
+pub mod upgrade;
 pub mod watch;

@@ -19,6 +19,12 @@ use serde::{Deserialize, Serialize};
 pub struct Status {
     /// The version of the dist-ctl that runs, which may not be the one that asks.
     pub version: String,
+    /// Which program that is: another file, or another content, has another text.
+    #[serde(default)]
+    pub build: String,
+    /// Why the last upgrade, if one failed, did so.
+    #[serde(default)]
+    pub not_upgraded: Option<String>,
     pub services: Vec<ServiceStatus>,
 }
 
@@ -511,7 +517,8 @@ mod tests {
     }
 
     fn status(services: Vec<ServiceStatus>) -> Status {
-        Status { version: "0.1.0".to_owned(), services }
+        let version = "0.1.0".to_owned();
+        Status { version, build: "1-2-3-4.5".to_owned(), not_upgraded: None, services }
     }
 
     #[test]
@@ -520,6 +527,8 @@ mod tests {
         shop.servers = vec![dead_server("shop/2")];
         let expected = json!({
             "version": "0.1.0",
+            "build": "1-2-3-4.5",
+            "not_upgraded": null,
             "services": [{
                 "name": "shop",
                 "listen": ["[::]:8080", "0.0.0.0:80"],

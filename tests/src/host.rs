@@ -140,12 +140,13 @@ impl Host {
     /// The path of the test server's program.
     #[track_caller]
     pub fn test_server(&self) -> String {
-        let own = std::env::current_exe().expect("a process knows its program");
-        let found = own.ancestors().skip(1).take(2).map(|directory| directory.join("test-server"));
-        let found = found.filter(|path| path.exists()).map(|path| path.to_str().expect("a text").to_owned());
-        found
-            .last()
-            .unwrap_or_else(|| panic!("test-server is not built: run the tests with cargo test -p tests"))
+        built("test-server")
+    }
+
+    /// The path of a program that passes the trial of an upgrade and then fails.
+    #[track_caller]
+    pub fn impostor(&self) -> String {
+        built("impostor")
     }
 
     /// A copy of the test server that every user may run, wherever the tests were built.
@@ -517,6 +518,15 @@ fn program_of(variable: &str, path: &str, build: &str) -> PathBuf {
         program.display()
     );
     program
+}
+
+/// The path of a program of this package.
+#[track_caller]
+fn built(name: &str) -> String {
+    let own = std::env::current_exe().expect("a process knows its program");
+    let found = own.ancestors().skip(1).take(2).map(|directory| directory.join(name));
+    let found = found.filter(|path| path.exists()).map(|path| path.to_str().expect("a text").to_owned());
+    found.last().unwrap_or_else(|| panic!("{name} is not built: run the tests with cargo test -p tests"))
 }
 
 /// As many of these tests at a time as the machine can bear: a JVM takes a CPU for itself

@@ -13,6 +13,8 @@ use serde::Deserialize;
 #[derive(Clone, Debug, Deserialize)]
 pub struct Status {
     pub version: String,
+    pub build: String,
+    pub not_upgraded: Option<String>,
     pub services: Vec<Service>,
 }
 

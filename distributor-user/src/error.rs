@@ -1,7 +1,8 @@
 //! Which failures are the user's input, and so exit with 2 instead of 1.
 //!
 //! Everything else travels as a plain `anyhow::Error`. This is the one error that somebody
-//! matches on: `main`, to choose the exit code.
+//! matches on: `main`, to choose the exit code. And what to do when the machine has run out of
+//! something is said here, wherever it was noticed.
 #![forbid(unsafe_code)]
 
 use std::fmt;
@@ -44,6 +45,41 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
     }
 }
 
+/// The failure as an operator reads it.
+pub fn sentence(error: &anyhow::Error) -> String {
+    let text = format!("{error:#}");
+    let lacking = [libc::EMFILE, libc::ENFILE, libc::ENOMEM].map(rustix::io::Errno::from_raw_os_error);
+    let advice = lacking
+        .into_iter()
+        // By its text, because other processes tell their failures as texts.
+        .filter(|errno| text.contains(name(*errno).as_str()))
+        .find_map(|errno| advice(errno.raw_os_error()));
+    match advice {
+        Some(advice) if !text.contains(advice) => format!("{text}: {advice}"),
+        _ => text,
+    }
+}
+
+fn name(errno: rustix::io::Errno) -> String {
+    // Without "(os error 24)", which not everybody writes.
+    let text = errno.to_string();
+    text.split(" (").next().unwrap_or_default().to_owned()
+}
+
+/// What to do when the kernel has no more of something.
+pub fn advice(errno: i32) -> Option<&'static str> {
+    match errno {
+        libc::ENOMEM | libc::E2BIG => {
+            Some("free some memory, or raise the limit (memory.max) of the cgroup in which dist-ctl runs")
+        }
+        libc::EMFILE => Some(
+            "dist-ctl has as many files open as it may: raise its limit (ulimit -n, or LimitNOFILE= of its unit)",
+        ),
+        libc::ENFILE => Some("the machine has as many files open as it may: raise fs.file-max"),
+        _ => None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use anyhow::Context as _;
@@ -54,6 +90,19 @@ mod tests {
     fn the_users_input_exits_with_2_also_below_a_context() {
         let error = anyhow::Error::from(UserError::new("no")).context("read config");
         assert_eq!(exit_code(&error), 2);
+    }
+
+    #[test]
+    fn what_has_run_out_is_said_with_what_to_do_and_once() {
+        let full = || std::io::Error::from_raw_os_error(libc::EMFILE);
+        for error in [
+            anyhow::Error::from(full()).context("open LOAD"),
+            anyhow::anyhow!("make rooms: open a socket: Too many open files"),
+            anyhow::anyhow!(sentence(&anyhow::Error::from(full()))),
+        ] {
+            assert_eq!(sentence(&error).matches("LimitNOFILE=").count(), 1, "{error:#}");
+        }
+        assert_eq!(sentence(&anyhow::anyhow!("no such file")), "no such file");
     }
 
     #[test]

@@ -95,6 +95,8 @@ pub struct Kernel {
     moving: Option<Moving>,
     /// Everything that is pinned, once it is in charge.
     held: Option<Held>,
+    /// Events that had been lost when it was last asked.
+    lost: u64,
     /// What [`Kernel::heal`] said last of what it could not do.
     complaint: Option<String>,
 }
@@ -176,7 +178,7 @@ impl Kernel {
         let map = |name: &str| open_map(pins, name);
         let ring = RingBuf::try_from(map("EVENTS")?)?;
         let events = Events { ready: Watch::new(ring.as_fd())?, ring };
-        let kernel = Self {
+        let mut kernel = Self {
             plan: map("PLAN")?.try_into()?,
             active: map("ACTIVE")?.try_into()?,
             hash: map("HASH")?.try_into()?,
@@ -194,8 +196,11 @@ impl Kernel {
             stamp,
             moving,
             held: None,
+            lost: 0,
             complaint: None,
         };
+        // Of those before us somebody else was to know; we look at everything.
+        kernel.has_lost_events()?;
         if kernel.moving.is_none() {
             kernel.attach_hooks(Only::Missing)?;
         }
@@ -333,6 +338,14 @@ impl Kernel {
                 Ok((outcome, counts.iter().sum()))
             })
             .collect()
+    }
+
+    /// Whether EVENTS was full since this was last asked, so that something happened of which nobody
+    /// was told.
+    pub fn has_lost_events(&mut self) -> anyhow::Result<bool> {
+        let counts = self.counters.get(&(Outcome::EventLost as u32), 0).context("read OUTCOMES")?;
+        let lost = counts.iter().sum();
+        Ok(std::mem::replace(&mut self.lost, lost) != lost)
     }
 
     /// Makes a listener in a group one of ours: its children count for `home`, and it can be

@@ -38,7 +38,7 @@ fn main() -> ExitCode {
     match perform(&invocation) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("dist-ctl: {error:#}");
+            eprintln!("dist-ctl: {}", error::sentence(&error));
             ExitCode::from(error::exit_code(&error))
         }
     }

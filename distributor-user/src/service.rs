@@ -421,6 +421,7 @@ impl Service {
                 .is_some_and(|run| run.listeners.iter().any(|them| them.cookies.contains(&cookie)))
         };
         self.bound.remove(&cookie);
+        self.scans.retain(|scan| scan.cookie != cookie);
         if let Some(entry) = self.entries.iter().position(holds) {
             self.scan(entry, None, host);
         }
@@ -662,8 +663,10 @@ impl Service {
     pub fn look_around(&mut self, host: &mut Host<'_>) {
         self.syncookies =
             fs::read_to_string("/proc/sys/net/ipv4/tcp_syncookies").is_ok_and(|value| value.trim() == "2");
+        // Then a listener may have come or gone of which nobody was told.
+        let all = self.kernel.has_lost_events().unwrap_or(true);
         for entry in 0..self.entries.len() {
-            if self.entries[entry].run.as_ref().is_some_and(|run| !run.included && !run.draining) {
+            if self.entries[entry].run.as_ref().is_some_and(|run| all || !run.included && !run.draining) {
                 self.scan(entry, None, host);
             }
         }

@@ -148,6 +148,11 @@ pub fn cgroup_mount_of_thread() -> Option<PathBuf> {
     mounts_in("/proc/thread-self/mountinfo").find(|(kind, _)| kind == "cgroup2").map(|(_, path)| path)
 }
 
+/// Whether there is a bpffs where most machines have one, so that dist-ctl mounts none.
+pub fn has_bpffs() -> bool {
+    mounts_of("bpf").any(|mount| mount == Path::new("/sys/fs/bpf"))
+}
+
 /// The directory of an instance's pins.
 pub fn pins(runtime: &Path) -> Option<PathBuf> {
     let name = instance_name(runtime);

@@ -391,25 +391,25 @@ impl Moving {
 }
 
 impl Pair {
-    fn old(&self) -> anyhow::Result<Entries<'_>> {
+    fn old_entries(&self) -> anyhow::Result<Entries<'_>> {
         entries(self.old.as_fd(), self.old_shape)
     }
 
-    fn new(&self) -> anyhow::Result<Entries<'_>> {
+    fn new_entries(&self) -> anyhow::Result<Entries<'_>> {
         entries(self.new.as_fd(), self.new_shape)
     }
 
     /// Copies all entries.
     fn copy(&self) -> anyhow::Result<()> {
-        for key in self.old()?.keys()? {
+        for key in self.old_entries()?.keys()? {
             self.copy_one(&key)?;
         }
         Ok(())
     }
 
     fn copy_one(&self, key: &[u8]) -> anyhow::Result<()> {
-        let new = self.new()?;
-        if let Some(mut value) = self.old()?.get(key)? {
+        let new = self.new_entries()?;
+        if let Some(mut value) = self.old_entries()?.get(key)? {
             value.resize(new.value_size, 0);
             new.set(key, &value)?;
         }
@@ -418,10 +418,10 @@ impl Pair {
 
     /// Makes the new map what the old one is. The keys that there are.
     fn mirror(&self) -> anyhow::Result<HashSet<Vec<u8>>> {
-        let keys: HashSet<Vec<u8>> = self.old()?.keys()?.into_iter().collect();
-        for key in self.new()?.keys()? {
+        let keys: HashSet<Vec<u8>> = self.old_entries()?.keys()?.into_iter().collect();
+        for key in self.new_entries()?.keys()? {
             if !keys.contains(&key) {
-                self.new()?.remove(&key)?;
+                self.new_entries()?.remove(&key)?;
             }
         }
         for key in &keys {
@@ -432,14 +432,14 @@ impl Pair {
 
     /// Brings what came and went in the old map since it had these keys.
     fn bring_keys(&self, before: &HashSet<Vec<u8>>) -> anyhow::Result<()> {
-        let now: HashSet<Vec<u8>> = self.old()?.keys()?.into_iter().collect();
+        let now: HashSet<Vec<u8>> = self.old_entries()?.keys()?.into_iter().collect();
         for key in now.difference(before) {
-            if self.new()?.get(key)?.is_none() {
+            if self.new_entries()?.get(key)?.is_none() {
                 self.copy_one(key)?;
             }
         }
         for key in before.difference(&now) {
-            self.new()?.remove(key)?;
+            self.new_entries()?.remove(key)?;
         }
         Ok(())
     }
@@ -451,7 +451,7 @@ impl Pair {
     }
 
     fn sums(&self) -> anyhow::Result<Vec<Vec<u64>>> {
-        let old = self.old()?;
+        let old = self.old_entries()?;
         let keys = old.keys()?;
         keys.iter().map(|key| Ok(longs(&old.get(key)?.unwrap_or_default()))).collect()
     }
@@ -459,7 +459,7 @@ impl Pair {
     /// Adds what each CPU's counters gained. What a program counts between the two system calls is
     /// lost; it is a counter of outcomes and not of connections.
     fn bring_sums(&self, before: &[Vec<u64>]) -> anyhow::Result<()> {
-        let (keys, now, new) = (self.old()?.keys()?, self.sums()?, self.new()?);
+        let (keys, now, new) = (self.old_entries()?.keys()?, self.sums()?, self.new_entries()?);
         for ((key, before), now) in keys.iter().zip(before).zip(&now) {
             if before == now {
                 continue;

@@ -25,6 +25,7 @@ use aya::{
 use aya_log::EbpfLogger;
 
 use super::{ProgramLog, links::HOOKS, object, pins, pins::Shape, syscall};
+use crate::error;
 
 /// Which object programs come from, and what was built into them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -297,15 +298,7 @@ fn why(said: &io::Error, name: &str) -> Option<String> {
     let what = if name.is_empty() { String::new() } else { format!("the map {name}: ") };
     let to_do = match said.raw_os_error()? {
         libc::EPERM | libc::EACCES => RIGHTS,
-        libc::ENOMEM | libc::E2BIG => {
-            "it has no memory for it: free some, or raise the memory limit (memory.max) of the cgroup that \
-             dist-ctl runs in"
-        }
-        libc::EMFILE => {
-            "dist-ctl has as many files open as it may: raise its limit (ulimit -n, or LimitNOFILE= of its unit)"
-        }
-        libc::ENFILE => "the machine has as many files open as it may: raise fs.file-max",
-        _ => return None,
+        other => error::advice(other)?,
     };
     Some(format!("the kernel refused it: {what}{said} ({to_do})"))
 }
@@ -320,7 +313,7 @@ mod tests {
             (libc::EPERM, "", "CAP_BPF"),
             (libc::ENOMEM, "OWNERS", "the map OWNERS: "),
             (libc::ENOMEM, "LOAD", "memory.max"),
-            (libc::E2BIG, "LOAD", "no memory"),
+            (libc::E2BIG, "LOAD", "free some memory"),
             (libc::EMFILE, "PLAN", "LimitNOFILE"),
             (libc::ENFILE, "PLAN", "fs.file-max"),
         ] {

@@ -1,0 +1,258 @@
+//! What somebody removes under a running dist-ctl, or what is full, is made good again.
+
+#![forbid(unsafe_code)]
+
+use std::{
+    fs,
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::{Child, Command},
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+};
+
+use rustix::{
+    mount::{UnmountFlags, unmount},
+    process::{Pid, Resource, Rlimit, prlimit},
+};
+use tests::{
+    app::App,
+    client::{self, Client},
+    command,
+    host::{Host, Up, V4},
+    leftover,
+    process::Signal,
+    wait::{seconds, stays, wait_for, wait_until_eq},
+};
+
+/// Clients come and go while `work` is done. How many were served; all of them must be.
+fn under_load(work: impl FnOnce()) -> u64 {
+    let stop = AtomicBool::new(false);
+    let load = || {
+        let mut served = 0;
+        while !stop.load(Ordering::Relaxed) {
+            Client::open(V4).expect("every client is served");
+            served += 1;
+        }
+        served
+    };
+    thread::scope(|scope| {
+        let threads: Vec<_> = (0..4).map(|_| scope.spawn(load)).collect();
+        // Also when it panics, or nobody would ever stop them.
+        let stop_them = StopThem(&stop);
+        work();
+        drop(stop_them);
+        let served = threads.into_iter().map(|thread| thread.join());
+        served.map(|served| served.unwrap_or_else(|panic| std::panic::resume_unwind(panic))).sum()
+    })
+}
+
+struct StopThem<'a>(&'a AtomicBool);
+
+impl Drop for StopThem<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+fn pins(up: &Up<'_>) -> PathBuf {
+    let pins = leftover::pins(up.runtime()).expect("the instance has pins");
+    let mut directories = fs::read_dir(pins).expect("list the pins").flatten();
+    directories
+        .find(|directory| directory.file_name().to_string_lossy().starts_with("app-v"))
+        .expect("the service has pins")
+        .path()
+}
+
+fn replace(up: &Up<'_>) {
+    let old = up.distributor();
+    old.kill(seconds(5.0));
+    wait_for("the next distributor", seconds(10.0), || (up.distributor() != old).then_some(()));
+    up.wait_answering();
+    up.wait_ready();
+}
+
+#[track_caller]
+fn assert_all_counted(up: &Up<'_>, served: u64) {
+    up.wait_connections(&[0; 3]);
+    let service = up.service();
+    let [directly, waited] = service.outcomes(["established", "established_waiting"]);
+    assert_eq!(directly + waited, served, "{service:#?}");
+    assert_eq!(service.outcomes(["closed", "move_failed"]), [served, 0]);
+    assert_eq!(service.totals().iter().sum::<u64>(), served);
+    assert!(service.servers.iter().all(|server| server.restarts == 0), "{service:#?}");
+}
+
+#[test]
+fn pins_that_are_removed_under_load_are_made_again_and_nothing_is_lost() {
+    let host = Host::new();
+    let up = host.up(&App::of(&host, 3));
+    let pins = pins(&up);
+    let names = || {
+        let mut names: Vec<_> =
+            fs::read_dir(&pins).into_iter().flatten().flatten().map(|pin| pin.path()).collect();
+        names.sort();
+        names
+    };
+    let before = names();
+    let served = under_load(|| {
+        fs::remove_dir_all(&pins).expect("remove the pins");
+        wait_until_eq("the pins", seconds(5.0), before.clone(), names);
+        assert!(up.log().contains("were gone and are there again"), "{}", up.log());
+        // Which has everything.
+        replace(&up);
+    });
+    assert!(served > 100, "only {served} clients in that time");
+    assert_all_counted(&up, served);
+}
+
+#[test]
+fn a_bpffs_of_our_own_that_is_unmounted_is_mounted_again() {
+    let host = Host::new();
+    if leftover::has_bpffs() {
+        eprintln!("left out: this machine has a bpffs at /sys/fs/bpf, so dist-ctl mounts none");
+        return;
+    }
+    let up = host.up(&App::of(&host, 3));
+    let pins = pins(&up);
+    let served = under_load(|| {
+        unmount(up.runtime().join("bpf"), UnmountFlags::DETACH).expect("unmount the bpffs");
+        wait_for("the pins", seconds(5.0), || pins.join("track_link").exists().then_some(()));
+        assert!(up.log().contains("were gone and are there again"), "{}", up.log());
+        replace(&up);
+    });
+    assert_all_counted(&up, served);
+    up.stop();
+}
+
+/// Fills EVENTS, which has room for 4,096 records: listeners of a server come and go, three
+/// records each.
+const FILL: &str = "
+import socket, sys
+print('ready', flush=True)
+sys.stdin.readline()
+for _ in range(1500):
+    listener = socket.socket(socket.AF_INET6)
+    listener.bind(('::', 8080))
+    listener.listen()
+    listener.close()
+print('full', flush=True)
+";
+
+/// A process in the cgroup of a server.
+struct Stray {
+    child: Child,
+}
+
+impl Stray {
+    #[track_caller]
+    fn in_cgroup_of(up: &Up<'_>, server: &str, script: &str) -> Self {
+        use std::process::Stdio;
+        let cgroup = leftover::cgroup_mount().expect("cgroup v2 is mounted");
+        let cgroup = cgroup.join(up.process(server).cgroup().expect("a server is in a cgroup"));
+        let mut command = Command::new("python3");
+        command.args(["-c", script]).stdin(Stdio::piped()).stdout(Stdio::piped()).process_group(0);
+        let child = command.spawn().expect("start python3");
+        fs::write(cgroup.join("cgroup.procs"), child.id().to_string()).expect("move it into the cgroup");
+        Self { child }
+    }
+
+    /// Lets it go, and waits for its end.
+    #[track_caller]
+    fn run(mut self) {
+        drop(self.child.stdin.take());
+        assert!(self.child.wait().expect("wait for it").success());
+    }
+}
+
+#[test]
+fn listeners_that_come_and_go_while_events_are_lost_are_found() {
+    let host = Host::new();
+    let file = host.path_text("listen-now");
+    let listens = ["--listen", "[::]:8080"];
+    let late = App::with(&host, 0, &[&listens[..], &["--listen-when", &file]].concat());
+    let closes = App::with(&host, 0, &[&listens[..], &["--closable"]].concat());
+    let command = |app: &App| format!("command = {}", tests::app::list(&app.command));
+    let app = App::of(&host, 0).named([
+        ("late", command(&late)),
+        ("closes", command(&closes)),
+        ("plain", String::new()),
+    ]);
+    let up = host.start(&app);
+    for server in ["app/closes", "app/plain"] {
+        up.wait_state(server, "ready");
+    }
+    up.wait_state("app/late", "starting");
+    let stray = Stray::in_cgroup_of(&up, "app/plain", FILL);
+    let (closing, distributor) = (up.process("app/closes"), up.distributor());
+    distributor.freeze(seconds(5.0));
+    stray.run();
+    // Of neither there is room to tell.
+    fs::write(&file, "").expect("let it listen");
+    closing.signal(Signal::USR1);
+    stays("the distributor", seconds(0.3), true, || distributor.runs());
+    distributor.signal(Signal::CONT);
+    up.wait_answering();
+    assert!(up.service().outcome("event_lost") > 0, "EVENTS was not full");
+    up.wait_state("app/late", "ready");
+    wait_for("the closed listener to be noticed", seconds(10.0), || {
+        (up.service().server("app/closes").state != "ready").then_some(())
+    });
+    let held = client::hold(V4, 10);
+    let by_name = client::by_name(&held);
+    assert!(
+        by_name.get("late").copied() == Some(5) && by_name.get("plain").copied() == Some(5),
+        "{by_name:?}"
+    );
+}
+
+#[test]
+fn without_descriptors_it_says_so_at_the_start_and_leaves_nothing() {
+    let host = Host::new();
+    let file = host.write("dist-ctl.toml", &App::of(&host, 2).toml());
+    for (limit, words) in [
+        (16, "LimitNOFILE="),
+        (30, "LimitNOFILE="),
+        (40, "LimitNOFILE="),
+        (70, "raise the limit of open files"),
+    ] {
+        let plain = host.command(&["up", "-f", &file]);
+        let mut command = Command::new("prlimit");
+        command.arg(format!("--nofile={limit}:{limit}")).arg(plain.get_program()).args(plain.get_args());
+        for (name, value) in plain.get_envs() {
+            match value {
+                Some(value) => command.env(name, value),
+                None => command.env_remove(name),
+            };
+        }
+        command::run(&mut command, seconds(20.0)).expect_refusal(1, &[words]);
+        assert_eq!(leftover::of_instance(&host.runtime("main")), [], "with {limit} descriptors");
+    }
+}
+
+#[test]
+fn a_distributor_without_descriptors_changes_nothing_and_the_next_one_goes_on() {
+    let host = Host::new();
+    let up = host.up(&App::of(&host, 3));
+    let monitor = Pid::from_raw(up.monitor().pid);
+    let (_, hard) = up.monitor().limit("Max open files");
+    let hard = hard.parse().ok();
+    let few = Rlimit { current: Some(24), maximum: hard };
+    let served = under_load(|| {
+        let old = up.distributor();
+        let before = prlimit(monitor, Resource::Nofile, few).expect("take descriptors from the monitor");
+        old.kill(seconds(5.0));
+        wait_for("a distributor to fail", seconds(10.0), || up.log().contains("LimitNOFILE").then_some(()));
+        let held = client::hold(V4, 30);
+        let by_name = client::by_name(&held);
+        assert!(by_name.len() == 3, "the kernel goes on steering: {by_name:?}");
+        drop(held);
+        prlimit(monitor, Resource::Nofile, before).expect("give them back");
+        wait_for("the next one", seconds(30.0), || {
+            (up.run(&["status", "--json"]).code == Some(0)).then_some(())
+        });
+        up.wait_ready();
+    });
+    assert_all_counted(&up, served + 30);
+    assert!(Path::new(&pins(&up)).exists());
+}

@@ -38,8 +38,12 @@ fn build() -> Result<()> {
             }
             // OUT_DIR is TARGET/PROFILE/build/PACKAGE/out. Beside the profiles, so that
             // debug and release do not each build the same object.
-            let target = out.ancestors().nth(4).unwrap_or(out).join("ebpf");
-            let object = toolchain.build_object(&target)?;
+            let target = out.ancestors().nth(4).unwrap_or(out);
+            let object = match env::var_os("CARGO_FEATURE_NEXT_CONTRACT") {
+                None => toolchain.build_object(&target.join("ebpf"), &[])?,
+                // Apart, or each would overwrite the other.
+                Some(_) => toolchain.build_object(&target.join("ebpf-next"), &["next-contract"])?,
+            };
             for line in object.warnings.lines() {
                 println!("cargo::warning={line}");
             }

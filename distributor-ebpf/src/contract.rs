@@ -2,10 +2,16 @@
 //!
 //! Every type here is `repr(C)`, of fixed width and without padding, because both sides read
 //! the same bytes. Every map has one writer, named beside its type. A change of any layout or
-//! meaning raises [`VERSION`], and a distributor never touches maps of another version.
+//! meaning raises [`VERSION`], and a distributor never touches maps of another version, but moves
+//! what is in older ones (`kernel/moving.rs` in `distributor-user`).
+//!
+//! So that it can, a new version only *appends*: fields to the end of a value, entries to an array.
+//! Zero must be a good value for what is appended. What is there keeps its place and meaning; TAG
+//! and SOCKETS never change, because their entries live in sockets; and an appended field of
+//! [`Load`] or [`State`] gets its line in `LOAD_FIELDS` or `STATE_FIELDS` there.
 
 /// The version of everything in this file. Part of the directory that holds the pins.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = if cfg!(feature = "next-contract") { 3 } else { 2 };
 
 /// Server instances of one service that can hold connections at the same time.
 ///
@@ -156,7 +162,8 @@ pub struct Plan {
 }
 
 /// What the kernel counts for one service. One writer: the programs; but user space rolls the
-/// words once a minute, by a compare-and-swap like theirs.
+/// words once a minute, and corrects an active count or `waiting` if it differs from the sockets
+/// there are; by a compare-and-swap or an addition like theirs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Load {
@@ -190,6 +197,9 @@ pub struct Load {
     pub waits: [u64; WAITS],
     /// The sum of these times, in microseconds.
     pub waited: u64,
+    /// Connections of servers that closed.
+    #[cfg(feature = "next-contract")]
+    pub closed: u64,
 }
 
 /// The rooms of one group, in the order in which they are to be used. ROOMS holds one for each
@@ -499,7 +509,8 @@ const _: () = {
     assert!(size_of::<Server>() == 32);
     assert!(size_of::<Run>() == 4);
     assert!(size_of::<Plan>() == 24 + SLOTS * (32 + 2) + GROUPS * SLOTS * 4);
-    assert!(size_of::<Load>() == SLOTS * 32 + 32 + GROUPS * 16 + 16 + WAITS * 8 + 8);
+    let appended = if cfg!(feature = "next-contract") { 8 } else { 0 };
+    assert!(size_of::<Load>() == SLOTS * 32 + 32 + GROUPS * 16 + 16 + WAITS * 8 + 8 + appended);
     assert!(size_of::<Rooms>() == 48 + RING * 8);
     assert!(size_of::<Attendant>() == 24);
     assert!(size_of::<State>() == 48);
@@ -553,6 +564,8 @@ impl Load {
         orphans: 0,
         waits: [0; WAITS],
         waited: 0,
+        #[cfg(feature = "next-contract")]
+        closed: 0,
     };
 }
 

@@ -137,6 +137,36 @@ pub fn close(word: u64, now: u64) -> u64 {
     down(roll(word, now))
 }
 
+/// The word with so many active connections less; below 0: more. For counts that were found wrong.
+pub fn corrected(word: u64, by: i64) -> u64 {
+    let active = (active(word) as i64).saturating_sub(by).clamp(0, ACTIVE_MAX as i64);
+    word & !ACTIVE_MAX | active as u64
+}
+
+/// The word of a slot that is counted in two places, after what the other one gained was brought
+/// to it: what that was `before`, and is `now`.
+///
+/// Connections are brought by their difference. Of reservations the larger number is taken: they
+/// expire by themselves, and until then one too many is better than a limit that is exceeded.
+pub fn join(word: u64, before: u64, now: u64) -> u64 {
+    if word == before {
+        // Nobody changed it.
+        return now;
+    }
+    let gained = active(now) as i64 - active(before) as i64;
+    let active = (active(word) as i64 + gained).clamp(0, ACTIVE_MAX as i64) as u64;
+    // Both in the later of their epochs.
+    let ahead = (now >> EPOCH_SHIFT).wrapping_sub(word >> EPOCH_SHIFT) & (EPOCHS - 1);
+    let (word, now) = if ahead < EPOCHS / 2 {
+        (roll(word, now >> EPOCH_SHIFT), now)
+    } else {
+        (word, roll(now, word >> EPOCH_SHIFT))
+    };
+    let later = if ahead < EPOCHS / 2 { now } else { word };
+    let most = |shift: u32| ((word >> shift) & RESERVED_MAX).max((now >> shift) & RESERVED_MAX) << shift;
+    (later >> EPOCH_SHIFT << EPOCH_SHIFT) | most(CURRENT_SHIFT) | most(PREVIOUS_SHIFT) | active
+}
+
 const fn down(word: u64) -> u64 {
     // A count of 0 cannot close one; staying at 0 is better than borrowing from the fields above.
     if active(word) == 0 { word } else { word - 1 }
@@ -157,6 +187,44 @@ mod tests {
         assert_eq!(used(roll(taken, 7)), 1);
         assert_eq!(used(roll(taken, 8)), 1);
         assert_eq!(used(roll(taken, 9)), 0);
+    }
+
+    #[test]
+    fn a_word_that_only_one_counted_is_taken_as_it_is() {
+        let (before, now) = (word(5, 3, 4, 10), word(7, 4, 0, 11));
+        assert_eq!(join(before, before, now), now);
+    }
+
+    #[test]
+    fn the_larger_number_of_reservations_is_kept_in_the_later_epoch() {
+        assert_eq!(join(word(5, 0, 1, 11), word(5, 3, 4, 10), word(6, 3, 6, 10)), word(6, 6, 1, 11));
+        assert_eq!(join(word(5, 0, 1, 10), word(5, 3, 4, 10), word(6, 3, 6, 11)), word(6, 3, 6, 11));
+    }
+
+    proptest! {
+        /// Connections come and go in both words; joined as often as one likes, none is lost.
+        #[test]
+        fn connections_counted_in_two_words_are_joined_exactly(
+            steps in prop::collection::vec((0..3u8, any::<bool>()), 0..200),
+            held in 0..500u64,
+        ) {
+            let (mut old, mut new, mut base) = (word(held, 2, 3, 7), word(held, 2, 3, 7), word(held, 2, 3, 7));
+            let (mut count, mut epoch) = (held, 7);
+            for (step, is_old) in steps {
+                let place = if is_old { &mut old } else { &mut new };
+                match step {
+                    0 => (*place, count) = (establish(*place, epoch), count + 1),
+                    // Whoever closes one has it: a count of 0 closes none.
+                    1 if active(*place) > 0 && count > 0 => {
+                        (*place, count) = (close(*place, epoch), count - 1);
+                    }
+                    1 => epoch += 1,
+                    _ => (new, base) = (join(new, base, old), old),
+                }
+            }
+            new = join(new, base, old);
+            prop_assert_eq!(active(new), count);
+        }
     }
 
     #[test]
@@ -204,6 +272,14 @@ mod tests {
     #[test]
     fn a_late_handshake_is_counted_without_a_reservation() {
         assert_eq!(establish(word(3, 0, 0, 5), 5), word(4, 0, 0, 5));
+    }
+
+    #[test]
+    fn a_correction_stays_in_its_field() {
+        assert_eq!(corrected(word(5, 3, 4, 10), 2), word(3, 3, 4, 10));
+        assert_eq!(corrected(word(5, 3, 4, 10), -2), word(7, 3, 4, 10));
+        assert_eq!(corrected(word(5, 3, 4, 10), 6), word(0, 3, 4, 10));
+        assert_eq!(corrected(word(5, 3, 4, 10), i64::MIN), word(ACTIVE_MAX, 3, 4, 10));
     }
 
     #[test]

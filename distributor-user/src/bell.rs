@@ -10,6 +10,7 @@ use std::{
     env, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::AsFd as _,
+    path::Path,
     time::Duration,
 };
 
@@ -18,7 +19,10 @@ use distributor_ebpf::contract;
 use rustix::event::{Timespec, epoll};
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 
-use crate::{address::ListenAddress, kernel::Probe};
+use crate::{
+    address::ListenAddress,
+    kernel::{self, Probe},
+};
 
 /// "on" and "off" decide what is otherwise found out. For tests, and for kernels that change
 /// their mind.
@@ -32,12 +36,21 @@ const WAKES_WITHIN: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
 const PATIENCE: Duration = Duration::from_millis(50);
 
 /// Whether this kernel moves connections without waking their new server.
-pub fn is_needed() -> anyhow::Result<bool> {
+///
+/// Once known, that is pinned below `pins`: a distributor that takes over has no time to try it
+/// again, and the kernel that forgets it is another one.
+pub fn is_needed(pins: &Path) -> anyhow::Result<bool> {
     match env::var(FORCE).as_deref() {
-        Ok("on") => Ok(true),
-        Ok("off") => Ok(false),
-        _ => wakes().map(|wakes| !wakes).context("find out whether a moved connection wakes its server"),
+        Ok("on") => return Ok(true),
+        Ok("off") => return Ok(false),
+        _ => {}
     }
+    if let Some(wakes) = kernel::remembered_wakes(pins) {
+        return Ok(!wakes);
+    }
+    let wakes = wakes().context("find out whether a moved connection wakes its server")?;
+    kernel::remember_wakes(pins, wakes)?;
+    Ok(!wakes)
 }
 
 /// Moves a connection between two listeners of our own, on a port of the kernel's choice.

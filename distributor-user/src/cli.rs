@@ -47,10 +47,14 @@ pub enum Command {
     Change(control::Command),
     /// Stop a running instance.
     Down,
+    /// Have the running distributor replaced by this program; `None` is this one.
+    Upgrade(Option<PathBuf>),
     /// Read a configuration and say what was understood.
     Check(PathBuf),
     /// Steer and supervise; the monitor starts this.
     Distributor(Source),
+    /// Say whether this program could be that; the distributor before starts this.
+    Trial(Source),
     /// Become a server; the monitor starts this.
     Launch,
     /// Keeps rooms, in this cgroup.
@@ -101,8 +105,10 @@ impl Invocation {
             }
             Verb::Resume { server } => Command::Change(control::Command::Resume { server }),
             Verb::Down => Command::Down,
+            Verb::Upgrade { binary } => Command::Upgrade(binary),
             Verb::Check { file } => Command::Check(file),
             Verb::Distributor(up) => Command::Distributor(Source::new(up)?),
+            Verb::Trial(up) => Command::Trial(Source::new(up)?),
             Verb::Launch => Command::Launch,
             Verb::Keep { cgroup } => Command::Keep(cgroup),
             Verb::Demo { listen, name } => Command::Demo { listen, name },
@@ -282,6 +288,10 @@ const DOWN_EXAMPLE: &str = "\
 Example: stop another instance than the usual one
   dist-ctl down --runtime-dir /run/dist-ctl-test";
 
+const UPGRADE_EXAMPLE: &str = "\
+Example: with the new program, after it was installed
+  dist-ctl upgrade";
+
 const CHECK_EXAMPLE: &str = "\
 Example: before the next start
   dist-ctl check /etc/dist-ctl/dist-ctl.toml";
@@ -369,6 +379,14 @@ enum Verb {
     #[command(after_help = DOWN_EXAMPLE)]
     Down,
 
+    /// Replace the running dist-ctl by this program; servers and connections are kept
+    #[command(after_help = UPGRADE_EXAMPLE)]
+    Upgrade {
+        /// The new program [default: the one that this command is]
+        #[arg(long, value_name = "FILE")]
+        binary: Option<PathBuf>,
+    },
+
     /// Say what a configuration means, or what is wrong with it
     #[command(after_help = CHECK_EXAMPLE)]
     Check {
@@ -378,6 +396,9 @@ enum Verb {
 
     #[command(hide = true)]
     Distributor(Up),
+
+    #[command(hide = true)]
+    Trial(Up),
 
     #[command(hide = true)]
     Launch,
@@ -552,6 +573,9 @@ mod tests {
             ("dist-ctl status", Command::Status(Form::Table)),
             ("dist-ctl status --json", Command::Status(Form::Json)),
             ("dist-ctl down", Command::Down),
+            ("dist-ctl upgrade", Command::Upgrade(None)),
+            ("dist-ctl upgrade --binary /x", Command::Upgrade(Some(PathBuf::from("/x")))),
+            ("dist-ctl trial --file=x", Command::Trial(Source::File(PathBuf::from("x")))),
             ("dist-ctl check x.toml", Command::Check(PathBuf::from("x.toml"))),
             (
                 "dist-ctl weight shop/1 7",
@@ -681,7 +705,7 @@ mod tests {
             }
             seen.push(verb.get_name());
         }
-        assert_eq!(seen, ["up", "status", "weight", "limit", "resume", "down", "check"]);
+        assert_eq!(seen, ["up", "status", "weight", "limit", "resume", "down", "upgrade", "check"]);
         EXAMPLE.lines().filter_map(|line| line.strip_prefix("  ")).for_each(assert_meant_for_people);
     }
 

@@ -8,7 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod cpus;
-mod duration;
+pub(crate) mod duration;
 mod environment;
 mod expand;
 mod meant;

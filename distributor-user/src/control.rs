@@ -50,6 +50,9 @@ pub const VERSION: u32 = 1;
 /// its sentence about what is wrong arrives.
 pub const ASK_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long for an answer to `upgrade`, which comes after the trial.
+pub const TRIAL_TIMEOUT: Duration = Duration::from_secs(40);
+
 /// What can be asked: `{"command":"weight","server":"shop/1","weight":50}`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "lowercase")]
@@ -72,6 +75,10 @@ pub enum Command {
     },
     /// Stop the instance.
     Down,
+    /// Make room for the program of this file. Answered after its trial.
+    Upgrade {
+        program: String,
+    },
 }
 
 /// What is answered: `{"version":1,"ok":true}`, with a `"status"` if that was asked, or
@@ -123,13 +130,17 @@ pub enum Level {
 
 impl Command {
     /// Every command, as it is written.
-    pub const NAMES: [&str; 5] = ["status", "weight", "limit", "resume", "down"];
+    pub const NAMES: [&str; 6] = ["status", "weight", "limit", "resume", "down", "upgrade"];
 
     /// What a client must be allowed to do to ask this.
     pub fn level(&self) -> Level {
         match self {
             Self::Status => Level::ReadOnly,
-            Self::Weight { .. } | Self::Limit { .. } | Self::Resume { .. } | Self::Down => Level::Admin,
+            Self::Weight { .. }
+            | Self::Limit { .. }
+            | Self::Resume { .. }
+            | Self::Down
+            | Self::Upgrade { .. } => Level::Admin,
         }
     }
 
@@ -476,7 +487,11 @@ async fn converse(mut stream: UnixStream, peer: Peer, requests: mpsc::Sender<Req
         let (response, next) = match next_line(&mut read, patience.client).await {
             Line::Whole(line) => match Command::parse(&line) {
                 Ok(command) => {
-                    let response = answer(command, peer, &requests, patience.distributor).await;
+                    let patience = match command {
+                        Command::Upgrade { .. } => TRIAL_TIMEOUT,
+                        _ => patience.distributor,
+                    };
+                    let response = answer(command, peer, &requests, patience).await;
                     (response, Next::Listen)
                 }
                 Err(error) => (Response::input(error), Next::Close),
@@ -567,7 +582,11 @@ fn line(message: &impl Serialize) -> Vec<u8> {
 }
 
 /// Sends the command; `None` if the connection was closed without an answer.
-fn exchange(runtime_dir: &Path, command: &Command, timeout: Duration) -> anyhow::Result<Option<Response>> {
+pub fn exchange(
+    runtime_dir: &Path,
+    command: &Command,
+    timeout: Duration,
+) -> anyhow::Result<Option<Response>> {
     let asking = || format!("ask dist-ctl on {}", runtime_dir.display());
     let deadline = Instant::now() + timeout;
     let mut stream = connect(runtime_dir, deadline)?;
@@ -882,7 +901,12 @@ mod tests {
     }
 
     fn a_status() -> Status {
-        Status { version: "0.1.0".to_owned(), services: Vec::new() }
+        Status {
+            version: "0.1.0".to_owned(),
+            build: "1-2-3-4.5".to_owned(),
+            not_upgraded: None,
+            services: Vec::new(),
+        }
     }
 
     /// What `ask` gives to another user, in a thread that becomes it.
@@ -940,6 +964,10 @@ mod tests {
             ),
             (r#"{"command":"resume","server":"shop/1"}"#, Command::Resume { server: server() }),
             (r#"{"command":"down"}"#, Command::Down),
+            (
+                r#"{"command":"upgrade","program":"/usr/bin/dist-ctl"}"#,
+                Command::Upgrade { program: "/usr/bin/dist-ctl".to_owned() },
+            ),
         ];
         for (text, command) in &commands {
             assert_eq!(Command::parse(text.as_bytes()).as_ref(), Ok(command));
@@ -961,17 +989,17 @@ mod tests {
             (
                 "[]",
                 "read the request: it has no \"command\": write one object on a line, like \
-                 {\"command\":\"status\"}; the commands are status, weight, limit, resume, down",
+                 {\"command\":\"status\"}; the commands are status, weight, limit, resume, down, upgrade",
             ),
             (
                 r#"{"command":5}"#,
                 "read the request: it has no \"command\": write one object on a line, like \
-                 {\"command\":\"status\"}; the commands are status, weight, limit, resume, down",
+                 {\"command\":\"status\"}; the commands are status, weight, limit, resume, down, upgrade",
             ),
             (
                 r#"{"command":"explode"}"#,
                 "no command is called \"explode\": the commands are status, weight, limit, \
-                 resume, down",
+                 resume, down, upgrade",
             ),
             (r#"{"command":"weight","weight":5}"#, "command \"weight\": missing field `server`"),
             (r#"{"command":"limit","server":"shop/1"}"#, "command \"limit\": missing field `limit`"),
@@ -1003,7 +1031,7 @@ mod tests {
             (Response::Done, r#"{"version":1,"ok":true}"#),
             (
                 Response::Status(a_status()),
-                r#"{"version":1,"ok":true,"status":{"version":"0.1.0","services":[]}}"#,
+                r#"{"version":1,"ok":true,"status":{"version":"0.1.0","build":"1-2-3-4.5","not_upgraded":null,"services":[]}}"#,
             ),
             (
                 Response::input("no server is called \"x\""),
@@ -1137,6 +1165,7 @@ mod tests {
                 Command::Limit { server: "shop/1".to_owned(), limit: None },
                 Command::Resume { server: "shop/1".to_owned() },
                 Command::Down,
+                Command::Upgrade { program: "/bin/false".to_owned() },
             ] {
                 assert_eq!(
                     refused(ask_as(dir, command, STRANGER, gid, groups)),

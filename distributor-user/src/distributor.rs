@@ -22,14 +22,17 @@ use distributor_ebpf::contract;
 use rustix::fs::MemfdFlags;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use tokio::{
-    sync::mpsc::{self, UnboundedReceiver, UnboundedSender},
-    task::{LocalSet, spawn_local},
+    sync::{
+        mpsc::{self, UnboundedReceiver, UnboundedSender},
+        oneshot,
+    },
+    task::{LocalSet, spawn_local, yield_now},
     time::timeout_at,
 };
 use tracing::{debug, error, info, warn};
 
 use crate::{
-    attendant, bell,
+    attendant, auditor, bell,
     cli::Source,
     config::Config,
     control::{self, Command, Request, Response},
@@ -43,6 +46,7 @@ use crate::{
     room, server,
     service::{self, Found, Host, Left, Service, Succession},
     status::Status,
+    upgrade::{self, Candidate},
 };
 
 /// How often what is only seen by looking is looked at: who drains.
@@ -76,7 +80,14 @@ pub enum Input {
         service: usize,
         says: attendant::Says,
     },
+    /// The counts were compared with the sockets.
+    Audited {
+        service: usize,
+        result: anyhow::Result<auditor::Checked>,
+    },
     Control(Request),
+    /// The trial of another program is over.
+    Tried(Result<Candidate, Response>, oneshot::Sender<Response>),
 }
 
 /// Runs until everything has been stopped, as the monitor or an operator asked.
@@ -159,6 +170,12 @@ struct Distributor<'a> {
     inputs: UnboundedSender<Input>,
     received: UnboundedReceiver<Input>,
     stopping: bool,
+    /// Another program is on trial.
+    trying: bool,
+    /// It takes over now.
+    successor: Option<Candidate>,
+    /// Why we were not replaced by the last one that was to take over.
+    not_upgraded: Option<String>,
     /// The services that were announced on standard output.
     announced: Vec<bool>,
     recorder: Recorder,
@@ -176,7 +193,11 @@ impl<'a> Distributor<'a> {
         inheritance: Inheritance,
     ) -> anyhow::Result<Self> {
         let (inputs, received) = mpsc::unbounded_channel();
-        let Inheritance { children, held, stop } = inheritance;
+        let Inheritance { children, held, not_replaced, stop } = inheritance;
+        let not_upgraded = not_replaced.map(upgrade::not_upgraded);
+        if let Some(why) = &not_upgraded {
+            warn!("not upgraded: {why}");
+        }
         let succession = match held.iter().any(|held| held.label == CONFIGURATION) {
             true => Succession::Next,
             false => Succession::First,
@@ -195,7 +216,8 @@ impl<'a> Distributor<'a> {
             }
             _ => {}
         }
-        let options = service::Options { log, bell: bell::is_needed()? };
+        let options =
+            service::Options { log, bell: bell::is_needed(&place.pins)?, audit: auditor::interval()? };
         if options.bell {
             info!("this kernel moves a connection without waking its new server; a bell is rung for that");
         }
@@ -213,6 +235,9 @@ impl<'a> Distributor<'a> {
             inputs,
             received,
             stopping: false,
+            trying: false,
+            successor: None,
+            not_upgraded,
             announced,
             recorder,
             unwritten: None,
@@ -337,7 +362,7 @@ impl<'a> Distributor<'a> {
         spawn_local(async move {
             // Only the signal that there is something; the loop reads it.
             while watch.readable(|| ()).await.is_ok() && inputs.send(Input::MonitorSpeaks).is_ok() {
-                tokio::task::yield_now().await;
+                yield_now().await;
             }
         });
         Ok(())
@@ -351,6 +376,10 @@ impl<'a> Distributor<'a> {
             // `None` cannot come: we hold a sender ourselves.
             if let Ok(Some(input)) = timeout_at(next.into(), self.received.recv()).await {
                 self.perform(input)?;
+            }
+            if let Some(successor) = self.successor.take() {
+                self.write_down();
+                self.make_room(successor).await?;
             }
             let now = Instant::now();
             let (services, mut host) = self.split();
@@ -399,13 +428,30 @@ impl<'a> Distributor<'a> {
                 services[service].notified(entry, instance, &message, &mut host);
             }
             Input::Attendant { service, says } => services[service].attendant_says(says)?,
-            Input::Control(request) => {
-                debug!("{} asks {:?}", request.peer, request.command);
-                let response = self.answer(request.command);
+            Input::Audited { service, result } => services[service].audited(result),
+            Input::Control(Request { command, reply, peer }) => {
+                debug!("{peer} asks {command:?}");
+                let response = match command {
+                    Command::Upgrade { program } => return Ok(self.try_out(program, reply)),
+                    command => self.answer(command),
+                };
                 // Before it is answered: who was told that it is done may count on it.
                 self.write_down();
                 // The client may be gone; what it asked is done all the same.
-                let _ = request.reply.send(response);
+                let _ = reply.send(response);
+            }
+            Input::Tried(result, reply) => {
+                self.trying = false;
+                let response = match result {
+                    Ok(_) if self.stopping => Response::failure("upgrade: dist-ctl is being stopped"),
+                    Ok(candidate) => {
+                        self.not_upgraded = None;
+                        self.successor = Some(candidate);
+                        Response::Done
+                    }
+                    Err(refusal) => refusal,
+                };
+                let _ = reply.send(response);
             }
         }
         Ok(())
@@ -445,7 +491,10 @@ impl<'a> Distributor<'a> {
             FromMonitor::Reload => {
                 info!("asked to reload: this version reads its configuration at the start only")
             }
-            FromMonitor::Child { .. } | FromMonitor::Held { .. } | FromMonitor::Begin => {
+            FromMonitor::Child { .. }
+            | FromMonitor::Held { .. }
+            | FromMonitor::NotReplaced { .. }
+            | FromMonitor::Begin => {
                 debug!("the monitor told twice what is told at the beginning");
             }
         }
@@ -482,7 +531,35 @@ impl<'a> Distributor<'a> {
                 self.stop();
                 Response::Done
             }
+            // Not possible: `perform` gives it to `try_out`.
+            Command::Upgrade { .. } => Response::failure("upgrade: it is answered after a trial only"),
         }
+    }
+
+    /// Puts another program on trial, beside everything else. `Input::Tried` says how it went.
+    fn try_out(&mut self, program: String, reply: oneshot::Sender<Response>) {
+        if self.trying {
+            let _ = reply.send(Response::failure("upgrade: another one is under way: wait for it"));
+            return;
+        }
+        self.trying = true;
+        let inputs = self.inputs.clone();
+        spawn_local(async move {
+            // It fails when the loop is gone, and then nobody waits for it.
+            let _ = inputs.send(Input::Tried(upgrade::try_out(&program).await, reply));
+        });
+    }
+
+    /// Exits, and has the monitor start the other program in our place. Nothing is stopped or
+    /// even dropped: the next distributor finds everything as after a death.
+    async fn make_room(&self, successor: Candidate) -> anyhow::Result<()> {
+        // The reply is written by a task that is to have its turn.
+        for _ in 0..16 {
+            yield_now().await;
+        }
+        info!("makes room for {}", successor.name);
+        self.link.send(&ToMonitor::Replace, Some(successor.file.as_fd()))?;
+        std::process::exit(0)
     }
 
     fn of_server(
@@ -503,6 +580,8 @@ impl<'a> Distributor<'a> {
     fn status(&self) -> anyhow::Result<Status> {
         Ok(Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            build: upgrade::own_build(),
+            not_upgraded: self.not_upgraded.clone(),
             services: self.services.iter().map(Service::status).collect::<Result<_, _>>()?,
         })
     }

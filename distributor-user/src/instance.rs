@@ -120,6 +120,11 @@ impl Instance {
         remove_if_there(fs::remove_file(&control), &control)
     }
 
+    /// Mounts its own bpffs again if somebody has unmounted it.
+    pub fn remount(&self) -> anyhow::Result<()> {
+        self.own_bpffs.as_deref().map_or(Ok(()), mount_bpffs)
+    }
+
     fn unmount(&self) -> anyhow::Result<()> {
         let Some(own) = &self.own_bpffs else { return Ok(()) };
         rustix::mount::unmount(own, UnmountFlags::DETACH)

@@ -1,29 +1,36 @@
-//! The kernel objects of one service. The only file that imports aya.
+//! The kernel objects of one service. Only this file and those in `kernel/` import aya.
 //!
-//! Loads the programs, pins the maps and links, attaches, and reads and writes the maps in the
-//! contract's types. It decides nothing. Opening it again where pins are left finds the same
-//! maps with their counts, and leaves the attached programs running.
-#![forbid(unsafe_code)]
+//! Loads the programs, pins them with the maps and links, attaches, and reads and writes the maps
+//! in the contract's types. It decides nothing. Opening it again where pins are left finds the
+//! same maps with their counts and the same programs; another build's programs take the place of
+//! those that run in one step, once everything that can fail is done.
+
+mod links;
+mod moving;
+mod pins;
+mod programs;
+mod syscall;
+
+pub use programs::trial;
+
+mod ledger;
 
 use std::{
     collections::HashSet,
-    fs::{DirBuilder, File},
     io,
     mem::offset_of,
     net::{IpAddr, SocketAddr},
-    os::{
-        fd::{AsFd, AsRawFd, BorrowedFd},
-        unix::fs::DirBuilderExt as _,
-    },
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
     path::{Path, PathBuf},
     sync::atomic::{AtomicU32, AtomicU64, Ordering, fence},
+    time::Instant,
 };
 
-use anyhow::{Context as _, anyhow};
+use anyhow::{Context as _, ensure};
 use aya::{
-    Ebpf, EbpfError, EbpfLoader,
+    Ebpf, EbpfLoader,
     maps::{Array, HashMap, Map, MapData, PerCpuArray, ReusePortSockArray, RingBuf, SkStorage},
-    programs::{CgroupAttachMode, CgroupSockAddr, ProgramError, SkReuseport, SockOps, links::FdLink},
+    programs::SkReuseport,
 };
 use aya_log::EbpfLogger;
 use distributor_ebpf::{
@@ -35,33 +42,19 @@ use distributor_ebpf::{
 };
 use tracing::debug;
 
-use crate::{address::ListenAddress, room::Room, shared::Shared, watch::Watch};
+use self::{
+    links::HOOKS,
+    moving::Moving,
+    pins::Held,
+    programs::{Programs, Stamp},
+};
+use crate::{address::ListenAddress, cgroup::Cgroup, room::Room, shared::Shared, watch::Watch};
+
+pub use ledger::Ledger;
 
 mod object {
     include!(concat!(env!("OUT_DIR"), "/object.rs"));
 }
-
-/// Maps that outlive a distributor. TAG is among them: its entries live in the sockets.
-const PINNED: [&str; 18] = [
-    "PLAN",
-    "ACTIVE",
-    "HASH",
-    "LOAD",
-    "SOCKETS",
-    "HOME",
-    "OWNERS",
-    "PARKED",
-    "ROOMS",
-    "STATES",
-    "ATTENDANT",
-    "BELLS",
-    "ADDRESSES",
-    "PORTS",
-    "OUTCOMES",
-    "TAG",
-    "EVENTS",
-    "WAKES",
-];
 
 /// What is read from the programs' log. A level above debug is never asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,6 +62,15 @@ pub enum ProgramLog {
     /// The log lines are dead code in the kernel.
     Off,
     On,
+}
+
+/// Which programs are attached to the cgroup.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Only {
+    /// Those without a link to it.
+    Missing,
+    /// All, in place of those that are.
+    All,
 }
 
 /// One service's programs and maps.
@@ -84,8 +86,17 @@ pub struct Kernel {
     parked: HashMap<MapData, u64, Parked>,
     counters: PerCpuArray<MapData, u64>,
     tag: SkStorage<MapData, Tag>,
-    /// The loaded programs: one copy for each group, because `select` has its group built in.
-    objects: Vec<Ebpf>,
+    pins: PathBuf,
+    cgroup: PathBuf,
+    /// One `select` for each group, because it has its group built in.
+    programs: Programs,
+    stamp: Stamp,
+    /// From an older version's pins, until the programs are switched.
+    moving: Option<Moving>,
+    /// Everything that is pinned, once it is in charge.
+    held: Option<Held>,
+    /// What [`Kernel::heal`] said last of what it could not do.
+    complaint: Option<String>,
 }
 
 /// What the kernel tells while the distributor runs.
@@ -122,68 +133,162 @@ pub struct Probe {
 pub struct Logs(Vec<EbpfLogger<&'static dyn log::Log>>);
 
 impl Kernel {
-    /// Loads everything for `groups` listening addresses, with its pins below `pins`, and
-    /// attaches to `cgroup` what belongs there.
+    /// Makes or finds everything for `groups` listening addresses, with its pins in `pins`, and
+    /// attaches to `cgroup` what is not attached there. What runs already is left as it is until
+    /// [`Kernel::take_charge`], and all that is likely to fail is done before.
     ///
     /// # Errors
-    /// What was tried and what the kernel said. Nothing stays attached that was not before;
-    /// pins may stay, and are the caller's to remove.
+    /// What was tried and what the kernel said. Nothing is replaced then; pins may stay, and are
+    /// the caller's to remove.
     pub fn open(
         pins: &Path,
         cgroup: &Path,
         groups: usize,
         log: ProgramLog,
     ) -> anyhow::Result<(Self, Events, Logs)> {
-        let made = DirBuilder::new().recursive(true).mode(0o700).create(pins);
-        made.with_context(|| format!("create {} for the pins", pins.display()))?;
-        let mut objects = Vec::new();
-        for group in 0..groups {
-            let mut object = load(pins, u32::try_from(group)?, log)?;
-            load_select(&mut object)?;
-            objects.push(object);
+        ensure!(groups > 0, "a service has at least one address");
+        let begun = Instant::now();
+        let stamp = Stamp::of(log);
+        let mut moving = moving::find(pins)?;
+        pins::create(pins)?;
+        if moving.is_none() {
+            programs::restore_maps(pins)?;
         }
-        let first = objects.first_mut().context("a service has at least one address")?;
-        attach_to_cgroup(first, pins, cgroup)?;
-
-        let mut take = |name: &str| -> anyhow::Result<Map> {
-            first.take_map(name).with_context(|| format!("the eBPF object has no {name} map"))
-        };
-        let ring = RingBuf::try_from(take("EVENTS")?)?;
-        let events = Events { ready: Watch::new(ring.as_fd())?, ring };
-        let mut kernel = Self {
-            plan: take("PLAN")?.try_into()?,
-            active: take("ACTIVE")?.try_into()?,
-            hash: take("HASH")?.try_into()?,
-            load: take("LOAD")?.try_into()?,
-            sockets: take("SOCKETS")?.try_into()?,
-            home: take("HOME")?.try_into()?,
-            addresses: take("ADDRESSES")?.try_into()?,
-            ports: take("PORTS")?.try_into()?,
-            parked: take("PARKED")?.try_into()?,
-            counters: take("OUTCOMES")?.try_into()?,
-            tag: take("TAG")?.try_into()?,
-            objects: Vec::new(),
-        };
+        let are_ready = moving.is_none() && programs::are_ready(pins, groups, stamp)?;
+        if !are_ready {
+            let shapes = programs::shapes()?;
+            if let Some(moving) = &moving {
+                moving.share(&shapes)?;
+            } else {
+                pins::check_shapes(pins, &shapes)?;
+            }
+            programs::load(pins, groups, log, stamp)?;
+        }
+        if let Some(moving) = &mut moving {
+            moving.copy()?;
+        }
+        let programs = programs::open(pins, groups, stamp)?;
         let logs = match log {
             ProgramLog::Off => Vec::new(),
-            ProgramLog::On => objects
-                .iter_mut()
-                .map(EbpfLogger::init)
-                .collect::<Result<_, _>>()
-                .context("read the programs' log")?,
+            ProgramLog::On => programs.logs()?,
         };
-        kernel.objects = objects;
+
+        let map = |name: &str| open_map(pins, name);
+        let ring = RingBuf::try_from(map("EVENTS")?)?;
+        let events = Events { ready: Watch::new(ring.as_fd())?, ring };
+        let kernel = Self {
+            plan: map("PLAN")?.try_into()?,
+            active: map("ACTIVE")?.try_into()?,
+            hash: map("HASH")?.try_into()?,
+            load: map("LOAD")?.try_into()?,
+            sockets: map("SOCKETS")?.try_into()?,
+            home: map("HOME")?.try_into()?,
+            addresses: map("ADDRESSES")?.try_into()?,
+            ports: map("PORTS")?.try_into()?,
+            parked: map("PARKED")?.try_into()?,
+            counters: map("OUTCOMES")?.try_into()?,
+            tag: map("TAG")?.try_into()?,
+            pins: pins.to_owned(),
+            cgroup: cgroup.to_owned(),
+            programs,
+            stamp,
+            moving,
+            held: None,
+            complaint: None,
+        };
+        if kernel.moving.is_none() {
+            kernel.attach_hooks(Only::Missing)?;
+        }
+        let how = if are_ready { "found" } else { "loaded" };
+        debug!("{} is open after {:?}; its programs were {how}", pins.display(), begun.elapsed());
         Ok((kernel, events, Logs(logs)))
     }
 
-    /// Puts `select` in charge of the group that `listener` is in.
-    pub fn attach(&self, group: usize, listener: impl AsFd) -> anyhow::Result<()> {
-        let object = self.objects.get(group).context("no such group")?;
-        let program = object.program("select").context("the eBPF object has no select program")?;
-        <&SkReuseport>::try_from(program)?
-            .attach(listener)
-            .map_err(said)
-            .context("attach the select program to the listening address")
+    /// Puts our programs in charge, in place of those that are: `select` of each group through one
+    /// of its listeners, in the order of the groups, and the others on the cgroup.
+    pub fn take_charge(&mut self, listeners: &[impl AsFd]) -> anyhow::Result<()> {
+        ensure!(listeners.len() == self.programs.selects.len(), "each group needs a listener");
+        if let Some(moving) = &mut self.moving {
+            moving.commit()?;
+        }
+        // Critical section. Each of these is one step of its own, which may be done again.
+        for (select, listener) in self.programs.selects.iter().zip(listeners) {
+            select
+                .attach(listener)
+                .map_err(programs::said)
+                .context("attach the select program to the listening address")?;
+        }
+        if let Some(moving) = &self.moving {
+            moving.take_links()?;
+        }
+        self.attach_hooks(Only::All)?;
+        if let Some(moving) = self.moving.take() {
+            moving.settle()?;
+            moving.clear()?;
+        }
+        programs::remove_others(&self.pins, self.programs.selects.len(), self.stamp)?;
+        self.held = Some(Held::open(&self.pins)?);
+        Ok(())
+    }
+
+    /// Looks whether what is pinned and attached still is, and makes it so again: somebody may have
+    /// removed the pins, and with them a next distributor's way to what runs; or the cgroup, which
+    /// ends what is attached to it. A sentence if there was something to do, or to complain about
+    /// once.
+    ///
+    /// `mount` sees that there is a bpffs, where that is ours to do.
+    pub fn heal(&mut self, mount: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<Option<String>> {
+        match mount().and_then(|()| self.make_whole()) {
+            Ok(done) => {
+                self.complaint = None;
+                Ok(done)
+            }
+            Err(error) => {
+                let complaint = format!("{error:#}");
+                if self.complaint.as_ref() == Some(&complaint) {
+                    return Ok(None);
+                }
+                self.complaint = Some(complaint);
+                Err(error)
+            }
+        }
+    }
+
+    fn make_whole(&mut self) -> anyhow::Result<Option<String>> {
+        let Some(held) = &self.held else { return Ok(None) };
+        let restored = held.restore()?;
+        let mut done = Vec::new();
+        if restored > 0 {
+            done.push(format!("{restored} pins in {} were gone and are there again", self.pins.display()));
+        }
+        Cgroup::at(&self.cgroup).create()?;
+        let attached = self.attach_hooks(Only::Missing)?;
+        if !attached.is_empty() {
+            done.push(format!(
+                "{} was removed and made anew; {} attached to it",
+                self.cgroup.display(),
+                attached.join(", ")
+            ));
+            self.held = Some(Held::open(&self.pins)?);
+        }
+        Ok((!done.is_empty()).then(|| done.join("; ")))
+    }
+
+    /// Attaches what belongs to the cgroup. What had to be attached.
+    fn attach_hooks(&self, only: Only) -> anyhow::Result<Vec<&'static str>> {
+        let mut attached = Vec::new();
+        let cgroup = links::number(&self.cgroup)?;
+        for (hook, program) in HOOKS.iter().zip(&self.programs.hooked) {
+            if only == Only::Missing && hook.link(&self.pins, cgroup)?.is_some() {
+                continue;
+            }
+            if hook.attach(&self.pins, program.fd.as_fd(), program.id, &self.cgroup)? == links::Done::Attached
+            {
+                attached.push(hook.program);
+            }
+            hook.tend_aside(&self.pins, program.fd.as_fd())?;
+        }
+        Ok(attached)
     }
 
     /// Tells the bind hooks which addresses servers share.
@@ -277,11 +382,11 @@ impl Probe {
         for name in ["HOME", "OWNERS", "PARKED", "STATES", "SOCKETS"] {
             loader.map_max_entries(name, 2);
         }
-        let mut object =
-            loader.load(object::object()).map_err(said_of_maps).context("create the eBPF maps")?;
+        let object = loader.load(object::object()).map_err(programs::said_of_maps);
+        let mut object = object.context("create the eBPF maps")?;
         let program: &mut SkReuseport =
             object.program_mut("probe").context("the eBPF object has no probe program")?.try_into()?;
-        program.load().map_err(said).context("load the probe program")?;
+        program.load().map_err(programs::said).context("load the probe program")?;
         Ok(Self { object })
     }
 
@@ -289,7 +394,7 @@ impl Probe {
     pub fn attach(&mut self, listener: impl AsFd) -> anyhow::Result<()> {
         let program: &mut SkReuseport =
             self.object.program_mut("probe").context("the eBPF object has no probe program")?.try_into()?;
-        program.attach(listener).map_err(said).context("attach the probe program")
+        program.attach(listener).map_err(programs::said).context("attach the probe program")
     }
 
     /// Which listeners it chooses: the first one, as long as it is there, and then the second.
@@ -306,10 +411,7 @@ impl Probe {
 impl Desk {
     /// Opens the maps that [`Kernel::open`] has pinned.
     pub fn open(pins: &Path) -> anyhow::Result<Self> {
-        fn map(pins: &Path, name: &str) -> anyhow::Result<Map> {
-            let data = MapData::from_pin(pins.join(name)).with_context(|| format!("open the {name} map"))?;
-            Ok(Map::from_map_data(data)?)
-        }
+        let map = open_map;
         fn shared<T>(pins: &Path, name: &str, entries: usize) -> anyhow::Result<Shared<T>> {
             let data = MapData::from_pin(pins.join(name)).with_context(|| format!("open the {name} map"))?;
             Shared::of(data.fd().as_fd(), entries).with_context(|| format!("map {name} into memory"))
@@ -584,17 +686,18 @@ impl Logs {
 
 /// The directory of one service's pins.
 pub fn pins(root: &Path, service: &str) -> PathBuf {
-    root.join(format!("{service}-v{VERSION}"))
+    root.join(pins::directory(service, VERSION))
 }
 
-/// The addresses of a service whose pins are there, and their groups. `None` if there are none.
+/// The addresses of a service whose pins are there, of whatever version, and their groups. `None`
+/// if there are none.
 pub fn addresses(pins: &Path) -> anyhow::Result<Option<Vec<(Address, u32)>>> {
-    let pin = pins.join("ADDRESSES");
-    if !pin.exists() {
+    let others = pins::other_versions(pins)?.into_iter().rev().map(|(_, directory)| directory);
+    let mut directories = [pins.to_owned()].into_iter().chain(others);
+    let Some(directory) = directories.find(|directory| directory.join("ADDRESSES").exists()) else {
         return Ok(None);
-    }
-    let data = MapData::from_pin(&pin).with_context(|| format!("open {}", pin.display()))?;
-    let addresses: HashMap<MapData, Address, u32> = Map::from_map_data(data)?.try_into()?;
+    };
+    let addresses: HashMap<MapData, Address, u32> = open_map(&directory, "ADDRESSES")?.try_into()?;
     Ok(Some(addresses.iter().collect::<Result<_, _>>().context("read ADDRESSES")?))
 }
 
@@ -603,6 +706,25 @@ pub fn are(addresses: &[(Address, u32)], listen: &[ListenAddress]) -> bool {
     addresses.len() == listen.len()
         && listen.iter().zip(0..).all(|(address, group)| addresses.contains(&(key(address), group)))
 }
+
+/// What [`remember_wakes`] was told, if it was told anything.
+pub fn remembered_wakes(root: &Path) -> Option<bool> {
+    let map = open_map(&root.join(PROBED), "WAKES").ok()?;
+    let answer: Array<MapData, u32> = map.try_into().ok()?;
+    Some(answer.get(&0, 0).ok()? != 0)
+}
+
+/// Has the kernel remember whether it wakes whoever it moves a connection to.
+pub fn remember_wakes(root: &Path, wakes: bool) -> anyhow::Result<()> {
+    let directory = root.join(PROBED);
+    pins::create(&directory)?;
+    let mut answer = Array::<MapData, u32>::create(1, 0).context("make a map for what was found out")?;
+    answer.set(0, u32::from(wakes), 0).context("write what was found out")?;
+    answer.pin(directory.join("WAKES")).context("pin what was found out")
+}
+
+/// The directory of what was found out about the kernel. No service's: those end with a version.
+const PROBED: &str = "probed";
 
 /// An address as the programs know it: the IP in network byte order.
 fn key(address: &ListenAddress) -> Address {
@@ -662,90 +784,8 @@ pub fn kind(event: &Event) -> Option<EventKind> {
         .find(|&kind| kind as u32 == event.kind)
 }
 
-fn load(pins: &Path, group: u32, log: ProgramLog) -> anyhow::Result<Ebpf> {
-    let level: u8 = match log {
-        ProgramLog::Off => 0,
-        ProgramLog::On => aya_log::Level::Debug as u8,
-    };
-    let mut loader = EbpfLoader::new();
-    loader.override_global("GROUP", &group, true).override_global(aya_log::LEVEL, &level, true);
-    for name in PINNED {
-        loader.map_pin_path(name, pins.join(name));
-    }
-    loader.load(object::object()).map_err(said_of_maps).context("create the eBPF maps")
-}
-
-fn load_select(object: &mut Ebpf) -> anyhow::Result<()> {
-    let program: &mut SkReuseport =
-        object.program_mut("select").context("the eBPF object has no select program")?.try_into()?;
-    program.load().map_err(said).context("load the select program")
-}
-
-/// Attaches `track` and the bind hooks, unless a pinned link shows that they are.
-fn attach_to_cgroup(object: &mut Ebpf, pins: &Path, cgroup: &Path) -> anyhow::Result<()> {
-    let directory = File::open(cgroup).with_context(|| format!("open {}", cgroup.display()))?;
-    let pin = pins.join("track_link");
-    if !pin.exists() {
-        let program: &mut SockOps =
-            object.program_mut("track").context("the eBPF object has no track program")?.try_into()?;
-        program.load().map_err(said).context("load the track program")?;
-        // Single, and several may attach all the same: it is a link. AllowMultiple is EINVAL here.
-        let id = program.attach(&directory, CgroupAttachMode::Single).map_err(said);
-        let id = id.with_context(|| format!("attach track to {}", cgroup.display()))?;
-        keep(program.take_link(id)?.try_into()?, &pin)?;
-    }
-    for name in ["bind4", "bind6"] {
-        let pin = pins.join(format!("{name}_link"));
-        if pin.exists() {
-            continue;
-        }
-        let program: &mut CgroupSockAddr = object
-            .program_mut(name)
-            .with_context(|| format!("the eBPF object has no {name} program"))?
-            .try_into()?;
-        program.load().map_err(said).with_context(|| format!("load the {name} program"))?;
-        let id = program.attach(&directory, CgroupAttachMode::Single).map_err(said);
-        let id = id.with_context(|| format!("attach {name} to {}", cgroup.display()))?;
-        keep(program.take_link(id)?.try_into()?, &pin)?;
-    }
-    Ok(())
-}
-
-/// Pins a link, so that the program stays attached when this process is gone.
-fn keep(link: FdLink, pin: &Path) -> anyhow::Result<()> {
-    link.pin(pin).with_context(|| format!("pin {}", pin.display()))?;
-    Ok(())
-}
-
-/// What a process needs to load programs, as an operator reads it who is root already.
-const RIGHTS: &str = "needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON, which root in a container may lack";
-
-/// What the kernel said when maps were to be made.
-fn said_of_maps(error: EbpfError) -> anyhow::Error {
-    let error = anyhow::Error::from(error);
-    match error.root_cause().downcast_ref::<io::Error>() {
-        Some(said) if said.kind() == io::ErrorKind::PermissionDenied => {
-            anyhow!("the kernel refused it: {said} ({RIGHTS})")
-        }
-        _ => error,
-    }
-}
-
-/// What the kernel said, in a sentence, with what to do where that is known.
-fn said(error: ProgramError) -> anyhow::Error {
-    let (io_error, last_line) = match &error {
-        ProgramError::LoadError { io_error, verifier_log } => {
-            (io_error, verifier_log.to_string().lines().last().map(str::to_owned).unwrap_or_default())
-        }
-        _ => return anyhow::Error::from(error),
-    };
-    match io_error.kind() {
-        io::ErrorKind::PermissionDenied if last_line.is_empty() => {
-            anyhow!("the kernel refused it: {io_error} ({RIGHTS})")
-        }
-        io::ErrorKind::InvalidInput if last_line.is_empty() => {
-            anyhow!("the kernel refused it: {io_error} (needs Linux 5.15 or later)")
-        }
-        _ => anyhow!("the kernel refused it: {io_error}: {last_line}"),
-    }
+/// Opens a map that is pinned.
+fn open_map(pins: &Path, name: &str) -> anyhow::Result<Map> {
+    let data = MapData::from_pin(pins.join(name)).with_context(|| format!("open the {name} map"))?;
+    Ok(Map::from_map_data(data)?)
 }

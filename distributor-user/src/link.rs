@@ -32,6 +32,8 @@ pub struct Link {
 pub struct Inheritance {
     pub children: Vec<Child>,
     pub held: Vec<Held>,
+    /// Another program was to take over, and ended so before it was ready.
+    pub not_replaced: Option<Exit>,
     /// The monitor was asked to stop before we began.
     pub stop: bool,
 }
@@ -88,6 +90,7 @@ impl Link {
                 Some((FromMonitor::Held { key, label }, Some(fd))) => {
                     inheritance.held.push(Held { key, label, fd });
                 }
+                Some((FromMonitor::NotReplaced { exit }, _)) => inheritance.not_replaced = Some(exit),
                 Some((FromMonitor::Stop, _)) => inheritance.stop = true,
                 Some(_) => {}
                 None => bail!("hear from the monitor: it is gone"),

@@ -119,9 +119,16 @@ impl Drop for Lock {
     fn drop(&mut self) {
         // Its holder is gone by now: it is a child of ours.
         let _ = fs::remove_file(self.directory.join(DISTRIBUTOR));
-        let _ = fs::remove_file(self.directory.join("lock"));
+        let lock = self.directory.join("lock");
+        let is_ours = |entry: io::Result<fs::DirEntry>| entry.is_ok_and(|entry| entry.path() == lock);
+        let nothing_else = fs::read_dir(&self.directory).is_ok_and(|mut entries| entries.all(is_ours));
+        // While what an earlier instance left is still there, the next one has to know who made
+        // the directory.
+        if self.directory_is_ours && !nothing_else {
+            return;
+        }
+        let _ = fs::remove_file(&lock);
         if self.directory_is_ours {
-            // Fails if somebody put something else there, and so it should.
             let _ = fs::remove_dir(&self.directory);
         }
     }

@@ -1,8 +1,8 @@
 //! `dist-ctl`: connections of one address, distributed over several servers by the kernel.
 //!
 //! Which of its processes this one is, is in the arguments: the command line of an operator, the
-//! monitor (`up`), the distributor, a launcher on its way to be a server, a keeper of rooms, or the
-//! demo server.
+//! monitor (`up`), the distributor or one on trial, a launcher on its way to be a server, a keeper
+//! of rooms, or the demo server.
 #![forbid(unsafe_code)]
 
 use std::{
@@ -26,6 +26,7 @@ use distributor_user::{
     logging::{self, Verbosity},
     monitor,
     status::Status,
+    upgrade,
 };
 
 /// Draining and stopping are bounded by the configuration, whose bounds are minutes.
@@ -56,6 +57,7 @@ fn perform(invocation: &Invocation) -> anyhow::Result<ExitCode> {
             };
             distributor::run(source, directory, log)?;
         }
+        Command::Trial(source) => upgrade::trial(&source.read()?)?,
         Command::Launch => return Ok(launch::run()),
         Command::Keep(cgroup) => return Ok(keeper::run(cgroup)),
         Command::Demo { listen, name } => {
@@ -79,6 +81,13 @@ fn perform(invocation: &Invocation) -> anyhow::Result<ExitCode> {
                 answer?.into_result()?;
             }
         },
+        Command::Upgrade(binary) => {
+            let program = match binary {
+                Some(binary) => std::path::absolute(binary)?,
+                None => upgrade::own_program()?,
+            };
+            println!("{}", upgrade::upgrade(directory, &program)?);
+        }
         Command::Check(file) => {
             let config = Config::read(file)?;
             print!("{config}");

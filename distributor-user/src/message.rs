@@ -57,6 +57,10 @@ pub enum ToMonitor {
     /// [`Exit::Unknown`]. Answered only if it cannot be: by `NotStarted`, with `EEXIST` if the
     /// id is taken, `EMFILE` if the descriptor got lost on the way or there is no room for it.
     Watch { id: u64, pid: u32, label: Vec<u8> },
+    /// The distributor exits now. The next one, and launchers from then on, are the program
+    /// behind the descriptor, with the same arguments. Its first distributor has to say
+    /// `Ready`: if it ends before, the program before goes on, and is told `NotReplaced`.
+    Replace,
 }
 
 /// What the monitor tells the distributor.
@@ -69,6 +73,8 @@ pub enum FromMonitor {
     Held { key: u64, label: Vec<u8> },
     /// That was all there is from earlier.
     Begin,
+    /// Before `Begin`: the program that was to replace this one ended so before it was ready.
+    NotReplaced { exit: Exit },
     /// The launcher runs. Whether it became the server, it says on its own socket.
     Started { id: u64, pid: u32 },
     /// It could not be started or watched: `EEXIST` if the id is taken, `EMFILE` if the descriptor got
@@ -131,6 +137,7 @@ impl Message for ToMonitor {
             Self::Drop { key } => Packet::new(6).u64(*key).end(),
             Self::Ready => Packet::new(7).end(),
             Self::Finished { code } => Packet::new(8).u8(*code).end(),
+            Self::Replace => Packet::new(10).end(),
             Self::Watch { id, pid, label } => Packet::new(9).u64(*id).u32(*pid).label(label),
         }
     }
@@ -147,6 +154,7 @@ impl Message for ToMonitor {
             7 => Self::Ready,
             8 => Self::Finished { code: fields.u8()? },
             9 => Self::Watch { id: fields.u64()?, pid: fields.u32()?, label: fields.label()? },
+            10 => Self::Replace,
             _ => return Err(fields.unknown("the distributor")),
         };
         fields.end()?;
@@ -168,6 +176,7 @@ impl Message for FromMonitor {
             Self::Orphan { pid, exit } => Packet::new(72).u32(*pid).exit(*exit).end(),
             Self::Stop => Packet::new(73).end(),
             Self::Reload => Packet::new(74).end(),
+            Self::NotReplaced { exit } => Packet::new(75).exit(*exit).end(),
         }
     }
 
@@ -184,6 +193,7 @@ impl Message for FromMonitor {
             72 => Self::Orphan { pid: fields.u32()?, exit: fields.exit()? },
             73 => Self::Stop,
             74 => Self::Reload,
+            75 => Self::NotReplaced { exit: fields.exit()? },
             _ => return Err(fields.unknown("the monitor")),
         };
         fields.end()?;
@@ -475,6 +485,7 @@ mod tests {
             Just(Ready),
             any::<u8>().prop_map(|code| Finished { code }),
             (any::<u64>(), any::<u32>(), label()).prop_map(|(id, pid, label)| Watch { id, pid, label }),
+            Just(Replace),
         ]
     }
 
@@ -491,6 +502,7 @@ mod tests {
             (any::<u32>(), exit()).prop_map(|(pid, exit)| Orphan { pid, exit }),
             Just(Stop),
             Just(Reload),
+            exit().prop_map(|exit| NotReplaced { exit }),
         ]
     }
 

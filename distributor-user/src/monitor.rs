@@ -2,7 +2,7 @@
 //!
 //! It starts and signals servers when the distributor asks, watches those that somebody else
 //! started, reports how they end, keeps descriptors for the next distributor, and starts that
-//! one when the distributor dies. It reads no configuration and no job, waits for nobody without a limit, and remembers only
+//! one when the distributor dies, or another program in its place. It reads no configuration and no job, waits for nobody without a limit, and remembers only
 //! what the next distributor must be told. What to do is decided in monitor/state.rs, and done
 //! here; message.rs says what each message means.
 #![forbid(unsafe_code)]
@@ -16,7 +16,7 @@ use std::{
     ffi::OsString,
     fs, io,
     os::{
-        fd::{AsFd as _, OwnedFd},
+        fd::{AsFd as _, AsRawFd as _, OwnedFd},
         unix::{net::UnixStream, process::CommandExt as _},
     },
     path::Path,
@@ -162,7 +162,7 @@ impl Monitor {
     fn start_distributor(&mut self) -> io::Result<u32> {
         let (ours, theirs) = Channel::pair()?;
         ours.set_nonblocking()?;
-        let pid = command(&self.programs.distributor)
+        let pid = command(&self.programs.distributor, self.state.program.as_ref())
             .stdin(OwnedFd::from(theirs))
             // Ctrl-C is for the monitor, which says Stop.
             .process_group(0)
@@ -175,7 +175,7 @@ impl Monitor {
     }
 
     fn start_server(&self, stdin: OwnedFd) -> Result<u32, i32> {
-        let mut launcher = command(&self.programs.launcher);
+        let mut launcher = command(&self.programs.launcher, self.state.program.as_ref());
         launcher.stdin(stdin);
         if let Some(open_files) = self.open_files {
             launcher.env(OPEN_FILES, open_files.to_string());
@@ -354,9 +354,14 @@ impl Monitor {
     }
 }
 
-fn command(words: &[OsString]) -> Command {
-    let mut command = Command::new(&words[0]);
-    // What ps shows; /proc/self/exe would tell nobody anything.
+/// The descriptor's program instead of the first word, if there is one. It is closed on exec,
+/// which is after the kernel has found the program by it.
+fn command(words: &[OsString], program: Option<&OwnedFd>) -> Command {
+    let mut command = match program {
+        Some(program) => Command::new(format!("/proc/self/fd/{}", program.as_raw_fd())),
+        None => Command::new(&words[0]),
+    };
+    // What ps shows; a path below /proc/self would tell nobody anything.
     command.arg0("dist-ctl").args(&words[1..]);
     command
 }

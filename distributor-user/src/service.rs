@@ -5,6 +5,7 @@
 //! listener is adopted, out of the plan before the server is asked to stop.
 #![forbid(unsafe_code)]
 
+mod audit;
 mod launch;
 mod report;
 mod survey;
@@ -30,6 +31,7 @@ use tracing::{debug, error, info, warn};
 
 use crate::{
     attendant::{self, Attendant, Duty, Says},
+    auditor::Auditor,
     cgroup::Cgroup,
     config,
     control::Response,
@@ -73,6 +75,8 @@ pub struct Options {
     pub log: ProgramLog,
     /// The kernel does not wake a server to which it moves a connection.
     pub bell: bool,
+    /// How often the counts are compared with the sockets.
+    pub audit: Duration,
 }
 
 /// One service.
@@ -84,6 +88,8 @@ pub struct Service {
     cgroup: Cgroup,
     /// Hands over to those who wait.
     attendant: attendant::Handle,
+    /// Compares the counts with the sockets.
+    audit: audit::Audit,
     /// The kernel does not wake a server to which it moves a connection.
     bell: bool,
     entries: Vec<Entry>,
@@ -231,14 +237,15 @@ impl Service {
         let desk = Desk::open(&pins).with_context(|| format!("set up service {}", config.name))?;
         let (attendant, mut handle) = Attendant::new(duty, desk, keeper, tell)?;
         // Now that the programs find a room: from here on nobody is chosen but by them.
-        for group in 0..config.listen.len() {
-            kernel.attach(group, attendant.any_room(group)?)?;
-        }
+        let rooms = (0..config.listen.len()).map(|group| attendant.any_room(group));
+        kernel.take_charge(&rooms.collect::<Result<Vec<_>, _>>()?)?;
         attendant.start(&mut handle)?;
+        let auditor = Auditor::open(&pins, &config.listen)?;
 
         let mut service = Self {
             number,
             attendant: handle,
+            audit: audit::Audit::start(number, auditor, options.audit, host),
             bell: options.bell,
             entries: Vec::new(),
             retired: Vec::new(),
@@ -659,6 +666,11 @@ impl Service {
             if self.entries[entry].run.as_ref().is_some_and(|run| !run.included && !run.draining) {
                 self.scan(entry, None, host);
             }
+        }
+        match self.kernel.heal(|| host.place.remount()) {
+            Ok(None) => {}
+            Ok(Some(done)) => warn!("service {}: {done}", self.config.name),
+            Err(error) => error!("service {}: {error:#}; tries again every second", self.config.name),
         }
         self.forget_left();
         self.write_plan();

@@ -19,6 +19,8 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 pub struct Shared<T> {
     at: NonNull<u8>,
     entries: usize,
+    /// Bytes of an entry.
+    size: usize,
     bytes: usize,
     entry: PhantomData<T>,
 }
@@ -27,17 +29,25 @@ pub struct Shared<T> {
 unsafe impl<T> Send for Shared<T> {}
 
 impl<T> Shared<T> {
-    /// The kernel puts entries at multiples of 8 bytes (array_map_elem_size, Linux 6.18).
-    const STRIDE: usize = size_of::<T>().next_multiple_of(8);
-
     /// Maps a map with so many entries.
     pub fn of(map: BorrowedFd<'_>, entries: usize) -> io::Result<Self> {
-        let bytes = entries * Self::STRIDE;
+        Self::of_smaller(map, entries, size_of::<T>())
+    }
+
+    /// The same of a map whose entries are only the first so many bytes of a `T`.
+    pub fn of_smaller(map: BorrowedFd<'_>, entries: usize, size: usize) -> io::Result<Self> {
+        assert!(size <= size_of::<T>(), "{size} bytes are more than there are");
+        let bytes = entries * Self::stride(size);
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new mapping at a place of the kernel's choice is in nobody's way.
         let at = unsafe { mmap(ptr::null_mut(), bytes, protection, MapFlags::SHARED, map, 0) }?;
         let at = NonNull::new(at.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Self { at, entries, bytes, entry: PhantomData })
+        Ok(Self { at, entries, size, bytes, entry: PhantomData })
+    }
+
+    /// The kernel puts entries at multiples of 8 bytes (array_map_elem_size, Linux 6.18).
+    const fn stride(size: usize) -> usize {
+        size.next_multiple_of(8)
     }
 
     /// The 64-bit integer at this offset in an entry.
@@ -57,9 +67,9 @@ impl<T> Shared<T> {
 
     fn place(&self, entry: usize, offset: usize, size: usize) -> NonNull<u8> {
         assert!(entry < self.entries, "entry {entry} of {}", self.entries);
-        assert!(offset.is_multiple_of(size) && offset + size <= size_of::<T>(), "no field at {offset}");
+        assert!(offset.is_multiple_of(size) && offset + size <= self.size, "no field at {offset}");
         // SAFETY: the assertions keep it inside the mapping.
-        unsafe { self.at.add(entry * Self::STRIDE + offset) }
+        unsafe { self.at.add(entry * Self::stride(self.size) + offset) }
     }
 }
 

@@ -19,6 +19,12 @@ use serde::{Deserialize, Serialize};
 pub struct Status {
     /// The version of the dist-ctl that runs, which may not be the one that asks.
     pub version: String,
+    /// Which program that is: another file, or another content, has another text.
+    #[serde(default)]
+    pub build: String,
+    /// Why the last upgrade, if one failed, did so.
+    #[serde(default)]
+    pub not_upgraded: Option<String>,
     pub services: Vec<ServiceStatus>,
 }
 
@@ -29,6 +35,9 @@ pub struct ServiceStatus {
     pub listen: Vec<String>,
     pub policy: String,
     pub waiting: WaitingStatus,
+    /// How the counts compare with the sockets there are.
+    #[serde(default)]
+    pub drift: DriftStatus,
     pub servers: Vec<ServerStatus>,
     /// How often the kernel programs ended in each of their ways out.
     pub outcomes: BTreeMap<String, u64>,
@@ -51,6 +60,20 @@ pub struct WaitingStatus {
     /// How long those waited that were served.
     #[serde(default)]
     pub wait: Histogram,
+}
+
+/// The counts as compared with the sockets there are, since this distributor has started.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct DriftStatus {
+    pub checks: u64,
+    /// Counts that differed in several checks in a row.
+    pub found: u64,
+    /// How many of these were corrected.
+    pub repaired: u64,
+    /// `None`: there was no check yet, because nothing was open.
+    pub last_seconds_ago: Option<f64>,
+    /// Why they could not be compared the last time.
+    pub unavailable: Option<String>,
 }
 
 /// How often something took how long.
@@ -481,13 +504,21 @@ mod tests {
                 wait: Histogram { count: 3, sum_seconds: 0.5, buckets: vec![Bucket { le: 0.25, count: 3 }] },
                 ..WaitingStatus::default()
             },
+            drift: DriftStatus {
+                checks: 9,
+                found: 2,
+                repaired: 1,
+                last_seconds_ago: Some(1.5),
+                unavailable: None,
+            },
             servers: vec![server("shop/1"), dead_server("shop/2")],
             outcomes: BTreeMap::from([("selected".to_owned(), 1234)]),
         }
     }
 
     fn status(services: Vec<ServiceStatus>) -> Status {
-        Status { version: "0.1.0".to_owned(), services }
+        let version = "0.1.0".to_owned();
+        Status { version, build: "1-2-3-4.5".to_owned(), not_upgraded: None, services }
     }
 
     #[test]
@@ -496,6 +527,8 @@ mod tests {
         shop.servers = vec![dead_server("shop/2")];
         let expected = json!({
             "version": "0.1.0",
+            "build": "1-2-3-4.5",
+            "not_upgraded": null,
             "services": [{
                 "name": "shop",
                 "listen": ["[::]:8080", "0.0.0.0:80"],
@@ -504,6 +537,9 @@ mod tests {
                     "now": 3, "max": 17, "capacity": 1024, "served": 40, "timed_out": 0,
                     "left": 0, "refused": 0, "oldest_seconds": 1.25,
                     "wait": {"count": 3, "sum_seconds": 0.5, "buckets": [{"le": 0.25, "count": 3}]},
+                },
+                "drift": {
+                    "checks": 9, "found": 2, "repaired": 1, "last_seconds_ago": 1.5, "unavailable": null,
                 },
                 "servers": [{
                     "name": "shop/2",

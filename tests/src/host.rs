@@ -39,6 +39,8 @@ use crate::{
 
 /// Names the program under test, if it is not the one that cargo built.
 const PROGRAM: &str = "DIST_CTL_BIN";
+/// Names the one with the contract after this one, likewise.
+const NEXT_PROGRAM: &str = "DIST_CTL_NEXT_BIN";
 
 /// The port of the service in most tests, over IPv4 and IPv6.
 pub const V4: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 8080);
@@ -138,12 +140,13 @@ impl Host {
     /// The path of the test server's program.
     #[track_caller]
     pub fn test_server(&self) -> String {
-        let own = std::env::current_exe().expect("a process knows its program");
-        let found = own.ancestors().skip(1).take(2).map(|directory| directory.join("test-server"));
-        let found = found.filter(|path| path.exists()).map(|path| path.to_str().expect("a text").to_owned());
-        found
-            .last()
-            .unwrap_or_else(|| panic!("test-server is not built: run the tests with cargo test -p tests"))
+        built("test-server")
+    }
+
+    /// The path of a program that passes the trial of an upgrade and then fails.
+    #[track_caller]
+    pub fn impostor(&self) -> String {
+        built("impostor")
     }
 
     /// A copy of the test server that every user may run, wherever the tests were built.
@@ -348,7 +351,9 @@ impl Up<'_> {
     /// The same, if it has one that runs.
     #[track_caller]
     pub fn process_if_any(&self, server: &str) -> Option<Process> {
-        Process::find(self.service().server(server).pid?).filter(|process| process.runs())
+        let status = self.status();
+        let service = server.split('/').next().unwrap_or_default();
+        Process::find(status.service(service).server(server).pid?).filter(|process| process.runs())
     }
 
     /// Waits until it answers `status`.
@@ -488,19 +493,40 @@ impl Drop for Up<'_> {
 /// The program under test.
 #[track_caller]
 pub fn program() -> PathBuf {
-    if let Some(path) = std::env::var_os(PROGRAM) {
+    program_of(PROGRAM, "release/dist-ctl", "cargo build --release")
+}
+
+/// The same with the contract after this one.
+#[track_caller]
+pub fn next_program() -> PathBuf {
+    let build = "cargo build --release --features next-contract --target-dir target/next";
+    program_of(NEXT_PROGRAM, "next/release/dist-ctl", build)
+}
+
+#[track_caller]
+fn program_of(variable: &str, path: &str, build: &str) -> PathBuf {
+    if let Some(path) = std::env::var_os(variable) {
         return path.into();
     }
     // This test's program is in target/PROFILE/deps.
     let own = std::env::current_exe().expect("a process knows its program");
     let target = own.ancestors().nth(3).expect("a test's program is in target/PROFILE/deps");
-    let program = target.join("release/dist-ctl");
+    let program = target.join(path);
     assert!(
         program.exists(),
-        "{} does not exist: build it with cargo build --release, or name another in {PROGRAM}",
+        "{} does not exist: build it with {build}, or name another in {variable}",
         program.display()
     );
     program
+}
+
+/// The path of a program of this package.
+#[track_caller]
+fn built(name: &str) -> String {
+    let own = std::env::current_exe().expect("a process knows its program");
+    let found = own.ancestors().skip(1).take(2).map(|directory| directory.join(name));
+    let found = found.filter(|path| path.exists()).map(|path| path.to_str().expect("a text").to_owned());
+    found.last().unwrap_or_else(|| panic!("{name} is not built: run the tests with cargo test -p tests"))
 }
 
 /// As many of these tests at a time as the machine can bear: a JVM takes a CPU for itself

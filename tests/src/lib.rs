@@ -13,6 +13,7 @@
 pub mod app;
 pub mod client;
 pub mod command;
+pub mod counts;
 pub mod flood;
 pub mod host;
 pub mod http;

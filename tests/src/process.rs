@@ -130,6 +130,11 @@ impl Process {
         (next(), next())
     }
 
+    /// The file of its program.
+    pub fn program(self) -> io::Result<PathBuf> {
+        fs::read_link(format!("/proc/{}/exe", self.pid))
+    }
+
     /// Its working directory.
     pub fn directory(self) -> io::Result<PathBuf> {
         fs::read_link(format!("/proc/{}/cwd", self.pid))

@@ -13,6 +13,8 @@ use serde::Deserialize;
 #[derive(Clone, Debug, Deserialize)]
 pub struct Status {
     pub version: String,
+    pub build: String,
+    pub not_upgraded: Option<String>,
     pub services: Vec<Service>,
 }
 
@@ -22,6 +24,7 @@ pub struct Service {
     pub listen: Vec<String>,
     pub policy: String,
     pub waiting: Waiting,
+    pub drift: Drift,
     pub servers: Vec<Server>,
     /// How often the kernel programs ended in each of their ways out.
     pub outcomes: BTreeMap<String, u64>,
@@ -39,6 +42,16 @@ pub struct Waiting {
     pub oldest_seconds: f64,
     /// How long those waited that were served.
     pub wait: Histogram,
+}
+
+/// How the counts compare with the sockets there are.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Drift {
+    pub checks: u64,
+    pub found: u64,
+    pub repaired: u64,
+    pub last_seconds_ago: Option<f64>,
+    pub unavailable: Option<String>,
 }
 
 #[derive(Clone, Debug, Deserialize)]

@@ -14,7 +14,7 @@ use std::{
 use tests::{command, host::program, wait::seconds};
 
 /// What is written by people for machines, by its ending.
-const SOURCES: [&str; 5] = ["rs", "sh", "java", "js", "py"];
+const SOURCES: [&str; 6] = ["rs", "sh", "java", "js", "py", "c"];
 
 fn workspace() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the package lies in the workspace")
@@ -117,13 +117,101 @@ fn every_file_with_unsafe_code_is_in_its_inventory() {
 }
 
 #[test]
-fn only_one_file_imports_aya() {
+fn only_the_kernels_files_import_aya() {
     let importing: Vec<String> = sources()
         .into_iter()
         .filter(|file| file.starts_with("distributor-user/src/"))
         .filter(|file| read(file).lines().any(|line| line.trim_start().starts_with("use aya")))
         .collect();
-    assert_eq!(importing, ["distributor-user/src/kernel.rs"]);
+    let (own, others): (Vec<_>, Vec<_>) =
+        importing.into_iter().partition(|file| file.starts_with("distributor-user/src/kernel"));
+    assert!(!own.is_empty() && others.is_empty(), "{others:?} import aya, and only {own:?} may");
+}
+
+/// What a monitor consists of: what its process runs that is ours.
+const MONITOR: [&str; 4] = ["monitor.rs", "monitor/state.rs", "message.rs", "lock.rs"];
+
+/// A file of `distributor-user` without its tests.
+fn without_tests(file: &str) -> String {
+    let text = read(Path::new("distributor-user/src").join(file));
+    text.split("\n#[cfg(test)]\nmod tests {").next().expect("there is always a first part").to_owned()
+}
+
+/// The lines of code that say something: not the ends of blocks, not what is imported.
+fn lines_that_say_something(code: &str) -> usize {
+    let says = |line: &&str| line.contains(|c: char| c.is_alphanumeric()) && !line.starts_with('#');
+    let without_uses = code.split("\nuse ").enumerate().map(|(number, part)| match number {
+        0 => part,
+        _ => part.split_once(';').expect("the end of a use").1,
+    });
+    without_uses
+        .flat_map(str::lines)
+        .map(str::trim)
+        .filter(says)
+        .filter(|line| !line.starts_with("//"))
+        .count()
+}
+
+/// The first names of what stands behind each `crate::`, braces looked into.
+fn own_modules(code: &str) -> BTreeSet<&str> {
+    let mut found = BTreeSet::new();
+    for behind in code.split("crate::").skip(1) {
+        let mut depth = 0;
+        let mut begins = true;
+        for (at, c) in behind.char_indices() {
+            match c {
+                '{' => depth += 1,
+                '}' => depth -= 1,
+                ',' if depth == 1 => begins = true,
+                c if begins && depth <= 1 && c.is_alphabetic() => {
+                    begins = false;
+                    found.extend(behind[at..].split(|c: char| c != '_' && !c.is_alphanumeric()).next());
+                }
+                _ => {}
+            }
+            if depth == 0 && !begins {
+                break;
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn the_monitor_depends_on_little() {
+    let allowed = ["anyhow", "nix", "rustix", "signal_hook", "tracing"];
+    let manifest = read("distributor-user/Cargo.toml");
+    let (_, dependencies) = manifest.split_once("\n[dependencies]\n").expect("the dependencies");
+    let dependencies = dependencies.split("\n\n").next().expect("there is always a first part");
+    let others: BTreeSet<String> = dependencies
+        .lines()
+        .filter_map(|line| Some(line.split(['.', ' ']).next()?.replace('-', "_")))
+        .filter(|name| !allowed.contains(&name.as_str()))
+        .collect();
+    assert!(["aya", "tokio", "serde", "serde_json", "toml"].iter().all(|name| others.contains(*name)));
+    for file in MONITOR {
+        let text = without_tests(file);
+        let code: String = text.lines().filter(|line| !line.trim_start().starts_with("//")).collect();
+        let words = code.split(|c: char| c != '_' && c != ':' && !c.is_alphanumeric());
+        let starts: BTreeSet<&str> = words.filter_map(|word| Some(word.split_once("::")?.0)).collect();
+        let foreign: Vec<_> = starts.iter().filter(|start| others.contains(**start)).collect();
+        // nix passes on the whole of libc; its types are all that is used of it.
+        assert!(foreign.iter().all(|name| **name == "libc"), "{file} uses {foreign:?}");
+        let modules = own_modules(&code);
+        assert!(modules.iter().all(|module| ["lock", "message"].contains(module)), "{file} uses {modules:?}");
+    }
+    assert_eq!(own_modules(&without_tests("monitor.rs")), BTreeSet::from(["lock", "message"]));
+}
+
+/// What it does stands in two files: at a line in a second that is ten minutes. The other two are
+/// how it is spoken to, and two locks, of which one is not its own.
+#[test]
+fn the_monitor_can_be_read_in_ten_minutes() {
+    let lines = MONITOR.map(|file| lines_that_say_something(&without_tests(file)));
+    assert!(lines.iter().all(|count| *count > 100), "these cannot be all: {lines:?}");
+    let [monitor, state, ..] = lines;
+    assert!(monitor + state <= 600, "the monitor has too many lines of code: {lines:?}");
+    assert!(lines.iter().sum::<usize>() <= 950, "the monitor has too many lines of code: {lines:?}");
 }
 
 /// A test's name is a fact, and so has at least three underscores.

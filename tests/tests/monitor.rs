@@ -207,30 +207,6 @@ fn it_stops_in_good_order_though_its_distributor_is_dead() {
 }
 
 #[test]
-fn after_a_killed_monitor_the_next_one_starts_afresh() {
-    let host = Host::new();
-    let app = App::of(&host, 2);
-    let file = host.write("dist-ctl.toml", &app.toml());
-    let old = host.launch(host.command(&["up", "-f", &file]));
-    old.wait_answering();
-    old.wait_ready();
-    let servers = ["app/1", "app/2"].map(|name| old.process(name));
-    let distributor = old.distributor();
-    old.monitor().kill(seconds(5.0));
-    // Nobody is there to be its parent, so the distributor goes; the servers serve on.
-    wait_for("the end of the distributor", seconds(5.0), || (!distributor.runs()).then_some(()));
-    assert!(servers.iter().all(|server| server.runs()));
-    Client::open(V4).expect("the kernel and the servers need nobody");
-    old.forget();
-    let up = host.start_command(host.command(&["up", "-f", &file]));
-    up.wait_ready();
-    assert!(servers.iter().all(|server| !server.runs()), "the old servers are still there");
-    let held = client::hold(V4, 10);
-    assert_eq!(up.connections(), [5, 5]);
-    drop(held);
-}
-
-#[test]
 fn the_monitor_reaps_what_its_servers_leave_to_it() {
     let host = Host::new();
     let up = host.up(&App::with(&host, 1, &["--listen", "[::]:8080", "--daemonise"]));

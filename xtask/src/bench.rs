@@ -62,7 +62,7 @@ pub(crate) fn run(workspace: &Path, arguments: &Arguments) -> Result<()> {
     let toolchain = setup::run(workspace)?;
     let program = build_release()?;
     // The same object that was just built into dist-ctl; the verifier's benchmark loads it.
-    let object = toolchain.build_object(&target()?.join("ebpf"))?.path;
+    let object = toolchain.build_object(&target()?.join("ebpf"), &[])?.path;
     let bench = build_bench()?;
 
     // The benchmark hears of Ctrl-C as well, cleans up, and ends; then so do we.

@@ -84,6 +84,19 @@ pub(crate) fn build_release() -> Result<PathBuf> {
     Ok(program)
 }
 
+/// The same with the contract after this one, for the tests of moving from one to the other. In a
+/// target directory of its own, or it would overwrite the other.
+pub(crate) fn build_next_release() -> Result<PathBuf> {
+    let directory = target()?.join("next");
+    let mut build = release();
+    build.args(["--features", "next-contract", "--target-dir"]).arg(&directory);
+    say(&format!("building dist-ctl with the next contract: {}", shown(&build)));
+    exec(&mut build)?;
+    let program = directory.join("release/dist-ctl");
+    ensure!(program.is_file(), "cargo built no {}", program.display());
+    Ok(program)
+}
+
 /// Cargo's target directory.
 pub(crate) fn target() -> Result<PathBuf> {
     // We are TARGET/debug/xtask ourselves, wherever TARGET is.

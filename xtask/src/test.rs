@@ -16,7 +16,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 
 use crate::{
-    exec::{as_root, build_release, cargo, exec_watched, read, say, shown},
+    exec::{as_root, build_next_release, build_release, cargo, exec_watched, read, say, shown},
     packages::{self, Package},
     setup, up,
 };
@@ -62,10 +62,10 @@ pub(crate) fn run(workspace: &Path, arguments: &Arguments) -> Result<Passed> {
     if arguments.no_kernel {
         say("test: --no-kernel: the tests that need root and BPF were left out");
     } else {
-        let program = build_release()?;
+        let (program, next) = (build_release()?, build_next_release()?);
         say("test: trying whether dist-ctl can run here at all");
         up::try_once(&program).context("dist-ctl cannot run on this machine, so its tests cannot")?;
-        passed.kernel = count(&mut on_the_kernel(&program)?, arguments)?;
+        passed.kernel = count(&mut on_the_kernel(&program, &next)?, arguments)?;
         ensure!(
             passed.kernel > 0 || arguments.filter.is_some(),
             "no test ran on the kernel: the package `tests` has none"
@@ -80,14 +80,15 @@ pub(crate) fn run(workspace: &Path, arguments: &Arguments) -> Result<Passed> {
     Ok(passed)
 }
 
-/// The integration tests, told which dist-ctl they are about.
-fn on_the_kernel(program: &Path) -> Result<Command> {
+/// The integration tests, told which dist-ctl they are about, and which one comes after it.
+fn on_the_kernel(program: &Path, next: &Path) -> Result<Command> {
     let host = read(cargo().arg("-vV"))?;
     let host =
         host.lines().find_map(|line| line.strip_prefix("host: ")).context("cargo -vV names its host")?;
     // sudo takes the environment away, and asking it not to may be forbidden.
     let mut runner = as_root("env")?;
     runner.arg(format!("DIST_CTL_BIN={}", program.display()));
+    runner.arg(format!("DIST_CTL_NEXT_BIN={}", next.display()));
     let words = [runner.get_program()].into_iter().chain(runner.get_args());
     // A Rust list of texts is one in TOML too.
     let words: Vec<_> = words.map(|word| word.to_string_lossy().into_owned()).collect();

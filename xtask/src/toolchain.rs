@@ -89,10 +89,11 @@ impl Toolchain {
     }
 
     /// Builds the eBPF programs in a target directory of their own: cargo holds a lock on
-    /// the one that the caller's build is using.
-    pub fn build_object(&self, target_directory: &Path) -> Result<Object> {
+    /// the one that the caller's build is using. `features` are those of `distributor-ebpf`.
+    pub fn build_object(&self, target_directory: &Path, features: &[&str]) -> Result<Object> {
         let output = self
             .cargo("build", target_directory)
+            .args(features.iter().flat_map(|feature| ["--features", feature]))
             .arg("--quiet")
             .output()
             .with_context(|| format!("run {}", self.compiler.cargo.display()))?;

@@ -150,6 +150,8 @@ pub(crate) enum Sum {
     /// A bucket of the histogram of waits.
     Waits(usize),
     Waited,
+    #[cfg(feature = "next-contract")]
+    Closed,
 }
 
 impl Loads {
@@ -266,6 +268,8 @@ impl Loads {
                 Sum::Orphans => &raw mut (*self.0).orphans,
                 Sum::Waits(bucket) => &raw mut (*self.0).waits[bucket & (WAITS - 1)],
                 Sum::Waited => &raw mut (*self.0).waited,
+                #[cfg(feature = "next-contract")]
+                Sum::Closed => &raw mut (*self.0).closed,
             };
             atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(field, delta as u64)
         }

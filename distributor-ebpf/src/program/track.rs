@@ -139,6 +139,8 @@ fn closed(ctx: &SockOpsContext) {
         return;
     }
     maps::change(owner, Change::Close);
+    #[cfg(feature = "next-contract")]
+    loads.add(Sum::Closed, 1);
     count(Outcome::Closed);
     debug!(ctx, "slot {} has a connection less", owner);
     if loads.waiting() > 0 {

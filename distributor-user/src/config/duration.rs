@@ -13,7 +13,7 @@ const LONGEST: Duration = Duration::from_hours(168);
 const UNITS: [(&str, u64); 4] = [("h", 3_600_000), ("m", 60_000), ("s", 1_000), ("ms", 1)];
 
 /// The duration, or a sentence that begins with the refused text.
-pub(super) fn parse(text: &str) -> Result<Duration, String> {
+pub(crate) fn parse(text: &str) -> Result<Duration, String> {
     let unclear = || format!("{text:?} is no duration, write for example \"500ms\", \"30s\" or \"1m30s\"");
     if text.parse::<u64>().is_ok() {
         return Err(format!("{text:?} has no unit, write \"{text}s\""));

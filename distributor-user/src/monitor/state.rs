@@ -22,6 +22,9 @@ const HEALTHY_RUN: Duration = Duration::from_secs(10);
 /// It only has to kill and to remove; people press Ctrl-C more often than that.
 const HURRY: Duration = Duration::from_secs(3);
 
+/// How long the first distributor of a new program may take until it is ready.
+const REPLACE_TIME: Duration = Duration::from_secs(30);
+
 /// How many deaths in a row end the attempt to stop cleanly. With the backoff: three seconds.
 const DEATHS_WHILE_STOPPING: u32 = 8;
 
@@ -41,13 +44,21 @@ pub(super) struct State<F> {
     pub(super) held: BTreeMap<u64, Held<F>>,
     /// How many descriptors there may be: held ones, and those of watched processes.
     most_held: usize,
+    /// The program that distributors and launchers are; `None` is our own.
+    pub(super) program: Option<F>,
+    /// The one that the next distributor is to be, and launchers from then on.
+    next: Option<F>,
+    /// The one before, while no distributor of the program is ready yet.
+    before: Option<Option<F>>,
+    /// How the program ended that was to replace this one, until a distributor knows.
+    not_replaced: Option<Exit>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Distributor {
     /// `sound`: it said that it is ready, and we have not killed it ourselves since; whatever
     /// kills it came from outside. `kill_at`: when to lose patience with one that closed its
-    /// channel and does not exit.
+    /// channel and does not exit, or is the first of its program and does not get ready.
     Running {
         pid: u32,
         since: Instant,
@@ -127,6 +138,10 @@ impl<F> State<F> {
             children: BTreeMap::new(),
             held: BTreeMap::new(),
             most_held,
+            program: None,
+            next: None,
+            before: None,
+            not_replaced: None,
         }
     }
 
@@ -150,12 +165,18 @@ impl<F> State<F> {
     pub(super) fn step(&mut self, event: Event<F>, now: Instant) -> Vec<Action<F>> {
         use Distributor::{Done, Down, Running};
         match (self.distributor, event) {
-            (Down { until }, Event::Time) if now >= until => vec![Action::StartDistributor],
+            (Down { until }, Event::Time) if now >= until => {
+                if let Some(next) = self.next.take() {
+                    self.before = Some(self.program.replace(next));
+                }
+                vec![Action::StartDistributor]
+            }
             (Running { pid, since, kill_at, .. }, Event::Time) if kill_at.is_some_and(|at| now >= at) => {
                 self.distributor = Running { pid, since, sound: false, kill_at: None };
                 vec![
                     Action::Say(format!(
-                        "the distributor (pid {pid}) closed its channel and does not exit: it is killed"
+                        "the distributor (pid {pid}) does not get ready, or closed its channel and does not \
+                         exit: it is killed"
                     )),
                     Action::Signal { pid, signal: Signal::KILL.as_raw() },
                 ]
@@ -163,15 +184,20 @@ impl<F> State<F> {
             (Running { .. } | Down { .. } | Done { .. }, Event::Time) => vec![],
 
             (_, Event::DistributorStarted(Ok(pid))) => {
-                self.distributor = Running { pid, since: now, sound: false, kill_at: None };
+                let kill_at = self.before.is_some().then(|| now + REPLACE_TIME);
+                self.distributor = Running { pid, since: now, sound: false, kill_at };
                 if let Wish::Hurry { since } = &mut self.wish {
                     *since = now;
                 }
                 self.greeting().map(Action::Tell).collect()
             }
             (_, Event::DistributorStarted(Err(error))) => {
+                let how = format!("start the distributor: {error}");
+                if self.before.is_some() {
+                    return self.go_back(&how, Exit::Unknown, now);
+                }
                 self.deaths += 1;
-                self.died(&format!("start the distributor: {error}"), None, now)
+                self.died(&how, None, now)
             }
 
             (Running { pid, since, sound, .. }, Event::HungUp) => {
@@ -192,6 +218,17 @@ impl<F> State<F> {
 
             (Running { pid, since, sound, .. }, Event::Exited { pid: gone, exit }) if gone == pid => {
                 let ran = now - since;
+                let how = format!("the distributor (pid {pid}) {exit} after {:.1}s", ran.as_secs_f32());
+                if self.before.is_some() {
+                    return self.go_back(&how, exit, now);
+                }
+                if self.next.is_some() {
+                    self.deaths = 0;
+                    self.distributor = Down { until: now };
+                    return vec![Action::Say(format!(
+                        "the distributor (pid {pid}) makes room for another program, which starts at once"
+                    ))];
+                }
                 let by_kill = exit == Exit::Signal(Signal::KILL.as_raw());
                 // While stopping every death counts, or it might never end.
                 let from_outside = sound && by_kill && self.wish == Wish::Run;
@@ -205,7 +242,6 @@ impl<F> State<F> {
                     Exit::Code(code) => u8::try_from(code).ok(),
                     Exit::Signal(_) | Exit::Unknown => None,
                 };
-                let how = format!("the distributor (pid {pid}) {exit} after {:.1}s", ran.as_secs_f32());
                 self.died(&how, code, now)
             }
             (_, Event::Exited { pid, exit }) => self.exited(pid, exit),
@@ -232,7 +268,9 @@ impl<F> State<F> {
             Wish::Stop => 1,
             Wish::Hurry { .. } => 2,
         };
-        children.chain(held).chain([FromMonitor::Begin]).chain(std::iter::repeat_n(FromMonitor::Stop, stops))
+        let not_replaced = self.not_replaced.map(|exit| FromMonitor::NotReplaced { exit });
+        let before = children.chain(held).chain(not_replaced);
+        before.chain([FromMonitor::Begin]).chain(std::iter::repeat_n(FromMonitor::Stop, stops))
     }
 
     fn asked(&mut self, message: ToMonitor, descriptor: Option<F>) -> Vec<Action<F>> {
@@ -290,10 +328,20 @@ impl<F> State<F> {
             }
             (ToMonitor::Ready, _) => {
                 self.ready = true;
-                if let Distributor::Running { sound, .. } = &mut self.distributor {
-                    *sound = true;
+                self.before = None;
+                self.not_replaced = None;
+                if let Distributor::Running { sound, kill_at, .. } = &mut self.distributor {
+                    (*sound, *kill_at) = (true, None);
                 }
                 vec![]
+            }
+            (ToMonitor::Replace, Some(program)) => {
+                self.next = Some(program);
+                vec![]
+            }
+            (ToMonitor::Replace, None) => {
+                self.not_replaced = Some(Exit::Unknown);
+                vec![Action::Say("the other program got lost on the way: too many files are open".into())]
             }
             (ToMonitor::Finished { code }, _) => {
                 let leaving = match self.distributor {
@@ -364,6 +412,19 @@ impl<F> State<F> {
             wait => format!("in {wait:?} (attempt {})", self.deaths),
         };
         vec![Action::Say(format!("{how}: servers and kernel go on; the next distributor starts {when}"))]
+    }
+
+    /// The first distributor of a new program ended before it was ready, or did not start.
+    fn go_back(&mut self, how: &str, exit: Exit, now: Instant) -> Vec<Action<F>> {
+        if let Some(before) = self.before.take() {
+            self.program = before;
+        }
+        self.next = None;
+        self.not_replaced = Some(exit);
+        self.distributor = Distributor::Down { until: now };
+        vec![Action::Say(format!(
+            "{how}, before it was ready: the program before goes on, and its distributor starts at once"
+        ))]
     }
 
     fn stop(&mut self, now: Instant) -> Vec<Action<F>> {
@@ -775,6 +836,117 @@ mod tests {
         assert_eq!(state.children.len(), KEPT_EXITS);
     }
 
+    fn replace(state: &mut Monitor, pid: u32, program: u32, now: Instant) {
+        assert_eq!(state.step(Event::Asked(ToMonitor::Replace, Some(program)), now), []);
+        let actions = state.step(Event::Exited { pid, exit: Exit::Code(0) }, now);
+        let sentence =
+            format!("the distributor (pid {pid}) makes room for another program, which starts at once");
+        assert_eq!(actions, [Action::Say(sentence)]);
+        assert_eq!(state.step(Event::Time, now), [Action::StartDistributor]);
+        assert_eq!(state.program, Some(program));
+    }
+
+    #[test]
+    fn another_program_takes_over_and_the_one_before_is_dropped_once_it_is_ready() {
+        let now = Instant::now();
+        let mut state = ready(now);
+        for (pid, program) in [(1, 70), (2, 71)] {
+            replace(&mut state, pid, program, now);
+            assert_eq!(
+                state.step(Event::DistributorStarted(Ok(pid + 1)), now),
+                [Action::Tell(FromMonitor::Begin)]
+            );
+            assert!(state.before.is_some(), "nothing to go back to");
+            state.step(Event::Asked(ToMonitor::Ready, None), now);
+            assert!(state.before.is_none(), "it is still there");
+            assert_eq!(state.deadline(), None, "it has all the time that it wants");
+        }
+        // From now on a death is like any other.
+        state.step(Event::Exited { pid: 3, exit: Exit::Code(1) }, now);
+        assert_eq!(state.program, Some(71));
+    }
+
+    #[test]
+    fn a_program_whose_distributor_ends_before_it_is_ready_is_taken_back_and_the_next_one_is_told() {
+        let now = Instant::now();
+        for exit in [Exit::Code(1), Exit::Code(0), Exit::Signal(9), Exit::Signal(11)] {
+            let mut state = ready(now);
+            replace(&mut state, 1, 70, now);
+            starts(&mut state, 2, now);
+            replace(&mut state, 2, 71, now);
+            state.step(Event::DistributorStarted(Ok(3)), now);
+            state.step(Event::HungUp, now);
+            let actions = state.step(Event::Exited { pid: 3, exit }, now);
+            assert_eq!(
+                actions,
+                [Action::Say(format!(
+                    "the distributor (pid 3) {exit} after 0.0s, before it was ready: the program before goes on, \
+                     and its distributor starts at once"
+                ))]
+            );
+            assert_eq!(wait(&state, now), Duration::ZERO);
+            assert_eq!(state.program, Some(70), "the last one that was ready");
+            let told = [FromMonitor::NotReplaced { exit }, FromMonitor::Begin].map(Action::Tell);
+            assert_eq!(state.step(Event::DistributorStarted(Ok(4)), now), told);
+            // Killed before it was ready, it has told nobody: so the next one hears of it, too.
+            dies(&mut state, 4, now);
+            assert_eq!(state.step(Event::DistributorStarted(Ok(5)), now), told);
+            state.step(Event::Asked(ToMonitor::Ready, None), now);
+            dies(&mut state, 5, now);
+            let told = state.step(Event::DistributorStarted(Ok(6)), now);
+            assert_eq!(told, [Action::Tell(FromMonitor::Begin)]);
+        }
+    }
+
+    #[test]
+    fn a_program_that_cannot_be_started_or_does_not_get_ready_is_taken_back() {
+        let now = Instant::now();
+        let mut state = ready(now);
+        replace(&mut state, 1, 70, now);
+        state.step(Event::DistributorStarted(Err(io::ErrorKind::PermissionDenied.into())), now);
+        assert_eq!(state.program, None, "our own");
+        starts(&mut state, 2, now);
+
+        replace(&mut state, 2, 70, now);
+        state.step(Event::DistributorStarted(Ok(3)), now);
+        let late = now + REPLACE_TIME;
+        assert_eq!(state.deadline(), Some(late));
+        assert_eq!(state.step(Event::Time, late).last(), Some(&Action::Signal { pid: 3, signal: 9 }));
+        dies(&mut state, 3, late);
+        assert_eq!(state.program, None);
+    }
+
+    #[test]
+    fn nothing_that_one_distributor_says_makes_a_program_the_one_to_stay() {
+        let now = Instant::now();
+        let mut state = ready(now);
+        // Ready is its own, and not the other's. Of several programs the last one counts.
+        for program in [70, 71] {
+            state.step(Event::Asked(ToMonitor::Replace, Some(program)), now);
+            state.step(Event::Asked(ToMonitor::Ready, None), now);
+            assert_eq!(state.program, None, "launchers are still what they were");
+        }
+        dies(&mut state, 1, now);
+        state.step(Event::Time, now);
+        state.step(Event::DistributorStarted(Ok(2)), now);
+        // One that asks before it is ready has not earned it.
+        state.step(Event::Asked(ToMonitor::Replace, Some(72)), now);
+        dies(&mut state, 2, now);
+        state.step(Event::Time, now);
+        assert_eq!((state.program, state.next), (None, None));
+    }
+
+    #[test]
+    fn a_program_that_got_lost_on_the_way_changes_nothing_and_the_next_distributor_is_told() {
+        let now = Instant::now();
+        let mut state = ready(now);
+        state.step(Event::Asked(ToMonitor::Replace, None), now);
+        state.step(Event::Exited { pid: 1, exit: Exit::Code(0) }, now);
+        assert_eq!((wait(&state, now), state.program), (Duration::ZERO, None));
+        let told = [FromMonitor::NotReplaced { exit: Exit::Unknown }, FromMonitor::Begin].map(Action::Tell);
+        assert_eq!(state.step(Event::DistributorStarted(Ok(2)), now), told);
+    }
+
     /// What may happen to a monitor, in any order.
     #[derive(Clone, Debug)]
     enum Happening {
@@ -785,6 +957,8 @@ mod tests {
         Hold(u64),
         Drop(u64),
         Ready,
+        /// The distributor asks for another program, and exits.
+        Replace,
         DistributorDies(Exit),
         TimePasses(u64),
         Stop,
@@ -799,7 +973,8 @@ mod tests {
             2 => (0..6u64).prop_map(Forget),
             2 => (0..6u64).prop_map(Hold),
             1 => (0..6u64).prop_map(Drop),
-            2 => Just(Ready),
+            3 => Just(Ready),
+            1 => Just(Replace),
             2 => Just(DistributorDies(Exit::Signal(9))),
             1 => Just(DistributorDies(Exit::Code(1))),
             3 => (0..12_000u64).prop_map(TimePasses),
@@ -817,6 +992,9 @@ mod tests {
             let mut distributor = Some(1);
             let mut last_pid = 1;
             let (mut is_ready, mut deaths, mut stops) = (true, 0, 0);
+            // The last program that was ready, and the one that is to be.
+            let (mut sure, mut program) = (None, None);
+            let mut not_replaced = None;
             // Id to pid, whether it is watched, and exit; key to descriptor: what a perfect
             // memory would hold.
             let mut children = BTreeMap::<u64, (u32, bool, Option<Exit>)>::new();
@@ -862,6 +1040,17 @@ mod tests {
                     Happening::Ready if distributor.is_some() => {
                         prop_assert_eq!(state.step(Event::Asked(ToMonitor::Ready, None), now), vec![]);
                         is_ready = true;
+                        sure = program;
+                        not_replaced = None;
+                    }
+                    Happening::Replace if distributor.is_some() && is_ready => {
+                        last_pid += 1;
+                        program = Some(last_pid);
+                        let actions = state.step(Event::Asked(ToMonitor::Replace, Some(last_pid)), now);
+                        prop_assert_eq!(actions, vec![]);
+                        state.step(Event::Exited { pid: distributor.take().unwrap(), exit: Exit::Code(0) }, now);
+                        prop_assert_eq!(wait(&state, now), Duration::ZERO);
+                        deaths = 0;
                     }
                     Happening::DistributorDies(exit) => {
                         if let Some(pid) = distributor.take() {
@@ -869,6 +1058,12 @@ mod tests {
                             if matches!(actions.last(), Some(Action::Finish(1))) {
                                 prop_assert!(stops > 0, "it gives up only while stopping");
                                 return Ok(());
+                            }
+                            if program != sure {
+                                program = sure;
+                                not_replaced = Some(exit);
+                                prop_assert_eq!(wait(&state, now), Duration::ZERO);
+                                continue;
                             }
                             let from_outside = is_ready && exit == Exit::Signal(9) && stops == 0;
                             deaths = if from_outside { 0 } else { deaths + 1 };
@@ -883,7 +1078,9 @@ mod tests {
                         let due = distributor.is_none() && state.deadline().unwrap() <= now;
                         let actions = state.step(Event::Time, now);
                         if !due {
-                            prop_assert_eq!(actions, vec![]);
+                            // Maybe a new program's time is up, and it is killed; that it dies
+                            // of it is another happening.
+                            prop_assert!(actions.is_empty() || (distributor.is_some() && program != sure));
                             continue;
                         }
                         prop_assert_eq!(actions, vec![Action::StartDistributor]);
@@ -897,7 +1094,9 @@ mod tests {
                             expected.extend(exit.map(|exit| FromMonitor::Exited { id, pid, exit }));
                         }
                         expected.extend(held.keys().map(|&key| FromMonitor::Held { key, label: vec![] }));
+                        expected.extend(not_replaced.map(|exit| FromMonitor::NotReplaced { exit }));
                         expected.push(FromMonitor::Begin);
+                        prop_assert_eq!(state.program, program);
                         expected.extend(vec![FromMonitor::Stop; stops]);
                         let told = state.step(Event::DistributorStarted(Ok(last_pid)), now);
                         prop_assert_eq!(told, expected.into_iter().map(Action::Tell).collect::<Vec<_>>());
@@ -916,6 +1115,7 @@ mod tests {
                     Happening::Start(_)
                     | Happening::Watch(_)
                     | Happening::Ready
+                    | Happening::Replace
                     | Happening::Forget(_)
                     | Happening::Hold(_)
                     | Happening::Drop(_)

@@ -9,7 +9,8 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     env,
-    io::{Read as _, Write as _},
+    io::{IoSlice, Read as _, Write as _},
+    mem::MaybeUninit,
     os::{
         fd::{AsFd, BorrowedFd},
         unix::net::{UnixListener, UnixStream},
@@ -18,8 +19,10 @@ use std::{
     process::{self, Child, Stdio},
 };
 
+use proptest::{prelude::*, strategy::ValueTree as _, test_runner::TestRunner};
 use rustix::{
     io::retry_on_intr,
+    net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags},
     process::{PidfdFlags, pidfd_open},
 };
 
@@ -44,7 +47,8 @@ fn monitor_process() {
             "--ignored".into(),
             "--nocapture".into(),
         ],
-        launcher: vec!["/bin/sh".into()],
+        // The script is what it reads. This test binary knows no such option.
+        launcher: vec!["/bin/sh".into(), "-s".into()],
     };
     match supervise(programs, Path::new(&runtime_dir)) {
         Ok(code) => process::exit(code.into()),
@@ -175,6 +179,12 @@ impl Distributor {
         let pidfd = pidfd_open(Pid::from_child(process), PidfdFlags::empty()).unwrap();
         let label = format!("server {id}").into_bytes();
         self.channel.send(&ToMonitor::Watch { id, pid, label }, Some(pidfd.as_fd())).unwrap();
+    }
+
+    fn forget(&self, message: &FromMonitor) {
+        if let FromMonitor::Exited { id, .. } = message {
+            self.ask(ToMonitor::Forget { id: *id });
+        }
     }
 
     fn told_with_descriptor(&self) -> (FromMonitor, Option<OwnedFd>) {
@@ -517,6 +527,58 @@ fn a_distributor_that_finishes_and_does_not_exit_is_killed() {
 }
 
 #[test]
+fn another_program_takes_over_and_if_it_is_none_the_one_before_goes_on() {
+    let run = Run::start("replace");
+    let distributor = run.first_distributor();
+    let server = distributor.start(1, "exec sleep 60");
+    let label = b"exec sleep 60".to_vec();
+    let child = FromMonitor::Child { id: 1, pid: server, label };
+    let replace = |distributor: Distributor, program: &Path| {
+        let program = fs::File::open(program).unwrap();
+        distributor.channel.send(&ToMonitor::Replace, Some(program.as_fd())).unwrap();
+        distributor.exit(0);
+    };
+    // A program that exits at once with 1, one that cannot be run, and a copy of the real one.
+    let text = run.directory.join("text");
+    fs::write(&text, "").unwrap();
+    replace(distributor, Path::new("/bin/false"));
+    let distributor = run.distributor();
+    for expected in [child.clone(), FromMonitor::NotReplaced { exit: Exit::Code(1) }, FromMonitor::Begin] {
+        assert_eq!(distributor.told(), expected);
+    }
+    distributor.ask(ToMonitor::Ready);
+    replace(distributor, &text);
+    let distributor = run.distributor();
+    for expected in [child.clone(), FromMonitor::NotReplaced { exit: Exit::Unknown }, FromMonitor::Begin] {
+        assert_eq!(distributor.told(), expected);
+    }
+    distributor.ask(ToMonitor::Ready);
+    let copy = run.directory.join("copy");
+    // By a process of its own, or another test's child might have it open for writing.
+    let program = format!("/proc/{}/exe", process::id());
+    assert!(Command::new("cp").arg(program).arg(&copy).status().unwrap().success());
+    replace(distributor, &copy);
+    for expected in ["the first one of the copy", "one after that was killed"] {
+        let next = run.distributor();
+        assert_eq!(next.told(), child, "{expected}");
+        assert_eq!(next.told(), FromMonitor::Begin, "{expected}");
+        next.ask(ToMonitor::Ready);
+        let runs = fs::read_link(format!("/proc/{}/exe", next.pid)).unwrap();
+        assert_eq!(runs, copy, "{expected}");
+        // Launchers are the copy as well, which knows no -s.
+        next.channel.send(&ToMonitor::Start { id: 2, label: vec![] }, Some(next.line.as_fd())).unwrap();
+        assert!(matches!(next.told(), FromMonitor::Started { id: 2, .. }), "{expected}");
+        match next.told() {
+            FromMonitor::Exited { id: 2, exit, .. } => assert_eq!(exit, Exit::Code(101), "{expected}"),
+            other => panic!("{other:?}"),
+        }
+        next.ask(ToMonitor::Forget { id: 2 });
+        next.die();
+    }
+    assert!(is_there(server));
+}
+
+#[test]
 fn a_second_monitor_is_refused() {
     let run = Run::start("second");
     let _distributor = run.first_distributor();
@@ -532,15 +594,97 @@ fn nonsense_is_ignored_and_what_follows_is_done() {
     let run = Run::start("nonsense");
     let distributor = run.first_distributor();
     for nonsense in [&[200, 1, 2][..], &[1], &[7, 7], &[67], &[0; 5000]] {
-        rustix::net::send(&distributor.channel, nonsense, rustix::net::SendFlags::empty()).unwrap();
+        rustix::net::send(&distributor.channel, nonsense, SendFlags::empty()).unwrap();
     }
     // Too long for a message, but not for the socket.
     let long = vec![1; crate::message::MAX_MESSAGE + 1];
-    rustix::net::send(&distributor.channel, &long, rustix::net::SendFlags::empty()).unwrap();
+    rustix::net::send(&distributor.channel, &long, SendFlags::empty()).unwrap();
     distributor.ask(ToMonitor::Start { id: 1, label: vec![] });
     assert_eq!(distributor.told(), FromMonitor::NotStarted { id: 1, errno: 24 });
     let pid = distributor.start(1, "exit 0");
     assert_eq!(distributor.told(), FromMonitor::Exited { id: 1, pid, exit: Exit::Code(0) });
+}
+
+/// Sends bytes that may be no message, with so many descriptors that may be nothing of use.
+fn send_anything(channel: &Channel, packet: &[u8], descriptors: &[BorrowedFd<'_>]) {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !descriptors.is_empty() {
+        assert!(control.push(SendAncillaryMessage::ScmRights(descriptors)));
+    }
+    rustix::net::sendmsg(channel, &[IoSlice::new(packet)], &mut control, SendFlags::NOSIGNAL).unwrap();
+}
+
+/// What a broken distributor might send: often a kind that there is, and often as long as that.
+fn anything() -> impl Strategy<Value = (Vec<u8>, usize)> {
+    let kind = prop_oneof![4 => 0..12u8, 1 => any::<u8>()];
+    let rest = prop_oneof![
+        2 => Just(vec![]),
+        // Few ids, so that some are taken.
+        4 => (0..4u8, 0..20usize).prop_map(|(id, more)| [vec![id; 8], vec![id; more]].concat()),
+        2 => proptest::collection::vec(any::<u8>(), 0..300),
+    ];
+    let packet = (kind, rest).prop_map(|(kind, rest)| [vec![kind], rest].concat());
+    // That would be the end, and rightly so.
+    let packet = packet.prop_filter("Finished", |packet| packet[0] != 8 || packet.len() != 2);
+    (packet, 0..4usize)
+}
+
+#[test]
+fn whatever_distributors_send_the_monitor_goes_on_and_leaks_nothing() {
+    const SERVER: u64 = u64::MAX;
+    let run = Run::start("anything");
+    let mut distributor = run.first_distributor();
+    let server = distributor.start(SERVER, "exec sleep 60");
+    let descriptors_at_rest = descriptors(run.monitor.id()).len();
+    // Each of them is readable or at its end: no server waits for it, and no watch lasts.
+    let null = fs::File::open("/dev/null").unwrap();
+    let (closed, _) = UnixStream::pair().unwrap();
+    let of_use = [null.as_fd(), closed.as_fd(), null.as_fd()];
+    let mut random = TestRunner::deterministic();
+    for _ in 0..12 {
+        for _ in 0..80 {
+            let (packet, count) = anything().new_tree(&mut random).unwrap().current();
+            send_anything(&distributor.channel, &packet, &of_use[..count]);
+        }
+        distributor.die();
+        // Maybe it had asked for another program, which is none: then it is as if it had not.
+        distributor = run.distributor();
+        let mut told = vec![];
+        while told.last() != Some(&FromMonitor::Begin) {
+            told.push(distributor.told());
+        }
+        let is_the_server = |message: &FromMonitor| matches!(message, FromMonitor::Child { id: SERVER, pid, .. } if *pid == server);
+        assert_eq!(told.iter().filter(|message| is_the_server(message)).count(), 1, "{told:?}");
+        for message in told {
+            if let FromMonitor::Held { key, .. } = message {
+                distributor.ask(ToMonitor::Drop { key });
+            }
+            distributor.forget(&message);
+        }
+        distributor.ask(ToMonitor::Ready);
+        assert!(is_there(server));
+    }
+    // It still does what it is asked, and has nothing left of all that.
+    let (theirs, mut ours) = UnixStream::pair().unwrap();
+    distributor.channel.send(&ToMonitor::Start { id: 77, label: vec![] }, Some(theirs.as_fd())).unwrap();
+    ours.write_all(b"exit 3").unwrap();
+    drop((theirs, ours));
+    loop {
+        match distributor.told() {
+            FromMonitor::Exited { id: 77, exit, .. } => break assert_eq!(exit, Exit::Code(3)),
+            message => distributor.forget(&message),
+        }
+    }
+    distributor.ask(ToMonitor::Forget { id: 77 });
+    let deadline = Instant::now() + PATIENCE;
+    while descriptors(run.monitor.id()).len() != descriptors_at_rest {
+        assert!(Instant::now() < deadline, "{:?}", descriptors(run.monitor.id()));
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    distributor.ask(ToMonitor::Signal { id: SERVER, signal: 9 });
+    let killed = FromMonitor::Exited { id: SERVER, pid: server, exit: Exit::Signal(9) };
+    while distributor.told() != killed {}
 }
 
 /// Starts servers that exit at once, and reads nothing, until the monitor takes no more.

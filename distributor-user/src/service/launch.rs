@@ -290,6 +290,11 @@ impl Service {
                 self.report(entry, Report::LaunchInterrupted, host);
             }
         }
+        let Some(run) = &self.entries[entry].run else { return };
+        let listening = run.listeners.iter().enumerate().filter(|(_, them)| !them.cookies.is_empty());
+        for address in listening.map(|(group, _)| group).collect::<Vec<_>>() {
+            self.report(entry, Report::ListenerAdopted { address }, host);
+        }
         self.scan(entry, None, host);
         if let Some(exit) = child.and_then(|child| child.exit) {
             self.exited(entry, exit, host);

@@ -50,6 +50,7 @@ impl Service {
                 oldest_seconds: oldest.map_or(0.0, |since| now.saturating_sub(since) as f64 / 1e9),
                 wait: histogram(&load),
             },
+            drift: self.audit.status(),
             servers: (0..self.entries.len()).map(|entry| self.server_status(entry, &load)).collect(),
             outcomes,
         })

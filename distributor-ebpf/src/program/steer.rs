@@ -279,22 +279,29 @@ fn move_established(
         last = Parked { count: FULL, ..place };
     }
     // No spare room, because many servers die at once, or a long queue moves while its first ones
-    // are handed over. The current room will do, if nobody has come to it and another can be
-    // current; otherwise behind those that wait, but not lost.
-    let current = loads.current(group);
-    let index = corridor.room(current >> 16);
-    if SOCKETS.select_reuseport(ctx, index).is_ok() {
-        maps::record(loads, cookie, Owner { owner: in_room(index), ..owner }, false);
-        if let Some(coming) = maps::coming(index) {
-            let is_first = coming.first() == 0 && (current >> 16) + 1 < corridor.made();
-            coming.note_first(if is_first { owner.order } else { now }, owner.since);
-            coming.add(Comes::Entered);
-            if is_first {
-                maps::next_room(loads, corridor, group, current);
-                maps::note_parked(listener, Parked { index, count: 1 });
-            }
-            count(if is_first { Outcome::Parked } else { Outcome::ParkedBehind });
+    // are handed over: a room of the ring to which nobody has come, if another can be current then.
+    // Otherwise behind those that wait, but not lost.
+    for _ in 0..RING_TRIES {
+        let current = loads.current(group);
+        let index = corridor.room(current >> 16);
+        let Some(coming) = maps::coming(index) else { break };
+        let has_next = (current >> 16) + 1 < corridor.made();
+        let is_first = has_next && coming.first() == 0;
+        if has_next && !is_first {
+            maps::next_room(loads, corridor, group, current);
+            continue;
         }
+        if SOCKETS.select_reuseport(ctx, index).is_err() {
+            break;
+        }
+        maps::record(loads, cookie, Owner { owner: in_room(index), ..owner }, false);
+        coming.note_first(if is_first { owner.order } else { now }, owner.since);
+        coming.add(Comes::Entered);
+        if is_first {
+            maps::next_room(loads, corridor, group, current);
+            maps::note_parked(listener, Parked { index, count: 1 });
+        }
+        count(if is_first { Outcome::Parked } else { Outcome::ParkedBehind });
         leave(loads, before.owner, true);
         return SK_PASS;
     }
@@ -305,6 +312,10 @@ fn move_established(
 
 /// Spare rooms that are tried for one connection.
 const SPARE_TRIES: usize = 2;
+
+/// Rooms of the ring that are tried: the current one may be occupied, and the next one by another
+/// CPU.
+const RING_TRIES: usize = 3;
 
 /// In a room where so many are parked is no place.
 const FULL: u32 = u32::MAX - 1;

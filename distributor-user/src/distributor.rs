@@ -432,7 +432,10 @@ impl<'a> Distributor<'a> {
             Input::Control(Request { command, reply, peer }) => {
                 debug!("{peer} asks {command:?}");
                 let response = match command {
-                    Command::Upgrade { program } => return Ok(self.try_out(program, reply)),
+                    Command::Upgrade { program } => {
+                        self.try_out(program, reply);
+                        return Ok(());
+                    }
                     command => self.answer(command),
                 };
                 // Before it is answered: who was told that it is done may count on it.

@@ -57,7 +57,7 @@ fn perform(invocation: &Invocation) -> anyhow::Result<ExitCode> {
             };
             distributor::run(source, directory, log)?;
         }
-        Command::Trial(source) => upgrade::trial(&source.read()?)?,
+        Command::Trial(source) => return upgrade::trial(source),
         Command::Launch => return Ok(launch::run()),
         Command::Keep(cgroup) => return Ok(keeper::run(cgroup)),
         Command::Demo { listen, name } => {

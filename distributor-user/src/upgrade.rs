@@ -15,8 +15,8 @@ use std::{
         fd::AsRawFd as _,
         unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
     },
-    path::Path,
-    process::Stdio,
+    path::{Path, PathBuf},
+    process::{ExitCode, Stdio},
     thread,
     time::{Duration, Instant},
 };
@@ -32,7 +32,7 @@ use tokio::{
 };
 
 use crate::{
-    config::Config,
+    cli::Source,
     control::{self, ASK_TIMEOUT, Response, TRIAL_TIMEOUT},
     error::UserError,
     kernel,
@@ -52,12 +52,18 @@ const POLL: Duration = Duration::from_millis(50);
 /// More than a trial has to say.
 const WORDS: u64 = 64 * 1024;
 
-/// What a trial that went well prints.
+/// What a program on trial prints. By it we know that it is one of ours at all.
 #[derive(Debug, Serialize, Deserialize)]
-struct Passed {
-    version: String,
-    /// The version of the contract with the kernel programs.
-    contract: u32,
+#[serde(tag = "trial", rename_all = "lowercase")]
+enum Verdict {
+    Passed {
+        version: String,
+        /// The version of the contract with the kernel programs.
+        contract: u32,
+    },
+    Failed {
+        why: String,
+    },
 }
 
 /// A program that has passed its trial, and is to take over.
@@ -87,13 +93,23 @@ pub fn not_upgraded(exit: Exit) -> String {
     format!("the program that was to take over {how}, so the one before goes on; the log has its words")
 }
 
-/// Whether this program could be the distributor for this configuration. Changes nothing.
-pub fn trial(_: &Config) -> anyhow::Result<()> {
-    ensure!(rustix::process::geteuid().is_root(), "start dist-ctl: it needs root: run it with sudo");
-    kernel::trial()?;
-    let passed = Passed { version: env!("CARGO_PKG_VERSION").to_owned(), contract: contract::VERSION };
-    println!("{}", serde_json::to_string(&passed)?);
-    Ok(())
+/// Says whether this program could be the distributor for this configuration. Changes nothing.
+pub fn trial(source: &Source) -> anyhow::Result<ExitCode> {
+    let (verdict, code) = match judge(source) {
+        Ok(()) => {
+            let (version, contract) = (env!("CARGO_PKG_VERSION").to_owned(), contract::VERSION);
+            (Verdict::Passed { version, contract }, ExitCode::SUCCESS)
+        }
+        Err(error) => (Verdict::Failed { why: format!("{error:#}") }, ExitCode::FAILURE),
+    };
+    println!("{}", serde_json::to_string(&verdict)?);
+    Ok(code)
+}
+
+fn judge(source: &Source) -> anyhow::Result<()> {
+    source.read()?;
+    ensure!(rustix::process::geteuid().is_root(), "it needs root");
+    kernel::trial()
 }
 
 /// Runs the program on trial, with this process's own arguments.
@@ -120,29 +136,27 @@ pub async fn try_out(path: &str) -> Result<Candidate, Response> {
         .args(env::args_os().skip(2))
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
+        // What it logs is worth having there.
+        .stderr(Stdio::inherit())
         .kill_on_drop(true)
         .spawn()
         .map_err(|error| refused(format!("it does not run: {error}")))?;
-    let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
-    let tried = async { tokio::join!(words(stdout), words(stderr), child.wait()) };
-    let Ok((stdout, stderr, status)) = timeout(TRIAL_TIME, tried).await else {
+    let stdout = child.stdout.take();
+    let tried = async { tokio::join!(words(stdout), child.wait()) };
+    let Ok((said, status)) = timeout(TRIAL_TIME, tried).await else {
         return Err(refused(format!("its trial has not ended after {} s", TRIAL_TIME.as_secs())));
     };
     let status = status.map_err(|error| refused(format!("wait for its trial: {error}")))?;
-    match serde_json::from_str::<Passed>(&stdout) {
-        Ok(Passed { version, contract }) if status.success() => {
+    match serde_json::from_str(&said) {
+        Ok(Verdict::Passed { version, contract }) if status.success() => {
             Ok(Candidate { file, name: format!("{path} (dist-ctl {version}, contract {contract})") })
         }
-        // As `main` says it.
-        _ => match stderr.split("dist-ctl: ").last().filter(|said| said.len() < stderr.len()) {
-            Some(said) if !status.success() => {
-                Err(Response::failure(format!("upgrade to {path}: on trial it said: {}", said.trim_end())))
-            }
-            _ => Err(refused(format!(
-                "it is not a dist-ctl that can take over: its trial ended with {status}"
-            ))),
-        },
+        Ok(Verdict::Failed { why }) => {
+            Err(Response::failure(format!("upgrade to {path}: on trial it said: {why}")))
+        }
+        Ok(Verdict::Passed { .. }) | Err(_) => {
+            Err(refused(format!("it is not a dist-ctl that can take over: its trial ended with {status}")))
+        }
     }
 }
 
@@ -208,7 +222,7 @@ pub fn upgrade(runtime_dir: &Path, program: &Path) -> anyhow::Result<String> {
 }
 
 /// The program that this command itself is.
-pub fn own_program() -> anyhow::Result<std::path::PathBuf> {
+pub fn own_program() -> anyhow::Result<PathBuf> {
     let program = env::current_exe().context("find our own program")?;
     match fs::metadata(&program) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {

@@ -169,7 +169,7 @@ fn own_modules(code: &str) -> BTreeSet<&str> {
                 }
                 _ => {}
             }
-            if depth == 0 && !begins {
+            if depth == 0 && (c == '}' || !begins) {
                 break;
             }
         }

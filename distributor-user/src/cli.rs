@@ -104,6 +104,11 @@ impl Invocation {
                 Command::Change(control::Command::Limit { server, limit })
             }
             Verb::Resume { server } => Command::Change(control::Command::Resume { server }),
+            Verb::Adopt { service, pid, name, command } => {
+                let name = name.unwrap_or_else(|| format!("pid-{pid}"));
+                Command::Change(control::Command::Adopt { service, pid, name, command })
+            }
+            Verb::Release { server } => Command::Change(control::Command::Release { server }),
             Verb::Down => Command::Down,
             Verb::Upgrade { binary } => Command::Upgrade(binary),
             Verb::Check { file } => Command::Check(file),
@@ -284,6 +289,15 @@ const RESUME_EXAMPLE: &str = "\
 Example: try again what failed too often
   dist-ctl resume shop/1";
 
+const ADOPT_EXAMPLE: &str = "\
+Examples: a server that somebody else keeps running, and one that is to be started again
+  dist-ctl adopt shop --pid 4711 --name old
+  dist-ctl adopt shop --pid 4711 --name old -- java -jar shop.jar";
+
+const RELEASE_EXAMPLE: &str = "\
+Example: it keeps its connections, and gets no new ones while others serve the address
+  dist-ctl release shop/old";
+
 const DOWN_EXAMPLE: &str = "\
 Example: stop another instance than the usual one
   dist-ctl down --runtime-dir /run/dist-ctl-test";
@@ -370,6 +384,31 @@ enum Verb {
     /// Start a server that was given up
     #[command(after_help = RESUME_EXAMPLE)]
     Resume {
+        /// SERVICE/SERVER, as in `dist-ctl status`
+        #[arg(value_parser = server_name)]
+        server: String,
+    },
+
+    /// Make a server that runs already one of a service's, without restarting it
+    #[command(after_help = ADOPT_EXAMPLE)]
+    Adopt {
+        /// The service, as in `dist-ctl status`
+        #[arg(value_parser = service_name)]
+        service: String,
+        /// The process that listens on the service's address
+        #[arg(long, value_name = "PID", value_parser = clap::value_parser!(u32).range(1..=0x7fff_ffff))]
+        pid: u32,
+        /// What it is to be called [default: pid-PID]
+        #[arg(long, value_name = "NAME", value_parser = short_name)]
+        name: Option<String>,
+        /// What to start it with when it has ended; without it, it is gone then
+        #[arg(last = true, value_name = "COMMAND")]
+        command: Vec<String>,
+    },
+
+    /// Let a server that was adopted go its own way
+    #[command(after_help = RELEASE_EXAMPLE)]
+    Release {
         /// SERVICE/SERVER, as in `dist-ctl status`
         #[arg(value_parser = server_name)]
         server: String,
@@ -497,6 +536,21 @@ fn server_name(text: &str) -> Result<String, String> {
     match text.split_once('/') {
         Some((service, server)) if is_name(service) && is_name(server) => Ok(text.to_owned()),
         _ => Err("write SERVICE/SERVER, for example shop/1".to_owned()),
+    }
+}
+
+fn service_name(text: &str) -> Result<String, String> {
+    match is_name(text) {
+        true => Ok(text.to_owned()),
+        false => Err("write the name of a service, for example shop".to_owned()),
+    }
+}
+
+/// Not a number: those are the servers' that the configuration counts.
+fn short_name(text: &str) -> Result<String, String> {
+    match is_name(text) && !text.bytes().all(|byte| byte.is_ascii_digit()) {
+        true => Ok(text.to_owned()),
+        false => Err("write a name of a-z, 0-9, _ and -, for example old".to_owned()),
     }
 }
 

@@ -65,6 +65,8 @@ pub struct Service {
     pub listen: Vec<ListenAddress>,
     /// How a server is chosen for a connection.
     pub policy: Policy,
+    /// What becomes of it when somebody else listens on one of its addresses.
+    pub occupied: Occupied,
     /// Who may wait when no server has a place.
     pub waiting: Waiting,
     /// Whom the servers run as. `None`: as the distributor, that is root.
@@ -141,6 +143,15 @@ pub enum SocketMode {
     Systemd,
     /// It inherits the one listener as standard input.
     Stdin,
+}
+
+/// What becomes of a service when somebody else listens on one of its addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Occupied {
+    /// `up` says who it is, and ends.
+    Refuse,
+    /// It begins when the address is free, or when that server is adopted.
+    Wait,
 }
 
 /// What makes a server ready.
@@ -321,6 +332,18 @@ impl SocketMode {
             Self::Own => "own",
             Self::Systemd => "systemd",
             Self::Stdin => "stdin",
+        }
+    }
+}
+
+impl Occupied {
+    const ALL: [Self; 2] = [Self::Refuse, Self::Wait];
+
+    /// The name an operator writes.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Refuse => "refuse",
+            Self::Wait => "wait",
         }
     }
 }

@@ -73,6 +73,20 @@ pub enum Command {
     Resume {
         server: String,
     },
+    /// Make a server that somebody else started one of a service's.
+    Adopt {
+        service: String,
+        pid: u32,
+        /// What it is called; the full name is `SERVICE/NAME`.
+        name: String,
+        /// What it is started again with. Empty: it is not.
+        #[serde(rename = "exec", default)]
+        command: Vec<String>,
+    },
+    /// Let a server that was adopted go its own way.
+    Release {
+        server: String,
+    },
     /// Stop the instance.
     Down,
     /// Make room for the program of this file. Answered after its trial.
@@ -130,7 +144,8 @@ pub enum Level {
 
 impl Command {
     /// Every command, as it is written.
-    pub const NAMES: [&str; 6] = ["status", "weight", "limit", "resume", "down", "upgrade"];
+    pub const NAMES: [&str; 8] =
+        ["status", "weight", "limit", "resume", "adopt", "release", "down", "upgrade"];
 
     /// What a client must be allowed to do to ask this.
     pub fn level(&self) -> Level {
@@ -139,6 +154,8 @@ impl Command {
             Self::Weight { .. }
             | Self::Limit { .. }
             | Self::Resume { .. }
+            | Self::Adopt { .. }
+            | Self::Release { .. }
             | Self::Down
             | Self::Upgrade { .. } => Level::Admin,
         }

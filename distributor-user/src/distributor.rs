@@ -34,7 +34,7 @@ use tracing::{debug, error, info, warn};
 use crate::{
     attendant, auditor, bell,
     cli::Source,
-    config::Config,
+    config::{self, Config, Occupied},
     control::{self, Command, Request, Response},
     instance::Instance,
     kernel::ProgramLog,
@@ -44,8 +44,8 @@ use crate::{
     notify,
     record::{Record, Recorder},
     room, server,
-    service::{self, Found, Host, Left, Service, Succession},
-    status::Status,
+    service::{self, Found, Host, Label, Left, Service, Shared, Succession},
+    status::{ServiceStatus, Status},
     upgrade::{self, Candidate},
 };
 
@@ -125,7 +125,7 @@ async fn serve(
     // What an earlier run has left is not ours to end because we cannot start.
     let nothing_runs = inheritance.is_empty() && !place.is_populated();
     match Distributor::begin(&config, &place, log, link, inheritance).await {
-        Ok(distributor) => distributor.work(&config).await,
+        Ok(distributor) => distributor.work().await,
         Err(error) => {
             if nothing_runs && let Err(left) = place.remove() {
                 error!("{left:#}; remove it by hand, or with the next dist-ctl up");
@@ -167,6 +167,9 @@ struct Distributor<'a> {
     place: &'a Instance,
     link: Link,
     services: Vec<Service>,
+    /// Services that wait for their addresses.
+    vacant: Vec<Vacancy>,
+    options: service::Options,
     inputs: UnboundedSender<Input>,
     received: UnboundedReceiver<Input>,
     stopping: bool,
@@ -221,10 +224,15 @@ impl<'a> Distributor<'a> {
         if options.bell {
             info!("this kernel moves a connection without waking its new server; a bell is rung for that");
         }
-        let mut services = Vec::new();
-        for (number, service) in config.services.iter().enumerate() {
+        let (mut services, mut vacant) = (Vec::new(), Vec::new());
+        for service in &config.services {
+            if let Some(waits) = Vacancy::of(service, place) {
+                info!("service {}: {}", service.name, waits.why);
+                vacant.push(waits);
+                continue;
+            }
             let mut host = Host { place, link: &mut link, inputs: &inputs };
-            services.push(Service::open(number, service.clone(), options, &mut host)?);
+            services.push(Service::open(services.len(), service.clone(), options, &mut host)?);
         }
         let announced = vec![succession == Succession::Next; services.len()];
         let recorder = Recorder::new(&place.runtime_dir);
@@ -232,6 +240,8 @@ impl<'a> Distributor<'a> {
             place,
             link,
             services,
+            vacant,
+            options,
             inputs,
             received,
             stopping: false,
@@ -269,9 +279,10 @@ impl<'a> Distributor<'a> {
     ) -> anyhow::Result<()> {
         let mut recorded = record.map_or(Vec::new(), |record| record.services);
         let mut found: Vec<Found> = Vec::new();
-        let mut strangers = Vec::new();
+        let (mut strangers, mut released) = (Vec::new(), Vec::new());
         for child in children {
             match serde_json::from_slice(&child.label) {
+                _ if child.label == service::RELEASED => released.push(child),
                 Ok(label) => found.push(Found { label, child: Some(child) }),
                 Err(_) => strangers.push(child),
             }
@@ -296,10 +307,21 @@ impl<'a> Distributor<'a> {
         }
         strangers.extend(found.into_iter().filter_map(|found| found.child));
         for child in strangers {
+            // Its service is not configured any more: it goes its own way.
+            let is_guest = serde_json::from_slice(&child.label)
+                .is_ok_and(|label: Label| label.adopted.is_some_and(|adopted| adopted.command.is_empty()));
+            if is_guest {
+                let label = service::RELEASED.to_vec();
+                self.link.send(&ToMonitor::Relabel { id: child.id, label }, None)?;
+                continue;
+            }
             if child.exit.is_none() {
                 info!("process {} is of no configured server; kills it", child.pid);
                 self.link.send(&ToMonitor::Signal { id: child.id, signal: 9 }, None)?;
             }
+            self.link.send(&ToMonitor::Forget { id: child.id }, None)?;
+        }
+        for child in released.iter().filter(|child| child.exit.is_some()) {
             self.link.send(&ToMonitor::Forget { id: child.id }, None)?;
         }
         Ok(())
@@ -369,7 +391,7 @@ impl<'a> Distributor<'a> {
     }
 
     /// The loop.
-    async fn work(mut self, config: &Config) -> anyhow::Result<()> {
+    async fn work(mut self) -> anyhow::Result<()> {
         let mut looked_around = Instant::now();
         while !(self.stopping && self.services.iter().all(Service::has_stopped)) {
             let next = self.next_tick(looked_around);
@@ -389,7 +411,7 @@ impl<'a> Distributor<'a> {
                 self.look_around();
             }
             self.write_down();
-            self.announce(config);
+            self.announce();
         }
         self.finish()
     }
@@ -405,7 +427,78 @@ impl<'a> Distributor<'a> {
         next
     }
 
+    /// Begins the services whose addresses have become free.
+    fn fill_vacancies(&mut self) {
+        for number in (0..self.vacant.len()).rev() {
+            let free = |address| room::is_free(address);
+            if self.stopping || !self.vacant[number].config.listen.iter().all(free) {
+                continue;
+            }
+            let vacancy = self.vacant.remove(number);
+            info!("service {}: its addresses are free", vacancy.config.name);
+            if let Err(error) = self.fill(&vacancy) {
+                error!("service {}: {error:#}; tries again every second", vacancy.config.name);
+                self.vacant.push(vacancy);
+            }
+        }
+    }
+
+    /// Begins a service, and starts its servers.
+    fn fill(&mut self, vacancy: &Vacancy) -> anyhow::Result<()> {
+        let (number, options) = (self.services.len(), self.options);
+        let (services, mut host) = self.split();
+        let mut service = Service::open(number, vacancy.config.clone(), options, &mut host)?;
+        service.take_over(Vec::new(), Succession::First, &mut host)?;
+        service.look_around(&mut host);
+        service.begin();
+        service.start(&mut host);
+        services.push(service);
+        self.announced.push(false);
+        Ok(())
+    }
+
+    fn adopt(&mut self, service: &str, pid: u32, name: &str, command: Vec<String>) -> Response {
+        let vacant = self.vacant.iter().position(|vacancy| vacancy.config.name == service);
+        let open = self.services.iter().position(|its| its.name() == service);
+        let config = match (vacant, open) {
+            (Some(vacant), _) => self.vacant[vacant].config.clone(),
+            (None, Some(open)) => self.services[open].config().clone(),
+            (None, None) => {
+                let open = self.services.iter().map(Service::name);
+                let known: Vec<&str> =
+                    open.chain(self.vacant.iter().map(|vacancy| vacancy.config.name.as_str())).collect();
+                return Response::input(format!(
+                    "no service is called {service}: there are {}",
+                    known.join(", ")
+                ));
+            }
+        };
+        if self.stopping {
+            return Response::failure(format!("service {service} is being stopped"));
+        }
+        let shared = match Shared::make(pid, &config) {
+            Ok(shared) => shared,
+            Err(error) => return Response::input(format!("{error:#}")),
+        };
+        // Rooms can only be made now that it shares the address.
+        if let Some(vacant) = vacant {
+            let vacancy = self.vacant.remove(vacant);
+            if let Err(error) = self.fill(&vacancy) {
+                self.vacant.push(vacancy);
+                shared.undo();
+                return Response::failure(format!("{error:#}"));
+            }
+        }
+        let open = open.unwrap_or(self.services.len() - 1);
+        let (services, mut host) = self.split();
+        match services[open].adopt(&shared, name, command, &mut host) {
+            Ok(()) => Response::Done,
+            Err(error) => Response::failure(format!("adopt process {pid}: {error:#}")),
+        }
+    }
+
     fn look_around(&mut self) {
+        self.fill_vacancies();
         let (services, mut host) = self.split();
         services.iter_mut().for_each(|service| service.look_around(&mut host));
     }
@@ -527,6 +620,13 @@ impl<'a> Distributor<'a> {
                 }
                 self.of_server(&server, |service, entry, _| service.set_limit(entry, limit))
             }
+            Command::Adopt { service, pid, name, command } => self.adopt(&service, pid, &name, command),
+            Command::Release { server } => {
+                self.of_server(&server, |service, entry, host| match service.release(entry, host) {
+                    Ok(()) => Response::Done,
+                    Err(error) => Response::input(format!("{error:#}")),
+                })
+            }
             Command::Resume { server } => {
                 self.of_server(&server, |service, entry, host| service.resume(entry, host))
             }
@@ -585,7 +685,12 @@ impl<'a> Distributor<'a> {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             build: upgrade::own_build(),
             not_upgraded: self.not_upgraded.clone(),
-            services: self.services.iter().map(Service::status).collect::<Result<_, _>>()?,
+            services: self
+                .services
+                .iter()
+                .map(Service::status)
+                .chain(self.vacant.iter().map(|vacancy| Ok(vacancy.status())))
+                .collect::<Result<_, _>>()?,
         })
     }
 
@@ -599,11 +704,11 @@ impl<'a> Distributor<'a> {
     }
 
     /// One line on standard output for each service, once all its servers are ready.
-    fn announce(&mut self, config: &Config) {
+    fn announce(&mut self) {
         for (number, service) in self.services.iter().enumerate() {
             if !self.announced[number] && service.is_ready() {
                 self.announced[number] = true;
-                let service = &config.services[number];
+                let service = service.config();
                 let listen: Vec<String> = service.listen.iter().map(ToString::to_string).collect();
                 let servers = service.servers.len();
                 let noun = if servers == 1 { "server" } else { "servers" };
@@ -618,6 +723,35 @@ impl<'a> Distributor<'a> {
         services.into_iter().for_each(Service::end);
         place.remove()?;
         link.send(&ToMonitor::Finished { code: 0 }, None)
+    }
+}
+
+/// A service that cannot begin, because somebody else listens on its address.
+struct Vacancy {
+    config: config::Service,
+    why: String,
+    since: SystemTime,
+}
+
+impl Vacancy {
+    /// `None`: it can begin, or has begun.
+    fn of(service: &config::Service, place: &Instance) -> Option<Self> {
+        if service.occupied == Occupied::Refuse
+            || !place.cgroup.child(&service.name).processes().is_empty()
+            || service.listen.iter().all(room::is_free)
+        {
+            return None;
+        }
+        let taken = service.listen.iter().find_map(|address| room::check_free(address).err())?;
+        let why = format!(
+            "{taken:#}; or make it one of the service's servers: dist-ctl adopt {} --pid PID",
+            service.name
+        );
+        Some(Self { config: service.clone(), why, since: SystemTime::now() })
+    }
+
+    fn status(&self) -> ServiceStatus {
+        service::vacant_status(&self.config, &self.why, self.since)
     }
 }
 
@@ -636,6 +770,8 @@ fn clear_the_way(config: &Config, place: &Instance, record: Option<&Record>) -> 
         }
     }
     place.clean_leftovers(&kept)?;
-    let new = config.services.iter().filter(|service| !kept.contains(&service.name.as_str()));
+    let waits = |service: &config::Service| service.occupied == Occupied::Wait;
+    let new =
+        config.services.iter().filter(|service| !kept.contains(&service.name.as_str()) && !waits(service));
     new.flat_map(|service| &service.listen).try_for_each(room::check_free)
 }

@@ -5,15 +5,13 @@
 //! same maps with their counts and the same programs; another build's programs take the place of
 //! those that run in one step, once everything that can fail is done.
 
+mod foreign;
+mod ledger;
 mod links;
 mod moving;
 mod pins;
 mod programs;
 mod syscall;
-
-pub use programs::trial;
-
-mod ledger;
 
 use std::{
     collections::HashSet,
@@ -50,7 +48,7 @@ use self::{
 };
 use crate::{address::ListenAddress, cgroup::Cgroup, room::Room, shared::Shared, watch::Watch};
 
-pub use ledger::Ledger;
+pub use self::{foreign::detach, ledger::Ledger, programs::trial};
 
 mod object {
     include!(concat!(env!("OUT_DIR"), "/object.rs"));

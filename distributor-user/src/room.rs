@@ -63,6 +63,11 @@ impl AsFd for Room {
     }
 }
 
+/// Nobody listens on the address, and this machine has it.
+pub fn is_free(address: &ListenAddress) -> bool {
+    try_bind(address).is_ok()
+}
+
 /// Makes sure that nobody else listens on the address: a room would join his group if he
 /// shares it, and take his connections.
 pub fn check_free(address: &ListenAddress) -> anyhow::Result<()> {

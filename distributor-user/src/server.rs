@@ -43,6 +43,13 @@ pub struct Server {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Instance(pub u32);
 
+impl Instance {
+    /// The one after it.
+    pub fn next(self) -> Self {
+        Self(self.0.wrapping_add(1))
+    }
+}
+
 /// The part of the configuration that decides.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Supervision {

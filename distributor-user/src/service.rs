@@ -5,6 +5,7 @@
 //! listener is adopted, out of the plan before the server is asked to stop.
 #![forbid(unsafe_code)]
 
+mod adopt;
 mod audit;
 mod launch;
 mod report;
@@ -48,7 +49,9 @@ use crate::{
     server::{Action, Event, Instance, Recipient, Report, Server, Supervision},
 };
 
+pub use adopt::{RELEASED, Shared};
 pub use launch::{Found, Label, Ran, Succession};
+pub use report::vacant_status;
 pub use survey::{Left, left};
 
 /// Places in SOCKETS that a server gets for its listeners on one address at first.
@@ -112,6 +115,8 @@ pub struct Service {
     /// Children whose end has been dealt with, which the monitor may forget once that is written
     /// down.
     ended: Vec<u64>,
+    /// Servers that were adopted and are not any more: at the end they get their address back.
+    released: Vec<adopt::Adopted>,
 }
 
 /// One configured server.
@@ -128,6 +133,8 @@ struct Entry {
     most_before: u64,
     /// Its label is out of date.
     changed: bool,
+    /// It was adopted, and is none of the service's any more.
+    gone: bool,
 }
 
 /// The instance of a server that runs.
@@ -158,6 +165,8 @@ struct Running {
     /// `CgroupEmpty` is to be told when it has no processes.
     emptying: bool,
     notify: Option<JoinHandle<()>>,
+    /// It was adopted.
+    guest: Option<adopt::Guest>,
 }
 
 /// How far a launch is.
@@ -260,6 +269,7 @@ impl Service {
             taking_over: true,
             told: None,
             ended: Vec::new(),
+            released: Vec::new(),
             config,
             kernel,
             cgroup,
@@ -279,6 +289,7 @@ impl Service {
                     total_before: 0,
                     most_before: 0,
                     changed: true,
+                    gone: false,
                 })
             })
             .collect::<Result<_, _>>()?;
@@ -289,14 +300,22 @@ impl Service {
         &self.config.name
     }
 
+    pub fn config(&self) -> &config::Service {
+        &self.config
+    }
+
     /// Every server is ready.
     pub fn is_ready(&self) -> bool {
-        self.entries.iter().all(|entry| entry.run.as_ref().is_some_and(|run| run.included))
+        let mut entries = self.entries.iter().filter(|entry| !entry.gone);
+        entries.all(|entry| entry.run.as_ref().is_some_and(|run| run.included))
     }
 
     /// Every server has stopped.
     pub fn has_stopped(&self) -> bool {
-        self.entries.iter().all(|entry| entry.run.is_none() && entry.machine.deadline().is_none())
+        (0..self.entries.len()).all(|entry| {
+            let Entry { run, machine, .. } = &self.entries[entry];
+            self.is_guest(entry) || run.is_none() && machine.deadline().is_none()
+        })
     }
 
     /// What runs has been taken over: from here on the kernel goes by what is wanted now.
@@ -308,36 +327,39 @@ impl Service {
     /// Starts every server that does not run, or is to be stopped.
     pub fn start(&mut self, host: &mut Host<'_>) {
         for entry in 0..self.entries.len() {
-            self.tell(entry, Event::Start, host);
+            if !self.entries[entry].gone {
+                self.tell(entry, Event::Start, host);
+            }
         }
     }
 
     /// Takes no more connections, and stops every server. Said again, it hurries.
     pub fn stop(&mut self, host: &mut Host<'_>) {
-        self.closing = true;
-        self.write_plan();
-        // No server will be free for them.
-        self.attendant.dismiss_all();
-        for entry in 0..self.entries.len() {
-            self.tell(entry, Event::Stop, host);
+        // Whoever was adopted serves on, and in the end alone.
+        let guests = (0..self.entries.len()).filter(|entry| self.is_guest(*entry)).count();
+        if guests == 0 {
+            self.closing = true;
+            self.write_plan();
+            // No server will be free for them.
+            self.attendant.dismiss_all();
         }
-    }
-
-    /// All has stopped, and nobody is to wait here again.
-    pub fn end(self) {
-        self.attendant.end();
+        for entry in 0..self.entries.len() {
+            if !self.is_guest(entry) && !self.entries[entry].gone {
+                self.tell(entry, Event::Stop, host);
+            }
+        }
     }
 
     // What operators ask.
 
     /// The entry of a server's full name, `shop/1`.
     pub fn find(&self, name: &str) -> Option<usize> {
-        self.entries.iter().position(|entry| entry.config.name == name)
+        self.entries.iter().position(|entry| entry.config.name == name && !entry.gone)
     }
 
     /// The full names of its servers.
     pub fn server_names(&self) -> impl Iterator<Item = String> {
-        self.entries.iter().map(|entry| entry.config.name.clone())
+        self.entries.iter().filter(|entry| !entry.gone).map(|entry| entry.config.name.clone())
     }
 
     pub fn set_weight(&mut self, entry: usize, weight: u32) -> Response {
@@ -435,7 +457,11 @@ impl Service {
     /// one with this cookie is among them.
     fn scan(&mut self, entry: usize, cookie: Option<u64>, host: &mut Host<'_>) -> bool {
         let Some(run) = &self.entries[entry].run else { return true };
-        let found = listener::find(&run.cgroup.processes());
+        let processes = match &run.guest {
+            Some(guest) => vec![guest.adopted.pid],
+            None => run.cgroup.processes(),
+        };
+        let found = listener::find(&processes);
         let seen = cookie.is_some_and(|cookie| found.iter().any(|found| found.cookie == cookie));
         let uid = uid(&self.config);
         let mut by_group: Vec<Vec<listener::Found>> = self.config.listen.iter().map(|_| Vec::new()).collect();
@@ -531,6 +557,9 @@ impl Service {
     }
 
     pub fn exited(&mut self, entry: usize, exit: Exit, host: &mut Host<'_>) {
+        if self.is_guest(entry) {
+            return self.guest_ended(entry, host);
+        }
         if let Some(run) = &mut self.entries[entry].run {
             run.exit = Some(exit);
         }
@@ -676,6 +705,7 @@ impl Service {
             Err(error) => error!("service {}: {error:#}; tries again every second", self.config.name),
         }
         self.forget_left();
+        self.count_earlier();
         self.write_plan();
     }
 
@@ -894,7 +924,11 @@ impl Service {
                         identity: entry.config.name.clone(),
                         eligible: run.included,
                         weight: entry.weight,
-                        limit: entry.limit,
+                        // What it had before it was adopted takes places that nobody counts.
+                        limit: match &run.guest {
+                            Some(guest) => entry.limit.map(|limit| limit.saturating_sub(guest.earlier_open)),
+                            None => entry.limit,
+                        },
                         generation: run.generation,
                         runs: run
                             .listeners

@@ -115,6 +115,13 @@ pub struct ServerStatus {
     /// `None` while it has no listener.
     pub accept_queue: Option<u32>,
     pub restarts: u64,
+    /// It was started by somebody else, and adopted.
+    #[serde(default)]
+    pub adopted: bool,
+    /// Connections that it has from before it was adopted: not among `connections`, and they take
+    /// places of its limit.
+    #[serde(default)]
+    pub earlier: u32,
     /// When it entered its state.
     pub since: Timestamp,
 }

@@ -17,8 +17,8 @@ use distributor_ebpf::contract::{CAPACITY_MAX, GROUPS, LIMIT_MAX, SLOTS, WEIGHT_
 use rustix::process::{Resource, Signal};
 
 use super::{
-    Config, Control, Machine, Output, Policy, Problems, Readiness, Restart, Server, Service, SocketMode,
-    User, Waiting, cpus, duration,
+    Config, Control, Machine, Occupied, Output, Policy, Problems, Readiness, Restart, Server, Service,
+    SocketMode, User, Waiting, cpus, duration,
     environment::{self, Facts},
     expand::{Names, expand},
     is_name,
@@ -162,6 +162,7 @@ impl<'r> Reading<'r> {
         Service {
             name: written.name.clone(),
             policy: self.choice(&written.policy, &Policy::ALL, Policy::name, Policy::default()),
+            occupied: self.choice(&written.occupied, &Occupied::ALL, Occupied::name, Occupied::Refuse),
             waiting: self.waiting(&written.waiting),
             socket,
             readiness: self.choice(&shared.readiness, &Readiness::ALL, Readiness::name, Readiness::Listening),

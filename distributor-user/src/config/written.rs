@@ -65,6 +65,7 @@ pub(super) struct Service {
     pub(super) name: String,
     pub(super) listen: List<String>,
     pub(super) policy: Field<String>,
+    pub(super) occupied: Field<String>,
     pub(super) waiting: Waiting,
     pub(super) server: Shared,
     pub(super) servers: Vec<Named>,
@@ -212,6 +213,7 @@ pub(super) fn from_command(form: &CommandForm) -> Written {
             name: form.name.clone(),
             listen: list("--listen", &form.listen),
             policy: text("--policy", &form.policy),
+            occupied: Field::Absent,
             waiting: Waiting { capacity: number("--waiting", form.waiting), ..Waiting::default() },
             server: Shared {
                 particulars: Particulars {
@@ -249,6 +251,7 @@ fn written(mut root: Section<'_>) -> Written {
 fn service(name: String, mut section: Section<'_>) -> Service {
     let listen = section.texts("listen", "[\"[::]:8080\"]");
     let policy = section.text("policy", "\"least-connections\"");
+    let occupied = section.text("occupied", "\"refuse\"");
     let waiting_section = section.table("waiting");
     let waiting_place = waiting_section.place.field.clone();
     let (waiting, waiting_fields) = waiting(waiting_section);
@@ -276,7 +279,8 @@ fn service(name: String, mut section: Section<'_>) -> Service {
         })
         .collect();
     section.belongs_elsewhere(&server_fields, &server_place);
-    let service = Service { place: section.place.clone(), name, listen, policy, waiting, server, servers };
+    let place = section.place.clone();
+    let service = Service { place, name, listen, policy, occupied, waiting, server, servers };
     section.finish();
     service
 }

@@ -12,8 +12,7 @@ use rustix::process::Signal;
 use tracing::Level;
 
 use super::{
-    Action, Event, Fault, History, Instance, Main, Recipient, Report, Run, Stage, State, Supervision, Then,
-    span,
+    Action, Event, Fault, History, Main, Recipient, Report, Run, Stage, State, Supervision, Then, span,
 };
 use crate::message::Exit;
 
@@ -451,7 +450,7 @@ impl Step<'_> {
     }
 
     fn launch(&mut self) -> State {
-        let instance = Instance(self.history.instance.0.wrapping_add(1));
+        let instance = self.history.instance.next();
         self.history.instance = instance;
         self.actions.push(Action::Launch { instance });
         State::Starting {

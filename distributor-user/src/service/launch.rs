@@ -12,10 +12,14 @@ use distributor_ebpf::contract::{Home, Plan, ROOM, Run as KernelRun, SLOTS};
 use serde::{Deserialize, Serialize};
 use tracing::{debug, info, warn};
 
-use super::{Host, Launch, Listeners, Running, Service};
+use super::{
+    Host, Launch, Listeners, Running, Service,
+    adopt::{self, Adopted, Guest},
+};
 use crate::{
     config::SocketMode,
     distributor::Input,
+    foreign,
     launch::{self, Exec, Limit, Socket},
     link::Child,
     message::ToMonitor,
@@ -42,6 +46,9 @@ pub struct Label {
     pub most_before: u64,
     /// Slots of ended instances that still have some, and LOAD's total when each was taken.
     pub retired: Vec<(u32, u64)>,
+    /// It was started by somebody else.
+    #[serde(default)]
+    pub adopted: Option<Adopted>,
 }
 
 /// An instance's place in the kernel's maps.
@@ -104,6 +111,7 @@ impl Service {
             draining: false,
             emptying: false,
             notify: None,
+            guest: None,
         });
         cgroup.create()?;
         let cgroup_id = cgroup.id().context("read the number of a cgroup")?;
@@ -146,10 +154,21 @@ impl Service {
         found.sort_by_key(|found| Reverse(found.label.age()));
         let mut chosen: Vec<(usize, Found)> = Vec::new();
         for found in found {
-            match self.find(&found.label.server) {
+            let place = match self.find(&found.label.server) {
+                None if found.child.is_some() => self.place_again(&found.label)?,
+                place => place,
+            };
+            match place {
                 Some(entry) if chosen.iter().all(|(other, _)| *other != entry) => chosen.push((entry, found)),
                 _ => strangers.extend(found.child),
             }
+        }
+        // With new maps (the old ones were removed by somebody) places of before mean nothing.
+        let load = self.kernel.load()?;
+        let holds = |slot: u32, base: u64| load.total.get(slot as usize).is_some_and(|total| *total >= base);
+        for (_, Found { label, .. }) in &mut chosen {
+            label.run = label.run.filter(|ran| holds(ran.slot, ran.base));
+            label.retired.retain(|&(slot, base)| holds(slot, base));
         }
         // All of them, before one that has died meanwhile is started in another slot.
         for (entry, Found { label, .. }) in &chosen {
@@ -239,7 +258,11 @@ impl Service {
             draining,
             emptying,
             notify,
+            guest: label.adopted.clone().map(Guest::new),
         });
+        if let (Some(_), Some(run)) = (&label.adopted, &mut self.entries[entry].run) {
+            (run.cgroup, run.cgroup_id) = (adopt::nobodys(&self.cgroup), u64::MAX);
+        }
         Ok(())
     }
 
@@ -296,6 +319,10 @@ impl Service {
             self.report(entry, Report::ListenerAdopted { address }, host);
         }
         self.scan(entry, None, host);
+        if let Some(adopted) = &label.adopted {
+            let listeners = foreign::find(adopted.pid, &self.config.listen).map(|server| server.listeners);
+            self.note_earlier(entry, &listeners.unwrap_or_default(), host);
+        }
         if let Some(exit) = child.and_then(|child| child.exit) {
             self.exited(entry, exit, host);
         }
@@ -421,6 +448,7 @@ impl Service {
             total_before: server.total_before,
             most_before: server.most_before,
             retired: retired.map(|retired| (retired.slot, retired.base)).collect(),
+            adopted: server.run.as_ref().and_then(|run| Some(run.guest.as_ref()?.adopted.clone())),
         }
     }
 
@@ -453,7 +481,7 @@ impl Service {
         record::Service {
             name: self.config.name.clone(),
             uid: super::uid(&self.config),
-            servers: (0..self.entries.len()).map(server).collect(),
+            servers: (0..self.entries.len()).filter(|entry| !self.entries[*entry].gone).map(server).collect(),
         }
     }
 

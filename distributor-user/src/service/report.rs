@@ -15,8 +15,8 @@ use rustix::time::{ClockId, clock_gettime};
 
 use super::Service;
 use crate::{
-    accept_queue, listener,
-    status::{Bucket, Histogram, ServerStatus, ServiceStatus, WaitingStatus},
+    accept_queue, config, listener,
+    status::{Bucket, DriftStatus, Histogram, ServerState, ServerStatus, ServiceStatus, WaitingStatus},
 };
 
 impl Service {
@@ -51,7 +51,10 @@ impl Service {
                 wait: histogram(&load),
             },
             drift: self.audit.status(),
-            servers: (0..self.entries.len()).map(|entry| self.server_status(entry, &load)).collect(),
+            servers: (0..self.entries.len())
+                .filter(|entry| !self.entries[*entry].gone)
+                .map(|entry| self.server_status(entry, &load))
+                .collect(),
             outcomes,
         })
     }
@@ -82,6 +85,8 @@ impl Service {
             effective_weight: if run.is_some_and(|run| run.included) { server.weight } else { 0 },
             accept_queue: self.accept_queue(entry),
             restarts: server.machine.restarts(),
+            adopted: run.is_some_and(|run| run.guest.is_some()),
+            earlier: run.and_then(|run| run.guest.as_ref()).map_or(0, |guest| guest.earlier_open),
             since: (SystemTime::now() - now.saturating_duration_since(server.machine.since())).into(),
         }
     }
@@ -114,6 +119,36 @@ fn histogram(load: &Load) -> Histogram {
         }
     }
     Histogram { count: count + load.waits[WAITS - 1], sum_seconds: load.waited as f64 / 1e6, buckets }
+}
+
+/// A service that has not begun, and why not.
+pub fn vacant_status(config: &config::Service, why: &str, since: SystemTime) -> ServiceStatus {
+    let server = |server: &config::Server| ServerStatus {
+        name: server.name.clone(),
+        state: ServerState::Stopped,
+        reason: Some(why.to_owned()),
+        pid: None,
+        connections: 0,
+        connections_max: 0,
+        connections_total: 0,
+        limit: server.limit,
+        weight: server.weight,
+        effective_weight: 0,
+        accept_queue: None,
+        restarts: 0,
+        adopted: false,
+        earlier: 0,
+        since: since.into(),
+    };
+    ServiceStatus {
+        name: config.name.clone(),
+        listen: config.listen.iter().map(ToString::to_string).collect(),
+        policy: config.policy.name().to_owned(),
+        waiting: WaitingStatus { capacity: u64::from(config.waiting.capacity), ..WaitingStatus::default() },
+        drift: DriftStatus::default(),
+        servers: config.servers.iter().map(server).collect(),
+        outcomes: BTreeMap::new(),
+    }
 }
 
 /// The most connections at a time of a slot's owner.

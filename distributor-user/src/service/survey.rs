@@ -77,6 +77,10 @@ impl Service {
             kept.insert((short.clone(), instance.0));
             found.push(surveyed);
         }
+        for server in recorded.iter().filter(|server| server.label.adopted.is_some()) {
+            let child = self.watch_again(server, host)?;
+            found.extend(child.map(|child| Found { label: server.label.clone(), child: Some(child) }));
+        }
         for (short, number, cgroup) in cgroups {
             let processes = cgroup.processes();
             if !processes.is_empty() && !kept.contains(&(short.clone(), number)) {

@@ -1,0 +1,403 @@
+//! Servers that somebody else started, as servers of the service, and given back.
+//!
+//! What has to be done to their sockets, foreign.rs does, in the order that ARCHITECTURE.md
+//! explains. Here they get a slot, a place in the plan and somebody who watches them. Nothing of
+//! theirs is killed, unless they were given a command to be started with again: then they are
+//! servers like any other.
+
+use std::{
+    os::fd::{AsFd as _, OwnedFd},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, bail, ensure};
+use serde::{Deserialize, Serialize};
+use tracing::{debug, info, warn};
+
+use super::{Entry, Host, Launch, Listeners, Retired, Running, Service};
+use crate::{
+    cgroup::Cgroup,
+    config,
+    foreign::{self, Before, EarlierConnections, Foreign},
+    kernel::{self, Ledger},
+    link::Child,
+    message::ToMonitor,
+    record,
+    server::{self, Instance, Main, Server, Supervision},
+};
+
+/// Connections whose options are restored at the end. Beyond, they keep SO_REUSEADDR, which
+/// changes nothing for them.
+const RESTORED: usize = 256;
+/// How long those who wait may take to get to an adopted server at the end.
+const EMPTYING: Duration = Duration::from_secs(2);
+/// How long rooms may take to close before a server gets its address back.
+const CLOSING: Duration = Duration::from_secs(5);
+
+/// What the next distributor has to know of it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Adopted {
+    pub pid: u32,
+    /// See `record::start_time`.
+    pub start_time: u64,
+    /// What it is started with again. Empty: it is not.
+    pub command: Vec<String>,
+    /// By the cookie of each listener, what that was like before.
+    pub before: Vec<(u64, Before)>,
+    /// The number of the cgroup in which its connections are counted.
+    pub counted_in: u64,
+}
+
+/// A server that was adopted and runs.
+pub(super) struct Guest {
+    pub(super) adopted: Adopted,
+    /// Connections that it had before.
+    earlier: EarlierConnections,
+    /// So many of them are open still.
+    pub(super) earlier_open: u32,
+}
+
+impl Guest {
+    pub(super) fn new(adopted: Adopted) -> Self {
+        Self { adopted, earlier: EarlierConnections::default(), earlier_open: 0 }
+    }
+}
+
+/// The label of a server that was given back: whose end the monitor tells, and nobody needs.
+pub const RELEASED: &[u8] = b"released";
+
+/// A server's listeners, made fit for the service's group.
+pub struct Shared {
+    pid: u32,
+    start_time: u64,
+    pidfd: OwnedFd,
+    server: foreign::Server,
+    before: Vec<Before>,
+}
+
+impl Shared {
+    /// Finds the listeners of a process on the addresses of a service, and makes them fit for it.
+    /// No connection is distributed by that yet. [`Shared::undo`] takes it back.
+    ///
+    /// # Errors
+    /// A sentence that says what is wrong with that process; then nothing is changed.
+    pub fn make(pid: u32, config: &config::Service) -> anyhow::Result<Self> {
+        let server = foreign::find(pid, &config.listen)?;
+        let start_time =
+            record::start_time(pid).with_context(|| format!("adopt process {pid}: it is gone"))?;
+        let pidfd =
+            record::process(pid, start_time).with_context(|| format!("adopt process {pid}: it is gone"))?;
+        let mut shared = Self { pid, start_time, pidfd, server, before: Vec::new() };
+        for listener in &shared.server.listeners {
+            let made = foreign::share(listener.fd.as_fd(), super::uid(config), &shared.server.processes);
+            match made {
+                Ok(before) => shared.before.push(before),
+                Err(error) => {
+                    shared.undo();
+                    return Err(error).with_context(|| format!("adopt process {pid}"));
+                }
+            }
+        }
+        Ok(shared)
+    }
+
+    /// Leaves the server as it was.
+    pub fn undo(&self) {
+        for (listener, before) in self.server.listeners.iter().zip(&self.before) {
+            if let Err(error) = foreign::unshare(listener.fd.as_fd(), before, &self.server.processes) {
+                warn!("process {} keeps other socket options than before: {error:#}", self.pid);
+            }
+        }
+    }
+}
+
+impl Service {
+    /// Makes a server of somebody else's one of the service's: from here on it gets its share.
+    pub fn adopt(
+        &mut self,
+        shared: &Shared,
+        name: &str,
+        command: Vec<String>,
+        host: &mut Host<'_>,
+    ) -> anyhow::Result<()> {
+        ensure!(!self.closing, "service {} is being stopped", self.config.name);
+        let of_another = self.entries.iter().filter_map(|entry| entry.run.as_ref()).any(|run| {
+            run.listeners
+                .iter()
+                .flat_map(|them| &them.cookies)
+                .any(|cookie| shared.server.listeners.iter().any(|listener| listener.cookie == *cookie))
+        });
+        ensure!(!of_another, "process {} belongs to a server of {} already", shared.pid, self.config.name);
+        let listens = |address: usize| shared.server.listeners.iter().any(|it| it.address == address);
+        let missing = (0..self.config.listen.len()).find(|address| !listens(*address));
+        if let Some(missing) = missing {
+            bail!("process {} does not listen on {}", shared.pid, self.config.listen[missing]);
+        }
+        // Before any of its listeners is tagged: what is tagged must be counted.
+        let cgroup = foreign::cgroup(&shared.server.listeners[0])?;
+        let adopted = Adopted {
+            pid: shared.pid,
+            start_time: shared.start_time,
+            command,
+            before: shared
+                .server
+                .listeners
+                .iter()
+                .zip(&shared.before)
+                .map(|(listener, before)| (listener.cookie, fewer(before.clone())))
+                .collect(),
+            counted_in: self.kernel.count_in(&cgroup)?,
+        };
+        let entry = self.place_for(name, &adopted)?;
+        self.entries[entry].machine = Server::found(
+            self.entries[entry].machine.instance().next(),
+            server::Run::found(shared.pid, Instant::now()),
+            Instant::now(),
+            &self.entries[entry].policy,
+        );
+        let slot = self.slots.take()?;
+        self.generation = self.generation.wrapping_add(1);
+        let base = self.kernel.load()?.total[slot as usize];
+        let id = host.link.number();
+        self.entries[entry].run = Some(Running {
+            instance: self.entries[entry].machine.instance(),
+            id,
+            pid: Some(shared.pid),
+            start_time: Some(shared.start_time),
+            launch: Launch::Running,
+            exit: None,
+            cgroup: nobodys(&self.cgroup),
+            cgroup_id: u64::MAX,
+            slot,
+            generation: self.generation,
+            base,
+            job: 0,
+            listeners: vec![Listeners::default(); self.config.listen.len()],
+            included: false,
+            draining: false,
+            emptying: false,
+            notify: None,
+            guest: Some(Guest::new(adopted)),
+        });
+        self.entries[entry].changed = true;
+        let label = serde_json::to_vec(&self.label(entry))?;
+        host.link.send(&ToMonitor::Watch { id, pid: shared.pid, label }, Some(shared.pidfd.as_fd()))?;
+        info!("server {} is adopted (pid {})", self.entries[entry].config.name, shared.pid);
+        self.scan(entry, None, host);
+        self.note_earlier(entry, &shared.server.listeners, host);
+        self.write_plan();
+        Ok(())
+    }
+
+    /// An entry for a server of that name: a new one, or that of one that was released.
+    fn place_for(&mut self, short_name: &str, adopted: &Adopted) -> anyhow::Result<usize> {
+        let name = format!("{}/{short_name}", self.config.name);
+        if let Some(entry) = self.entries.iter().position(|entry| entry.config.name == name) {
+            ensure!(self.entries[entry].gone, "a server is called {name} already: give it another --name");
+            let entry_ = &mut self.entries[entry];
+            entry_.gone = false;
+            entry_.config.command.clone_from(&adopted.command);
+            return Ok(entry);
+        }
+        // It is a server of the service in everything that the configuration says of all.
+        let like = self.config.servers.first().context("a service has servers")?;
+        let config = config::Server {
+            short_name: short_name.to_owned(),
+            index: self.entries.len() + 1,
+            command: adopted.command.clone(),
+            name,
+            ..like.clone()
+        };
+        self.entries.push(Entry {
+            policy: Supervision::of(&self.config, &config)?,
+            machine: Server::new(Instance(0), Instant::now()),
+            weight: config.weight,
+            limit: config.limit,
+            run: None,
+            total_before: 0,
+            most_before: 0,
+            changed: true,
+            gone: false,
+            config,
+        });
+        Ok(self.entries.len() - 1)
+    }
+
+    /// Finds an adopted server again that an earlier distributor had. `None`: it is gone.
+    pub(super) fn place_again(&mut self, label: &super::Label) -> anyhow::Result<Option<usize>> {
+        let Some(adopted) = &label.adopted else { return Ok(None) };
+        let short_name = label.server.rsplit('/').next().unwrap_or_default();
+        self.place_for(short_name, adopted).map(Some)
+    }
+
+    /// Has the monitor watch an adopted server again, after its predecessor's death. `None`: it
+    /// has ended meanwhile, and whoever started it knows why.
+    pub(super) fn watch_again(
+        &self,
+        recorded: &record::Server,
+        host: &mut Host<'_>,
+    ) -> anyhow::Result<Option<Child>> {
+        let Some(Adopted { pid, start_time, .. }) = recorded.label.adopted else { return Ok(None) };
+        let main = recorded.label.machine.run().map(server::Run::main);
+        if main != Some(Main::Running { pid }) {
+            return Ok(None);
+        }
+        let Some(pidfd) = record::process(pid, start_time) else { return Ok(None) };
+        let (id, label) = (host.link.number(), serde_json::to_vec(&recorded.label)?);
+        let watch = ToMonitor::Watch { id, pid, label: label.clone() };
+        host.link.send(&watch, Some(pidfd.as_fd()))?;
+        Ok(Some(Child { id, pid, label, exit: None }))
+    }
+
+    /// Notes which connections a server had before it was adopted.
+    pub(super) fn note_earlier(&mut self, entry: usize, listeners: &[Foreign], host: &Host<'_>) {
+        let mut noted = EarlierConnections::default();
+        for listener in listeners {
+            let others: Vec<&EarlierConnections> = self
+                .entries
+                .iter()
+                .filter_map(|entry| entry.run.as_ref()?.guest.as_ref())
+                .map(|guest| &guest.earlier)
+                .chain([&noted])
+                .collect();
+            let found = Ledger::open(&kernel::pins(&host.place.pins, &self.config.name))
+                .and_then(|ledger| EarlierConnections::note(listener, ledger.tags(), &others));
+            match found {
+                Ok(found) => noted = noted.and(found),
+                Err(error) => {
+                    let name = &self.entries[entry].config.name;
+                    warn!("server {name}: the connections that it had before are not known: {error:#}");
+                }
+            }
+        }
+        if let Some(guest) = self.entries[entry].run.as_mut().and_then(|run| run.guest.as_mut()) {
+            guest.earlier = noted;
+        }
+        self.count_earlier();
+    }
+
+    /// Once a second: how many of the connections from before are still open.
+    pub(super) fn count_earlier(&mut self) {
+        let listen = &self.config.listen;
+        for entry in &mut self.entries {
+            let Some(guest) = entry.run.as_mut().and_then(|run| run.guest.as_mut()) else { continue };
+            match guest.earlier.still_open(listen) {
+                Ok(open) => guest.earlier_open = u32::try_from(open).unwrap_or(u32::MAX),
+                Err(error) => debug!("server {}: {error:#}; asks again", entry.config.name),
+            }
+        }
+    }
+
+    /// Lets an adopted server go its own way. It keeps its connections. It gets no new ones as long
+    /// as the service serves its address, and all of them when the service has ended.
+    pub fn release(&mut self, entry: usize, host: &mut Host<'_>) -> anyhow::Result<()> {
+        let name = self.entries[entry].config.name.clone();
+        let is_guest = self.entries[entry].run.as_ref().is_some_and(|run| run.guest.is_some());
+        ensure!(is_guest, "server {name} was not adopted: dist-ctl has started it, and only stops it");
+        if let Some(run) = &mut self.entries[entry].run {
+            run.included = false;
+        }
+        self.write_plan();
+        self.disown(entry, host);
+        Ok(())
+    }
+
+    /// The bookkeeping of a release: the kernel is told already.
+    fn disown(&mut self, entry: usize, host: &mut Host<'_>) {
+        let Some(mut run) = self.entries[entry].run.take() else { return };
+        let Some(guest) = run.guest.take() else { return };
+        let relabel = ToMonitor::Relabel { id: run.id, label: RELEASED.to_vec() };
+        let _ = host.link.send(&relabel, None);
+        for them in &run.listeners {
+            for (offset, &cookie) in them.cookies.iter().enumerate() {
+                self.kernel.vacate(them.first + offset as u32);
+                self.left.push_back((Instant::now() + super::HOME_STAYS, cookie));
+            }
+            if them.places > 0 {
+                self.indices.give_back(them.first);
+            }
+        }
+        self.retired.push(Retired { slot: run.slot, entry: None, base: run.base });
+        self.scans.retain(|scan| scan.entry != entry);
+        self.released.push(guest.adopted);
+        let server = &mut self.entries[entry];
+        (server.gone, server.changed) = (true, true);
+        server.machine = Server::new(run.instance, Instant::now());
+        info!("server {} is released", server.config.name);
+        self.write_plan();
+    }
+
+    /// A server that was adopted, and is not to be started again, has ended.
+    pub(super) fn guest_ended(&mut self, entry: usize, host: &mut Host<'_>) {
+        let name = &self.entries[entry].config.name;
+        info!("server {name} has ended; it was adopted without a command, and is not started again");
+        let id = self.entries[entry].run.as_ref().map(|run| run.id);
+        if let Some(run) = &mut self.entries[entry].run {
+            run.included = false;
+        }
+        self.disown(entry, host);
+        self.released.pop();
+        self.ended.extend(id);
+    }
+
+    /// It was adopted without a command: it is never stopped, and goes its own way at the end.
+    pub(super) fn is_guest(&self, entry: usize) -> bool {
+        let run = self.entries[entry].run.as_ref();
+        run.and_then(|run| run.guest.as_ref()).is_some_and(|guest| guest.adopted.command.is_empty())
+    }
+
+    /// All has stopped, and nobody is to wait here again: whoever was adopted has the address for
+    /// himself.
+    pub fn end(mut self) {
+        let guests: Vec<usize> = (0..self.entries.len()).filter(|entry| self.is_guest(*entry)).collect();
+        if !guests.is_empty() {
+            // Whoever waits goes there, and so does whoever comes until the end.
+            guests.iter().for_each(|&entry| self.entries[entry].limit = None);
+            self.write_plan();
+            let until = Instant::now() + EMPTYING;
+            while self.kernel.load().is_ok_and(|load| load.waiting > 0) && Instant::now() < until {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
+        // Its rooms close.
+        self.attendant.end();
+        let run = |entry: &Entry| Some(entry.run.as_ref()?.guest.as_ref()?.adopted.clone());
+        let guests = guests.into_iter().filter_map(|entry| run(&self.entries[entry]));
+        for adopted in guests.chain(self.released) {
+            if let Err(error) = give_back(&adopted, &self.config.listen) {
+                warn!("process {}, which was adopted: {error:#}", adopted.pid);
+            }
+        }
+    }
+}
+
+/// Gives a server its listeners back, once everybody else has left their groups.
+fn give_back(adopted: &Adopted, listen: &[crate::address::ListenAddress]) -> anyhow::Result<()> {
+    if record::process(adopted.pid, adopted.start_time).is_none() {
+        return Ok(());
+    }
+    let server = foreign::find(adopted.pid, listen)?;
+    for listener in &server.listeners {
+        let Some((_, before)) = adopted.before.iter().find(|(cookie, _)| *cookie == listener.cookie) else {
+            continue;
+        };
+        let until = Instant::now() + CLOSING;
+        while let Err(error) = foreign::release(listener.fd.as_fd(), before, &server.processes) {
+            ensure!(Instant::now() < until, error);
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+    Ok(())
+}
+
+/// A cgroup that nothing is in.
+pub(super) fn nobodys(service: &Cgroup) -> Cgroup {
+    service.child("nobody")
+}
+
+fn fewer(mut before: Before) -> Before {
+    while before.connections.len() > RESTORED {
+        before.connections.pop_last();
+    }
+    before
+}

@@ -1,0 +1,264 @@
+//! `dist-ctl adopt` and `release`: servers that somebody else started join a service live, and
+//! leave it alive.
+
+#![forbid(unsafe_code)]
+
+use std::{
+    os::unix::process::CommandExt as _,
+    process::{Child, Command, Stdio},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    thread,
+};
+
+use tests::{
+    app::App,
+    client::{self, Client},
+    host::{Host, Up, V4},
+    process::Process,
+    wait::{seconds, wait_for, wait_until_eq},
+};
+
+/// A server of somebody else's: nobody's, in nobody's cgroup, and without SO_REUSEPORT.
+struct Own(Child);
+
+impl Own {
+    fn start(host: &Host) -> Self {
+        let program = host.test_server_for_all();
+        let child = Command::new(program)
+            .args(["--name", "old", "--listen", "[::]:8080"])
+            .stdin(Stdio::null())
+            .uid(65_534)
+            .spawn()
+            .expect("start a server");
+        wait_for("the server", seconds(10.0), || Client::open(V4).ok().map(drop));
+        Self(child)
+    }
+
+    fn pid(&self) -> String {
+        self.0.id().to_string()
+    }
+
+    fn runs(&self) -> bool {
+        Process::find(self.0.id() as i32).is_some_and(Process::runs)
+    }
+}
+
+impl Drop for Own {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A service that waits for its address.
+fn waiting(host: &Host, app: App) -> Up<'_> {
+    let app = App { service: "occupied = \"wait\"\n".into(), ..app };
+    host.start(&app)
+}
+
+/// What clients see who come all the time: nobody fails.
+fn under_load<T>(happens: impl FnOnce() -> T) -> (T, u64) {
+    let (stop, opened) = (AtomicBool::new(false), AtomicU64::new(0));
+    let happened = thread::scope(|scope| {
+        let clients: Vec<_> = (0..8)
+            .map(|_| {
+                scope.spawn(|| {
+                    while !stop.load(Ordering::Relaxed) {
+                        Client::open(V4).expect("every client is served");
+                        opened.fetch_add(1, Ordering::Relaxed);
+                    }
+                })
+            })
+            .collect();
+        let happened = happens();
+        stop.store(true, Ordering::Relaxed);
+        for client in clients {
+            client.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        }
+        happened
+    });
+    (happened, opened.into_inner())
+}
+
+#[test]
+fn a_server_that_runs_is_adopted_under_load_and_given_back() {
+    let host = Host::new();
+    let own = Own::start(&host);
+    let mut earlier = client::hold(V4, 5);
+    let up = waiting(&host, App::of(&host, 2));
+    let told = up.service();
+    assert!(told.servers.iter().all(|server| server.state == "stopped"), "{told:#?}");
+    assert!(told.servers[0].reason.as_deref().is_some_and(|why| why.contains("dist-ctl adopt app --pid")));
+    let (_, opened) = under_load(|| {
+        up.run(&["adopt", "app", "--pid", &own.pid(), "--name", "old"]).expect_done();
+        up.wait_ready();
+        thread::sleep(seconds(0.5));
+    });
+    assert!(opened > 50, "only {opened} clients");
+    assert!(earlier.iter_mut().all(Client::is_served) && own.runs());
+    up.wait_connections(&[0, 0, 0]);
+    // Steered and counted like the others.
+    let held = client::hold(V4, 30);
+    assert_eq!(up.connections(), [10, 10, 10]);
+    let old = up.service().server("app/old").clone();
+    assert_eq!((old.state.as_str(), old.pid), ("ready", Some(own.0.id() as i32)));
+    drop(held);
+    up.wait_connections(&[0, 0, 0]);
+    // It serves on when the others have stopped.
+    let (_, opened) = under_load(|| {
+        up.stop();
+        thread::sleep(seconds(0.3));
+    });
+    assert!(opened > 50, "only {opened} clients");
+    assert!(earlier.iter_mut().all(Client::is_served) && own.runs());
+    let alone = client::hold(V4, 10);
+    assert!(alone.iter().all(|client| client.server == "old"));
+}
+
+#[test]
+fn an_adopted_server_keeps_its_limit_with_what_it_had_before() {
+    let host = Host::new();
+    let own = Own::start(&host);
+    let earlier = client::hold(V4, 3);
+    let up = waiting(&host, App { limit: Some(5), ..App::of(&host, 1).refusing() });
+    up.run(&["adopt", "app", "--pid", &own.pid(), "--name", "old"]).expect_done();
+    up.wait_ready();
+    let held = client::hold(V4, 7);
+    let by_name = client::by_name(&held);
+    assert_eq!((by_name["1"], by_name["old"]), (5, 2), "3 of its 5 places are taken");
+    Client::open(V4).expect_err("no place is left");
+    drop(earlier);
+    let more = wait_for("its places", seconds(10.0), || Client::open(V4).ok());
+    assert_eq!(more.server, "old");
+    drop((held, more));
+    up.run(&["limit", "app/old", "1"]).expect_done();
+    let held = wait_for("its new limit", seconds(5.0), || {
+        let held: Vec<_> = (0..6).map_while(|_| Client::open(V4).ok()).collect();
+        (held.len() == 6).then_some(held)
+    });
+    assert_eq!(client::by_name(&held)["old"], 1);
+}
+
+#[test]
+fn a_released_server_keeps_its_connections_and_gets_no_new_ones() {
+    let host = Host::new();
+    let own = Own::start(&host);
+    let up = waiting(&host, App::of(&host, 1));
+    up.run(&["adopt", "app", "--pid", &own.pid(), "--name", "old"]).expect_done();
+    up.wait_ready();
+    let mut held = client::hold(V4, 10);
+    assert_eq!(client::by_name(&held)["old"], 5);
+    up.run(&["release", "app/1"]).expect_refusal(2, &["app/1", "was not adopted"]);
+    under_load(|| {
+        up.run(&["release", "app/old"]).expect_done();
+        thread::sleep(seconds(0.2));
+    });
+    assert!(held.iter_mut().all(Client::is_served) && own.runs());
+    assert!(client::hold(V4, 10).iter().all(|client| client.server == "1"));
+    up.run(&["release", "app/old"]).expect_refusal(2, &["no server is called app/old"]);
+    drop(held);
+    up.wait_connections(&[0]);
+    // It comes back under the same name.
+    up.run(&["adopt", "app", "--pid", &own.pid(), "--name", "old"]).expect_done();
+    up.wait_ready();
+    assert_eq!(client::by_name(&client::hold(V4, 10))["old"], 5);
+}
+
+#[test]
+fn an_adopted_server_outlives_the_control_plane() {
+    let host = Host::new();
+    let own = Own::start(&host);
+    let up = waiting(&host, App::of(&host, 1));
+    up.run(&["adopt", "app", "--pid", &own.pid(), "--name", "old"]).expect_done();
+    up.wait_ready();
+    let held = client::hold(V4, 10);
+    let old = up.distributor();
+    under_load(|| {
+        old.kill(seconds(5.0));
+        wait_for("the next distributor", seconds(10.0), || (up.distributor() != old).then_some(()));
+        up.wait_answering();
+        up.wait_ready();
+    });
+    wait_until_eq("connections", seconds(5.0), [5, 5].to_vec(), || up.connections());
+    assert!(own.runs());
+    // And the monitor, too.
+    let (monitor, distributor) = (up.monitor(), up.distributor());
+    monitor.kill(seconds(5.0));
+    wait_for("the end of the distributor", seconds(5.0), || (!distributor.runs()).then_some(()));
+    up.forget();
+    let file = host.path_text("dist-ctl.toml");
+    let up = host.start_command(host.command(&["up", "-f", &file]));
+    up.wait_ready();
+    assert_eq!(up.connections(), [5, 5]);
+    assert_eq!(up.service().server("app/old").pid, Some(own.0.id() as i32));
+    drop(held);
+    up.wait_connections(&[0, 0]);
+    up.stop();
+    assert!(own.runs());
+}
+
+#[test]
+fn without_a_command_an_adopted_server_is_gone_when_it_ends() {
+    let host = Host::new();
+    let mut own = Own::start(&host);
+    let up = waiting(&host, App::of(&host, 1));
+    up.run(&["adopt", "app", "--pid", &own.pid(), "--name", "old"]).expect_done();
+    up.wait_ready();
+    own.0.kill().and_then(|()| own.0.wait()).expect("end it");
+    wait_until_eq("servers", seconds(5.0), vec!["app/1".to_owned()], || {
+        up.service().servers.iter().map(|server| server.name.clone()).collect()
+    });
+    assert!(client::hold(V4, 4).iter().all(|client| client.server == "1"));
+}
+
+#[test]
+fn with_a_command_an_adopted_server_is_started_again_and_stopped_like_any_other() {
+    let host = Host::new();
+    let mut own = Own::start(&host);
+    let up = waiting(&host, App::of(&host, 1));
+    let program = host.test_server_for_all();
+    let words = ["adopt", "app", "--pid", &own.pid(), "--name", "old", "--"];
+    let command = [program.as_str(), "--name", "new", "--listen", "[::]:8080"];
+    up.run(&[&words[..], &command].concat()).expect_done();
+    up.wait_ready();
+    own.0.kill().and_then(|()| own.0.wait()).expect("end it");
+    wait_for("the next instance", seconds(10.0), || {
+        let service = up.service();
+        (service.is_ready() && service.server("app/old").restarts == 1).then_some(())
+    });
+    let process = up.process("app/old");
+    assert_eq!(client::by_name(&client::hold(V4, 4))["new"], 2);
+    up.stop();
+    assert!(!process.runs());
+}
+
+#[test]
+fn a_service_that_waits_begins_when_the_address_is_free() {
+    let host = Host::new();
+    let own = Own::start(&host);
+    let up = waiting(&host, App::of(&host, 2));
+    assert_eq!(up.service().states(), ["stopped", "stopped"]);
+    drop(own);
+    up.wait_ready();
+    assert_eq!(client::by_name(&client::hold(V4, 4)).len(), 2);
+}
+
+#[test]
+fn what_cannot_be_adopted_is_refused_and_left_as_it_was() {
+    let host = Host::new();
+    let own = Own::start(&host);
+    let up = waiting(&host, App::of(&host, 1));
+    let refused = |words: &[&str], said: &[&str]| {
+        up.run(words).expect_refusal(2, said);
+    };
+    let me = std::process::id().to_string();
+    refused(&["adopt", "app", "--pid", "2147483646"], &["adopt process 2147483646", "there is none"]);
+    refused(&["adopt", "app", "--pid", &me], &["the service on [::]:8080"]);
+    refused(&["adopt", "shop", "--pid", &own.pid()], &["no service is called shop", "app"]);
+    refused(&["adopt", "app", "--pid", &own.pid(), "--name", "7"], &["--name"]);
+    refused(&["adopt", "app"], &["--pid"]);
+    assert!(client::hold(V4, 3).iter().all(|client| client.server == "old"));
+    up.stop();
+    assert!(own.runs());
+}

@@ -12,6 +12,7 @@ use std::{
     process::Command,
     sync::atomic::{AtomicBool, Ordering},
     thread,
+    time::Duration,
 };
 
 use aya::maps::{Array, Map, MapData};
@@ -164,6 +165,30 @@ fn a_newer_contract_takes_over_under_load_and_costs_no_connection_and_no_count()
     up.wait_connections(&[0; 4]);
     assert_all_counted(&up.service(), served);
     assert!(closed(&up) > 0);
+    up.stop();
+}
+
+/// The verifier alone takes a quarter of a second, so these moments are spread over all steps.
+#[test]
+fn a_newer_contract_takes_over_though_its_distributor_is_killed_again_and_again() {
+    let host = Host::new();
+    let up = up(&host, &App::of(&host, 4));
+    will_start(&up, &next_program());
+    let served = under_load(|| {
+        kill(&up);
+        for milliseconds in [30, 150, 300, 450] {
+            let began = up.distributor();
+            thread::sleep(Duration::from_millis(milliseconds));
+            began.kill(seconds(5.0));
+        }
+        wait_for("the next distributor", seconds(30.0), || {
+            (up.run(&["status", "--json"]).code == Some(0)).then_some(())
+        });
+        up.wait_ready();
+    });
+    assert_eq!(versions(&up), [3]);
+    up.wait_connections(&[0; 4]);
+    assert_all_counted(&up.service(), served);
     up.stop();
 }
 

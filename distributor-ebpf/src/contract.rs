@@ -319,7 +319,8 @@ pub const fn wait_bucket(microseconds: u64) -> usize {
 pub struct Tag {
     /// A slot, [`ROOM`] or [`DISMISSED`].
     pub slot: u32,
-    /// 1 once this connection was counted as established. 0 in a listener's own tag.
+    /// [`COUNTED`] while this connection is counted, and [`GONE`] after that. 0 before, and in a
+    /// listener's own tag.
     pub counted: u32,
     /// The room's index in SOCKETS.
     pub index: u32,
@@ -337,6 +338,12 @@ pub struct Home {
     /// Its index in SOCKETS.
     pub index: u32,
 }
+
+/// [`Tag::counted`] of a connection that is counted.
+pub const COUNTED: u32 = 1;
+/// [`Tag::counted`] of one that was counted down when it closed. Nobody sees it but `track`, if it
+/// runs twice for that close.
+pub const GONE: u32 = 2;
 
 /// The slot number that means "waits in a room".
 pub const ROOM: u32 = u32::MAX;

@@ -3,6 +3,10 @@
 //! Runs at the state changes of all sockets created in the service's cgroup. A connection
 //! counts from the end of its handshake until the kernel gives up its socket, and counts for
 //! the slot its listener is tagged with, or for the one it moved to; or it waits in a room.
+//!
+//! It may be attached to a further cgroup, that of a server which was adopted. If that is above the
+//! service's own, it runs twice for each event of the service's sockets, and the second time must
+//! count nothing. (A listener is told of twice, which is no harm: user space looks again.)
 
 use aya_ebpf::{
     EbpfContext as _,
@@ -12,7 +16,8 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::debug;
 use distributor_ebpf::contract::{
-    self, Address, DISMISSED, EventKind, FLAG_BELL, Outcome, Owner, ROOM, SLOTS, Tag, in_room, room_of,
+    self, Address, COUNTED, DISMISSED, EventKind, FLAG_BELL, GONE, Outcome, Owner, ROOM, SLOTS, Tag, in_room,
+    room_of,
 };
 
 use crate::{
@@ -36,7 +41,7 @@ pub(crate) fn run(ctx: &SockOpsContext) {
         PASSIVE_ESTABLISHED_CB => established(ctx),
         STATE_CB => match (ctx.arg(0), ctx.arg(1)) {
             (TCP_LISTEN, TCP_CLOSE) => {
-                if !is_room(ctx) {
+                if is_told(ctx) {
                     count(Outcome::ListenerClosed);
                     maps::tell(EventKind::ListenerClosed, cookie(ctx), 0, local_address(ctx));
                 }
@@ -47,9 +52,10 @@ pub(crate) fn run(ctx: &SockOpsContext) {
             _ => {}
         },
         TCP_LISTEN_CB => {
-            watch_states(ctx);
-            // Rooms come and go by the thousand, and the loop needs to know of none.
-            if !is_room(ctx) {
+            if maps::is_port(ctx.local_port()) {
+                watch_states(ctx);
+            }
+            if is_told(ctx) {
                 count(Outcome::Listening);
                 maps::tell(EventKind::Listening, cookie(ctx), 0, local_address(ctx));
             }
@@ -72,7 +78,10 @@ fn established(ctx: &SockOpsContext) {
     watch_states(ctx);
     // SAFETY: not null; this connection's own copy of its listener's tag.
     let (slot, index, group) = unsafe {
-        (*tag).counted = 1;
+        if (*tag).counted != 0 {
+            return;
+        }
+        (*tag).counted = COUNTED;
         ((*tag).slot, (*tag).index, (*tag).group as usize)
     };
     if slot == ROOM {
@@ -124,14 +133,20 @@ fn closed(ctx: &SockOpsContext) {
         count(Outcome::Untagged);
         return;
     }
+    let at = tag;
     // SAFETY: not null; this connection's own copy of its listener's tag.
-    let tag = unsafe { *tag };
-    if tag.counted != 1 {
+    let tag = unsafe { *at };
+    if tag.counted == GONE {
+        return;
+    }
+    if tag.counted != COUNTED {
         // It ended before its handshake did, so it was never counted up; or it was counted down
         // when it was dismissed.
         count(Outcome::Untagged);
         return;
     }
+    // SAFETY: as above.
+    unsafe { (*at).counted = GONE };
     let owner = if loads.owned() == 0 { owner_by(&tag) } else { last_owner(ctx, loads, &tag) };
     if let Some(index) = room_of(owner) {
         leave_room(loads, index);
@@ -158,7 +173,7 @@ fn shut(ctx: &SockOpsContext) {
     }
     let tag = tag(ctx);
     // SAFETY: not null where it is read; this connection's own copy of its listener's tag.
-    if tag.is_null() || unsafe { (*tag).slot != DISMISSED || (*tag).counted != 1 } {
+    if tag.is_null() || unsafe { (*tag).slot != DISMISSED || (*tag).counted != COUNTED } {
         return;
     }
     // SAFETY: as above.
@@ -195,11 +210,14 @@ fn owner_by(tag: &Tag) -> u32 {
     if tag.slot == ROOM || tag.slot == DISMISSED { in_room(tag.index) } else { tag.slot }
 }
 
+/// User space is to know of this listener. Rooms come and go by the thousand, and the loop needs to
+/// know of none; and in another cgroup than the service's, most are somebody's whom we do not know.
 #[inline(always)]
-fn is_room(ctx: &SockOpsContext) -> bool {
+fn is_told(ctx: &SockOpsContext) -> bool {
     let tag = tag(ctx);
     // SAFETY: not null where it is read; the listener's own tag.
-    !tag.is_null() && unsafe { (*tag).slot == ROOM }
+    let is_room = !tag.is_null() && unsafe { (*tag).slot == ROOM };
+    !is_room && maps::is_port(ctx.local_port())
 }
 
 /// The client of a connection, as BELLS knows it.

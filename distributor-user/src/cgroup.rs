@@ -86,6 +86,14 @@ impl Cgroup {
         Ok(fs::metadata(&self.0)?.ino())
     }
 
+    /// The cgroup with this number: itself, or one below it.
+    pub fn find(&self, id: u64) -> Option<Self> {
+        if self.id().ok()? == id {
+            return Some(self.clone());
+        }
+        self.children().iter().find_map(|child| child.find(id))
+    }
+
     /// The processes in it and below it. None if it does not exist.
     pub fn processes(&self) -> Vec<u32> {
         let mut processes: Vec<u32> = fs::read_to_string(self.0.join("cgroup.procs"))

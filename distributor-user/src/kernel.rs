@@ -11,6 +11,7 @@ mod pins;
 mod programs;
 mod syscall;
 
+mod foreign;
 mod ledger;
 
 use std::{
@@ -48,6 +49,7 @@ use self::{
 };
 use crate::{address::ListenAddress, cgroup::Cgroup, room::Room, shared::Shared, watch::Watch};
 
+pub use foreign::detach;
 pub use ledger::Ledger;
 
 mod object {

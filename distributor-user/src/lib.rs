@@ -19,6 +19,7 @@ pub mod dismiss;
 pub mod distributor;
 pub mod drift;
 pub mod error;
+pub mod foreign;
 pub mod instance;
 pub mod keeper;
 pub mod kernel;

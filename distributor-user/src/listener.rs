@@ -55,8 +55,14 @@ pub enum Verdict {
 /// All listening TCP sockets of these processes, each once. A process that ends meanwhile, or a
 /// descriptor that closes, is passed over.
 pub fn find(processes: &[u32]) -> Vec<Found> {
-    let mut seen = HashSet::new();
     let mut found = Vec::new();
+    each_socket(processes, |socket| found.extend(listening(socket)));
+    found
+}
+
+/// A duplicate of every socket of these processes, each once. Likewise.
+pub fn each_socket(processes: &[u32], mut each: impl FnMut(OwnedFd)) {
+    let mut seen = HashSet::new();
     for &process in processes {
         let Some(pid) = i32::try_from(process).ok().and_then(Pid::from_raw) else { continue };
         let Ok(entries) = fs::read_dir(format!("/proc/{process}/fd")) else { continue };
@@ -75,11 +81,11 @@ pub fn find(processes: &[u32]) -> Vec<Found> {
         }
         let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) else { continue };
         for number in sockets {
-            let Ok(fd) = pidfd_getfd(pidfd.as_fd(), number, PidfdGetfdFlags::empty()) else { continue };
-            found.extend(listening(fd));
+            if let Ok(fd) = pidfd_getfd(pidfd.as_fd(), number, PidfdGetfdFlags::empty()) {
+                each(fd);
+            }
         }
     }
-    found
 }
 
 /// The socket, if it listens for TCP connections.

@@ -23,7 +23,7 @@ use super::{pins, syscall};
 pub(super) struct Hook {
     pub(super) program: &'static str,
     /// An `enum bpf_attach_type` (include/uapi/linux/bpf.h).
-    kind: u32,
+    pub(super) kind: u32,
 }
 
 pub(super) const HOOKS: [Hook; 3] = [

@@ -161,8 +161,17 @@ pub async fn send_job(mut socket: UnixStream, exec: &Exec) -> Result<(), LaunchE
 
 /// Whether a process that was started as a launcher has not become its server yet.
 pub fn is_launcher(pid: u32) -> bool {
-    let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    words.split(|byte| *byte == 0).take(2).eq([&b"dist-ctl"[..], b"launch"])
+    words(pid).split(|byte| *byte == 0).take(2).eq([&b"dist-ctl"[..], b"launch"])
+}
+
+/// Whether it has become its server. One that has ended has no words, also before it was waited
+/// for.
+pub fn is_server(pid: u32) -> bool {
+    !words(pid).is_empty() && !is_launcher(pid)
+}
+
+fn words(pid: u32) -> Vec<u8> {
+    std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default()
 }
 
 fn encode(job: &Exec) -> io::Result<Vec<u8>> {

@@ -503,3 +503,29 @@ fn a_job_reads_back_as_it_was_written() {
     assert_eq!(u32::from_le_bytes(*text.first_chunk().unwrap()) as usize, text.len() - 4);
     assert_eq!(serde_json::from_slice::<Exec>(&text[4..]).unwrap(), job);
 }
+
+#[test]
+fn a_launcher_that_has_ended_has_not_become_a_server() {
+    use std::os::unix::process::CommandExt as _;
+    let directory = env::temp_dir().join(format!("dist-ctl-test-ended-{}", process::id()));
+    fs::create_dir_all(&directory).unwrap();
+    // Its words are all that tells a launcher.
+    fs::write(directory.join("launch"), "read job").unwrap();
+    let mut launcher = Command::new("/bin/sh");
+    launcher.arg0("dist-ctl").arg("launch").current_dir(&directory).stdin(Stdio::piped());
+    let mut launcher = launcher.spawn().unwrap();
+    let mut server = Command::new("sleep").arg("100").spawn().unwrap();
+    let is = |child: &Child| (is_launcher(child.id()), is_server(child.id()));
+    assert_eq!((is(&launcher), is(&server)), ((true, false), (false, true)));
+    // Nobody has waited for it yet.
+    drop(launcher.stdin.take());
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while is(&launcher) == (true, false) {
+        assert!(Instant::now() < deadline, "it does not end");
+    }
+    assert_eq!(is(&launcher), (false, false));
+    launcher.wait().unwrap();
+    server.kill().unwrap();
+    server.wait().unwrap();
+    fs::remove_dir_all(directory).unwrap();
+}

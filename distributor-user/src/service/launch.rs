@@ -304,7 +304,7 @@ impl Service {
             None => info!("server {name} was found running"),
         }
         if let (Launch::UnderWay, Some(pid)) = (run.launch, run.pid) {
-            if child.is_some_and(|child| child.exit.is_none()) && !launch::is_launcher(pid) {
+            if child.is_some_and(|child| child.exit.is_none()) && launch::is_server(pid) {
                 self.launched(entry, run.instance, Ok(()), host);
             } else {
                 if let Some(run) = &mut self.entries[entry].run {

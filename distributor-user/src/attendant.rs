@@ -111,6 +111,9 @@ pub struct Duty {
     pub timeout: Duration,
     /// What who waited too long is told; empty: he is reset.
     pub reply: Arc<[u8]>,
+    /// Somebody else listens, and his clients come. Until `select` is in charge, the kernel sends
+    /// some of them to rooms by its hash: so there is only one, the current one.
+    pub in_use: bool,
     /// Rooms that a group may have.
     pub most_rooms: usize,
     /// The kernel does not wake a server to which it moves a connection.
@@ -336,7 +339,8 @@ impl Attendant {
         let free = (first as u32..(first + self.duty.most_rooms) as u32)
             .filter(|index| !self.rooms.contains_key(index) && !lost.contains(index))
             .collect();
-        let missing = IDLE_ROOMS.saturating_sub(corridor.len() - lost.len()).max(lost.len());
+        let wanted = if self.duty.in_use { 1 } else { IDLE_ROOMS };
+        let missing = wanted.saturating_sub(corridor.len() - lost.len()).max(lost.len());
         self.groups.push(Group {
             corridor,
             closed: Vec::new(),

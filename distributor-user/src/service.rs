@@ -241,6 +241,7 @@ impl Service {
             capacity: config.waiting.capacity,
             timeout: config.waiting.timeout,
             reply: config.waiting.reply.as_slice().into(),
+            in_use: options.in_use,
             most_rooms: most_rooms(config.listen.len()),
             bell: options.bell,
         };

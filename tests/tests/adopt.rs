@@ -258,8 +258,6 @@ fn what_cannot_be_adopted_is_refused_and_left_as_it_was() {
     refused(&["adopt", "app", "--pid", &pid], &["sleep", "does not listen", "[::]:8080"]);
     silent.kill().and_then(|()| silent.wait()).expect("end it");
     refused(&["adopt", "shop", "--pid", &own.pid()], &["no service is called shop", "app"]);
-    refused(&["adopt", "app", "--pid", &own.pid(), "--name", "7"], &["--name"]);
-    refused(&["adopt", "app"], &["--pid"]);
     assert!(client::hold(V4, 3).iter().all(|client| client.server == "old"));
     up.stop();
     assert!(own.runs());

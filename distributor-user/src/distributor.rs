@@ -219,8 +219,12 @@ impl<'a> Distributor<'a> {
             }
             _ => {}
         }
-        let options =
-            service::Options { log, bell: bell::is_needed(&place.pins)?, audit: auditor::interval()? };
+        let options = service::Options {
+            log,
+            bell: bell::is_needed(&place.pins)?,
+            audit: auditor::interval()?,
+            in_use: false,
+        };
         if options.bell {
             info!("this kernel moves a connection without waking its new server; a bell is rung for that");
         }
@@ -436,19 +440,28 @@ impl<'a> Distributor<'a> {
             }
             let vacancy = self.vacant.remove(number);
             info!("service {}: its addresses are free", vacancy.config.name);
-            if let Err(error) = self.fill(&vacancy) {
+            if let Err(error) = self.fill(&vacancy, None) {
                 error!("service {}: {error:#}; tries again every second", vacancy.config.name);
                 self.vacant.push(vacancy);
             }
         }
     }
 
-    /// Begins a service, and starts its servers.
-    fn fill(&mut self, vacancy: &Vacancy) -> anyhow::Result<()> {
-        let (number, options) = (self.services.len(), self.options);
+    /// Begins a service, with a server that has the address already if there is one, and starts
+    /// its own.
+    fn fill(&mut self, vacancy: &Vacancy, guest: Option<Guest<'_>>) -> anyhow::Result<()> {
+        let number = self.services.len();
+        let options = service::Options { in_use: guest.is_some(), ..self.options };
         let (services, mut host) = self.split();
         let mut service = Service::open(number, vacancy.config.clone(), options, &mut host)?;
         service.take_over(Vec::new(), Succession::First, &mut host)?;
+        if let Some(Guest { shared, name, command }) = guest {
+            if let Err(error) = service.adopt(shared, name, command, &mut host) {
+                service.end();
+                shared.give_back();
+                return Err(error);
+            }
+        }
         service.look_around(&mut host);
         service.begin();
         service.start(&mut host);
@@ -480,20 +493,28 @@ impl<'a> Distributor<'a> {
             Ok(shared) => shared,
             Err(error) => return Response::input(format!("{error:#}")),
         };
-        // Rooms can only be made now that it shares the address.
-        if let Some(vacant) = vacant {
-            let vacancy = self.vacant.remove(vacant);
-            if let Err(error) = self.fill(&vacancy) {
-                self.vacant.push(vacancy);
-                shared.undo();
-                return Response::failure(format!("{error:#}"));
+        let adopted = match (vacant, open) {
+            // Rooms can only be made now that it shares the address.
+            (Some(vacant), _) => {
+                let vacancy = self.vacant.remove(vacant);
+                let filled = self.fill(&vacancy, Some(Guest { shared: &shared, name, command }));
+                if filled.is_err() {
+                    self.vacant.push(vacancy);
+                }
+                filled
             }
-        }
-        let open = open.unwrap_or(self.services.len() - 1);
-        let (services, mut host) = self.split();
-        match services[open].adopt(&shared, name, command, &mut host) {
+            (None, open) => {
+                let (services, mut host) = self.split();
+                let service = open.and_then(|open| services.get_mut(open)).expect("it was just found");
+                service.adopt(&shared, name, command, &mut host)
+            }
+        };
+        match adopted {
             Ok(()) => Response::Done,
-            Err(error) => Response::failure(format!("adopt process {pid}: {error:#}")),
+            Err(error) => {
+                shared.undo();
+                Response::failure(format!("adopt process {pid}: {error:#}"))
+            }
         }
     }
 
@@ -724,6 +745,13 @@ impl<'a> Distributor<'a> {
         place.remove()?;
         link.send(&ToMonitor::Finished { code: 0 }, None)
     }
+}
+
+/// A server to be adopted.
+struct Guest<'a> {
+    shared: &'a Shared,
+    name: &'a str,
+    command: Vec<String>,
 }
 
 /// A service that cannot begin, because somebody else listens on its address.

@@ -52,6 +52,18 @@ pub struct WantedServer {
 }
 
 impl Wanted {
+    /// Nobody is selected, and nobody may wait.
+    pub fn nothing() -> Self {
+        Self {
+            policy: Policy::default(),
+            capacity: 0,
+            closing: false,
+            cookies: false,
+            bell: false,
+            servers: Vec::new(),
+        }
+    }
+
     /// The plan. Slots without a server are not eligible.
     pub fn plan(&self) -> Box<Plan> {
         let mut plan = Box::new(Plan::EMPTY);

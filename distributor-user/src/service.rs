@@ -61,6 +61,9 @@ const SCAN_TRIES: u32 = 50;
 /// ...with this pause. After that, the tick finds it.
 const SCAN_PAUSE: Duration = Duration::from_millis(1);
 
+/// So many may wait while a service begins whose address is in use.
+const BRIEFLY: u32 = 1_024;
+
 /// A listener that closes is told of before its queue is moved, and nothing tells when that is
 /// done. It takes some 10 us per connection; this is as good as never too early.
 const HOME_STAYS: Duration = Duration::from_secs(10);
@@ -80,6 +83,9 @@ pub struct Options {
     pub bell: bool,
     /// How often the counts are compared with the sockets.
     pub audit: Duration,
+    /// The address is in use while the service begins: who comes before its first plan waits, also
+    /// where nobody may wait later.
+    pub in_use: bool,
 }
 
 /// One service.
@@ -245,6 +251,10 @@ impl Service {
         });
         let desk = Desk::open(&pins).with_context(|| format!("set up service {}", config.name))?;
         let (attendant, mut handle) = Attendant::new(duty, desk, keeper, tell)?;
+        if options.in_use {
+            let capacity = config.waiting.capacity.max(BRIEFLY);
+            kernel.write_plan(&Wanted { capacity, ..Wanted::nothing() }.plan(), None)?;
+        }
         // Now that the programs find a room: from here on nobody is chosen but by them.
         let rooms = (0..config.listen.len()).map(|group| attendant.any_room(group));
         kernel.take_charge(&rooms.collect::<Result<Vec<_>, _>>()?)?;

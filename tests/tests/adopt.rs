@@ -252,9 +252,11 @@ fn what_cannot_be_adopted_is_refused_and_left_as_it_was() {
     let refused = |words: &[&str], said: &[&str]| {
         up.run(words).expect_refusal(2, said);
     };
-    let me = std::process::id().to_string();
+    let mut silent = Command::new("sleep").arg("60").spawn().expect("start a process");
+    let pid = silent.id().to_string();
     refused(&["adopt", "app", "--pid", "2147483646"], &["adopt process 2147483646", "there is none"]);
-    refused(&["adopt", "app", "--pid", &me], &["the service on [::]:8080"]);
+    refused(&["adopt", "app", "--pid", &pid], &["sleep", "does not listen", "[::]:8080"]);
+    silent.kill().and_then(|()| silent.wait()).expect("end it");
     refused(&["adopt", "shop", "--pid", &own.pid()], &["no service is called shop", "app"]);
     refused(&["adopt", "app", "--pid", &own.pid(), "--name", "7"], &["--name"]);
     refused(&["adopt", "app"], &["--pid"]);

@@ -509,6 +509,13 @@ pub(crate) fn wake() {
     }
 }
 
+/// Whether it is a port of the service.
+#[inline(always)]
+pub(crate) fn is_port(port: u32) -> bool {
+    // SAFETY: only whether it is there matters.
+    unsafe { PORTS.get(port) }.is_some()
+}
+
 /// Whose a connection is that waited or moved.
 #[inline(always)]
 pub(crate) fn owner(cookie: u64) -> Option<Owner> {

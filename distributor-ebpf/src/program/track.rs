@@ -6,7 +6,7 @@
 //!
 //! It may be attached to a further cgroup, that of a server which was adopted. If that is above the
 //! service's own, it runs twice for each event of the service's sockets, and the second time must
-//! change nothing.
+//! count nothing. (A listener is told of twice, which is no harm: user space looks again.)
 
 use aya_ebpf::{
     EbpfContext as _,
@@ -41,8 +41,7 @@ pub(crate) fn run(ctx: &SockOpsContext) {
         PASSIVE_ESTABLISHED_CB => established(ctx),
         STATE_CB => match (ctx.arg(0), ctx.arg(1)) {
             (TCP_LISTEN, TCP_CLOSE) => {
-                if watches_states(ctx) && !is_room(ctx) {
-                    watch_no_states(ctx);
+                if is_told(ctx) {
                     count(Outcome::ListenerClosed);
                     maps::tell(EventKind::ListenerClosed, cookie(ctx), 0, local_address(ctx));
                 }
@@ -52,12 +51,11 @@ pub(crate) fn run(ctx: &SockOpsContext) {
             (_, TCP_FIN_WAIT1 | TCP_LAST_ACK) => shut(ctx),
             _ => {}
         },
-        // It has run for this event already.
-        TCP_LISTEN_CB if watches_states(ctx) => {}
         TCP_LISTEN_CB => {
-            watch_states(ctx);
-            // Rooms come and go by the thousand, and the loop needs to know of none.
-            if !is_room(ctx) {
+            if maps::is_port(ctx.local_port()) {
+                watch_states(ctx);
+            }
+            if is_told(ctx) {
                 count(Outcome::Listening);
                 maps::tell(EventKind::Listening, cookie(ctx), 0, local_address(ctx));
             }
@@ -212,11 +210,14 @@ fn owner_by(tag: &Tag) -> u32 {
     if tag.slot == ROOM || tag.slot == DISMISSED { in_room(tag.index) } else { tag.slot }
 }
 
+/// User space is to know of this listener. Rooms come and go by the thousand, and the loop needs to
+/// know of none; and in another cgroup than the service's, most are somebody's whom we do not know.
 #[inline(always)]
-fn is_room(ctx: &SockOpsContext) -> bool {
+fn is_told(ctx: &SockOpsContext) -> bool {
     let tag = tag(ctx);
     // SAFETY: not null where it is read; the listener's own tag.
-    !tag.is_null() && unsafe { (*tag).slot == ROOM }
+    let is_room = !tag.is_null() && unsafe { (*tag).slot == ROOM };
+    !is_room && maps::is_port(ctx.local_port())
 }
 
 /// The client of a connection, as BELLS knows it.
@@ -255,21 +256,6 @@ fn watch_states(ctx: &SockOpsContext) {
     let ops: *mut bpf_sock_ops = ctx.ops;
     // SAFETY: the context is the kernel's.
     unsafe { bpf_sock_ops_cb_flags_set(ops, BPF_SOCK_OPS_STATE_CB_FLAG as i32) };
-}
-
-/// Whether it does. A listener that listens does, and after that not any more.
-#[inline(always)]
-fn watches_states(ctx: &SockOpsContext) -> bool {
-    // SAFETY: the context is the kernel's.
-    let flags = unsafe { (&raw const (*ctx.ops).bpf_sock_ops_cb_flags).read_volatile() };
-    flags & BPF_SOCK_OPS_STATE_CB_FLAG != 0
-}
-
-#[inline(always)]
-fn watch_no_states(ctx: &SockOpsContext) {
-    let ops: *mut bpf_sock_ops = ctx.ops;
-    // SAFETY: the context is the kernel's.
-    unsafe { bpf_sock_ops_cb_flags_set(ops, 0) };
 }
 
 #[inline(always)]

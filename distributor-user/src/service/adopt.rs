@@ -101,6 +101,15 @@ impl Shared {
         Ok(shared)
     }
 
+    /// Leaves the server as it was, and alone: everybody else has left its groups.
+    pub fn give_back(&self) {
+        for (listener, before) in self.server.listeners.iter().zip(&self.before) {
+            if let Err(error) = released(listener, before, &self.server.processes) {
+                warn!("process {}: {error:#}", self.pid);
+            }
+        }
+    }
+
     /// Leaves the server as it was.
     pub fn undo(&self) {
         for (listener, before) in self.server.listeners.iter().zip(&self.before) {
@@ -381,11 +390,17 @@ fn give_back(adopted: &Adopted, listen: &[crate::address::ListenAddress]) -> any
         let Some((_, before)) = adopted.before.iter().find(|(cookie, _)| *cookie == listener.cookie) else {
             continue;
         };
-        let until = Instant::now() + CLOSING;
-        while let Err(error) = foreign::release(listener.fd.as_fd(), before, &server.processes) {
-            ensure!(Instant::now() < until, error);
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        released(listener, before, &server.processes)?;
+    }
+    Ok(())
+}
+
+/// Waits until a listener is alone, and releases it.
+fn released(listener: &Foreign, before: &Before, processes: &[u32]) -> anyhow::Result<()> {
+    let until = Instant::now() + CLOSING;
+    while let Err(error) = foreign::release(listener.fd.as_fd(), before, processes) {
+        ensure!(Instant::now() < until, error);
+        std::thread::sleep(Duration::from_millis(10));
     }
     Ok(())
 }

@@ -326,7 +326,8 @@ impl Service {
         if let Some(exit) = child.and_then(|child| child.exit) {
             self.exited(entry, exit, host);
         }
-        let changed = label.run.is_some_and(|ran| self.job(entry).is_ok_and(|job| job != ran.job));
+        let is_ours = label.adopted.is_none();
+        let changed = is_ours && label.run.is_some_and(|ran| self.job(entry).is_ok_and(|job| job != ran.job));
         if succession == Succession::First && changed && self.entries[entry].run.is_some() {
             info!("server {}: what it is started with has changed", self.entries[entry].config.name);
             self.tell(entry, Event::Stop, host);

@@ -159,6 +159,13 @@ impl Line {
         self.waiting.len()
     }
 
+    /// Somebody hears something within this time.
+    pub fn is_stirring(&self, within: Duration) -> bool {
+        let timeout = Timespec::try_from(within).expect("a deadline is not that far away");
+        let mut wanted = [PollFd::from_borrowed_fd(self.epoll.as_fd(), PollFlags::IN)];
+        poll(&mut wanted, Some(&timeout)).is_ok_and(|ready| ready > 0)
+    }
+
     /// The next who hears anything, be it the end: his number and his connection.
     pub fn stir(&mut self) -> io::Result<(usize, TcpStream)> {
         // One at a time, in the order in which they became ready.

@@ -4,11 +4,17 @@
 
 use std::{fs, io::ErrorKind, net::TcpStream, time::Duration};
 
+use aya::maps::{HashMap, Map, MapData};
+use distributor_ebpf::{
+    contract::{Home, VERSION},
+    select::NO_SLOT,
+};
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 use tests::{
     app::App,
     client::{self, Client, Line},
     host::{Host, Up, V4, V6},
+    leftover,
     process::{self, Process, Signal},
     wait::{seconds, stays, wait_for, wait_until_eq},
 };
@@ -161,6 +167,150 @@ fn a_keeper_whose_socket_was_removed_is_replaced_and_nobody_notices() {
     drop(line);
     up.wait_connections(&[0, 0]);
     assert_eq!(up.service().outcomes(["handed_over", "closed_waiting", "refused_no_room"]), [60, 0, 0]);
+}
+
+#[test]
+fn while_there_can_be_no_keeper_those_who_wait_are_served_in_order() {
+    const ALL: usize = 150;
+    let host = Host::new();
+    let up = host.up(&app(&host, 2));
+    let held = client::hold(V4, 2);
+    // Where its socket is to be is a directory, which nobody removes by mistake.
+    let socket = up.runtime().join("keeper.app");
+    fs::remove_file(&socket).expect("remove the keeper's socket");
+    fs::create_dir(&socket).expect("put a directory there");
+    let old = keeper(&up);
+    old.signal(Signal::KILL);
+    let said = || up.log().matches("start a keeper: listen on").count();
+    wait_until_eq("that it is said", seconds(10.0), 1, said);
+    let mut line = Line::behind(held, client::stand(&[V4, V6], ALL)).expect("watch the line");
+    wait_waiting(&up, ALL);
+    serve_in_order(&mut line, 10);
+    stays("that it is said once", Duration::from_millis(2500), 1, said);
+    assert!(keepers(&up).is_empty() && !old.exists());
+    fs::remove_dir(&socket).expect("remove the directory");
+    wait_for("the next keeper", seconds(10.0), || up.log().contains("there is a keeper again").then_some(()));
+    // It has all rooms, those that were taken meanwhile included.
+    let distributor = up.distributor();
+    distributor.kill(seconds(5.0));
+    wait_next_distributor(&up, distributor);
+    for number in 10..ALL {
+        line.free();
+        assert_eq!(line.serve().expect("served"), number);
+    }
+    drop(line);
+    up.wait_connections(&[0, 0]);
+    let ways = ["handed_over", "closed_waiting", "refused_no_room", "parked_behind"];
+    assert_eq!(up.service().outcomes(ways), [ALL as u64, 0, 0, 0]);
+}
+
+/// Who arrives while the last room is emptied needs another one.
+#[test]
+fn nobody_leaves_the_last_room_before_there_is_another() {
+    const ALL: usize = 120;
+    let host = Host::new();
+    let up = host.up(&app(&host, 2));
+    let held = client::hold(V4, 2);
+    let keeper = keeper(&up);
+    // More than there are rooms, so that many share the last one.
+    keeper.freeze(seconds(5.0));
+    let mut line = Line::behind(held, client::stand(&[V4, V6], ALL)).expect("watch the line");
+    wait_waiting(&up, ALL);
+    // All but the last room of the ring, which stays current.
+    let alone = up.service().outcome("parked");
+    let mut served = 0;
+    let stuck = loop {
+        line.free();
+        match wait_for_turn(&mut line) {
+            Some(number) => assert_eq!(number, served),
+            None => break served,
+        }
+        served += 1;
+        assert!(served < ALL, "all were served, without a room");
+    };
+    assert_eq!((stuck, alone), (IDLE - 1, 0), "those who had a room to themselves");
+    keeper.signal(Signal::CONT);
+    assert_eq!(line.serve().expect("served"), stuck);
+    // Those who shared it have used all spares, and are handed over from them.
+    for number in stuck + 1..ALL {
+        line.free();
+        assert_eq!(line.serve().expect("served"), number);
+    }
+    drop(line);
+    up.wait_connections(&[0, 0]);
+    let [handed_over, parked, behind] = up.service().outcomes(["handed_over", "parked", "parked_behind"]);
+    assert_eq!((handed_over, behind), (ALL as u64, 0));
+    assert!(parked > 0);
+}
+
+/// Ready rooms at rest, the current one included.
+const IDLE: usize = 32;
+
+/// The next who is served, if that is soon.
+fn wait_for_turn(line: &mut Line) -> Option<usize> {
+    line.is_stirring(seconds(1.0)).then(|| line.serve().expect("served"))
+}
+
+/// The kernel's map that says whose each listener is, and so how many there may be.
+fn homes(up: &Up<'_>) -> HashMap<MapData, u64, Home> {
+    let pins = leftover::pins(up.runtime()).expect("it runs, so it has pins");
+    let data = MapData::from_pin(pins.join(format!("app-v{VERSION}/HOME"))).expect("open HOME");
+    let map = Map::from_map_data(data).expect("HOME is a map");
+    map.try_into().expect("HOME is a hash map")
+}
+
+#[test]
+fn rooms_that_cannot_be_admitted_are_made_again_when_they_can() {
+    const ALL: usize = 150;
+    let host = Host::new();
+    let up = host.up(&app(&host, 2));
+    let held = client::hold(V4, 2);
+    let mut homes = homes(&up);
+    let nobody = Home { slot: NO_SLOT, index: 0 };
+    let strangers = (1 << 60..).take_while(|&cookie| homes.insert(cookie, nobody, 0).is_ok()).count() as u64;
+    let mut line = Line::behind(held, client::stand(&[V4, V6], ALL)).expect("watch the line");
+    let said = || up.log().matches("share the rooms there are").count();
+    wait_until_eq("that it is said", seconds(10.0), 1, said);
+    assert!(up.log().contains("write HOME"), "{}", up.log());
+    serve_in_order(&mut line, 10);
+    stays("that it is said once", Duration::from_millis(1500), 1, said);
+    for cookie in (1 << 60..).take(strangers as usize) {
+        homes.remove(&cookie).expect("make place in HOME");
+    }
+    for number in 10..ALL {
+        line.free();
+        assert_eq!(line.serve().expect("served"), number);
+    }
+    assert!(up.log().contains("are made again"));
+    drop(line);
+    up.wait_connections(&[0, 0]);
+    let ways = ["handed_over", "closed_waiting", "refused_no_room", "parked_behind"];
+    assert_eq!(up.service().outcomes(ways), [ALL as u64, 0, 0, 0]);
+}
+
+/// The bell takes a descriptor. This kernel wakes servers by itself, or they would wait for it.
+#[test]
+fn a_bell_that_cannot_be_rung_is_rung_later() {
+    let host = Host::new();
+    let file = host.write("dist-ctl.toml", &app(&host, 1).toml());
+    let mut command = host.command(&["up", "-f", &file]);
+    command.env("DIST_CTL_BELL", "on");
+    let up = host.start_command(command);
+    up.wait_ready();
+    let held = client::hold(V4, 1);
+    let mut line = Line::behind(held, client::stand(&[V4, V6], 5)).expect("watch the line");
+    wait_waiting(&up, 5);
+    let distributor = up.distributor();
+    take_descriptors(distributor);
+    line.free();
+    let rung = line.is_stirring(seconds(1.0));
+    give_descriptors_back(distributor);
+    wait_until_eq("bells", seconds(10.0), 1, || up.service().outcome("bell"));
+    assert_eq!(line.serve().expect("served"), 0, "heard before the bell: {rung}");
+    for number in 1..5 {
+        line.free();
+        assert_eq!(line.serve().expect("served"), number);
+    }
 }
 
 /// Lowers the limit of open files to what a process has open, so that it can open nothing.

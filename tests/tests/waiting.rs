@@ -830,6 +830,34 @@ fn everybody_who_waits_is_turned_away_when_the_service_stops() {
     }
 }
 
+/// A handshake that was begun before is completed in a room, of which nobody will be handed over.
+#[test]
+fn whoever_begins_to_wait_while_the_service_stops_is_turned_away() {
+    let host = Host::new();
+    let clients = network::Clients::join(1).expect("join a network of clients");
+    let mut app = limited(&host, 1, 1);
+    app.waiting = Some(format!("reply = {BUSY:?}"));
+    app.server = "drain_timeout = \"10s\"".to_owned();
+    let up = host.up(&app);
+    let held = client::hold(V4, 1);
+    clients.cut(0).expect("cut the wire");
+    let target = (clients.server_v4(), 8080).into();
+    let begun = clients.network.run(|| client::begin(target, Some(clients.v4(0)), 3)).expect("send SYNs");
+    wait_until_eq("SYNs", seconds(5.0), 3, || up.service().outcome("wait_limit"));
+    up.signal(Signal::TERM);
+    up.wait_state("app/1", "draining");
+    clients.mend(0).expect("mend the wire");
+    for stream in begun.finish() {
+        let mut told = String::new();
+        stream.expect("a handshake").read_to_string(&mut told).expect("a reply");
+        assert_eq!(told, BUSY);
+    }
+    let service = up.service();
+    assert_eq!(service.outcomes(["established_waiting", "dismissed", "handed_over"]), [3, 3, 0]);
+    drop(held);
+    assert!(up.has_stopped().success());
+}
+
 /// 50 clients at once, more than all servers together may have.
 #[track_caller]
 fn fifty_are_answered(up: &Up<'_>, limit: u64) {

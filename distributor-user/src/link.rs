@@ -138,8 +138,8 @@ impl Link {
         match self.channel.receive() {
             Ok(Some((message, _))) => Ok(Some(message)),
             Ok(None) => bail!(
-                "the monitor is gone: servers and kernel go on, and nobody watches them; the next dist-ctl up \
-                 on this runtime directory ends them and starts afresh"
+                "the monitor is gone: servers and kernel go on, and nobody watches them until the next \
+                 dist-ctl up on this runtime directory"
             ),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
             Err(error) if error.kind() == io::ErrorKind::InvalidData => {

@@ -99,8 +99,8 @@ fn perform(invocation: &Invocation) -> anyhow::Result<ExitCode> {
 fn ask(directory: &Path, command: &control::Command) -> anyhow::Result<Option<Status>> {
     match control::ask(directory, command, ASK_TIMEOUT) {
         Err(_) if !control::is_up(directory) && Instance::is_abandoned(directory) => bail!(
-            "the dist-ctl on {} was killed; its servers run on, and nobody watches them: dist-ctl up ends \
-             them and starts afresh, dist-ctl down only ends them",
+            "the dist-ctl on {} was killed; its servers run on, and nobody watches them: dist-ctl up \
+             goes on with them, dist-ctl down ends them",
             directory.display()
         ),
         answer => answer?.into_result(),

@@ -13,7 +13,10 @@ use std::{
     env, fmt, fs,
     io::{self, IoSlice, IoSliceMut},
     mem::MaybeUninit,
-    os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
+    os::{
+        fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
+        unix::process::CommandExt as _,
+    },
     path::{Path, PathBuf},
     process::{Child, Command, ExitCode, Stdio},
     sync::Arc,
@@ -178,7 +181,8 @@ impl Keeper {
     /// they are killed.
     pub fn start(cgroup: &Path, path: &Path) -> anyhow::Result<Self> {
         let mut command = Command::new("/proc/self/exe");
-        command.arg("keep").arg(cgroup);
+        // What ps shows; /proc/self/exe would tell nobody anything.
+        command.arg0("dist-ctl").arg("keep").arg(cgroup);
         Self::start_as(command, cgroup, path)
     }
 

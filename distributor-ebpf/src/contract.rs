@@ -11,7 +11,7 @@
 //! [`Load`] or [`State`] gets its line in `LOAD_FIELDS` or `STATE_FIELDS` there.
 
 /// The version of everything in this file. Part of the directory that holds the pins.
-pub const VERSION: u32 = if cfg!(feature = "next-contract") { 3 } else { 2 };
+pub const VERSION: u32 = if cfg!(feature = "next-contract") { 4 } else { 3 };
 
 /// Server instances of one service that can hold connections at the same time.
 ///
@@ -264,6 +264,8 @@ pub struct State {
     pub since: u64,
     /// Connections that were moved to it, if it is a server's.
     pub moved: u64,
+    /// SYNs that it was given and that will complete their handshake in it, if at all.
+    pub offered: u64,
 }
 
 /// Whose a connection is that waited or was moved. OWNERS holds it by the connection's cookie,
@@ -520,7 +522,7 @@ const _: () = {
     assert!(size_of::<Load>() == SLOTS * 32 + 32 + GROUPS * 16 + 16 + WAITS * 8 + 8 + appended);
     assert!(size_of::<Rooms>() == 48 + RING * 8);
     assert!(size_of::<Attendant>() == 24);
-    assert!(size_of::<State>() == 48);
+    assert!(size_of::<State>() == 56);
     assert!(size_of::<Owner>() == 24);
     assert!(size_of::<Parked>() == 8);
     assert!(size_of::<Tag>() == 16);

@@ -64,6 +64,9 @@ const PAUSE: u64 = 1_000_000_000;
 /// Why rooms that were made did not arrive.
 const NO_DESCRIPTORS: &str = "no descriptors are left: raise the limit of open files";
 
+/// As long as handshakes on the same machine take, in nanoseconds: see `await_handshakes`.
+const UNDER_WAY: u64 = 300_000;
+
 /// The bound of a room that is emptied out of turn: everybody in it comes behind that.
 const NOBODY: u64 = 0;
 
@@ -590,6 +593,9 @@ impl Attendant {
             // Before it is closed: from here on it is nobody's current room.
             self.desk.least(number).store(current, Ordering::SeqCst);
         }
+        if bound != NOBODY {
+            self.await_handshakes(index);
+        }
         let taken = self.desk.spares_taken(number);
         if let Err(error) = room.empty() {
             // It was closed before.
@@ -601,6 +607,20 @@ impl Attendant {
         }
         self.groups[number].closed.push(room);
         true
+    }
+
+    /// Lets handshakes that are under way in a room be completed, if they soon are. The kernel resets
+    /// a connection whose listener closes in the very microseconds in which it is made
+    /// (`inet_csk_reqsk_queue_add`, Linux 6.18: by then it is too late to choose another listener).
+    fn await_handshakes(&self, index: u32) {
+        let until = now() + UNDER_WAY;
+        loop {
+            let state = self.desk.state(index);
+            if state.completed >= state.offered || self.desk.has_cookies() || now() >= until {
+                return;
+            }
+            thread::sleep(Duration::from_micros(20));
+        }
     }
 
     // Who has waited too long is turned away.

@@ -33,8 +33,9 @@ use aya::{
 use aya_log::EbpfLogger;
 use distributor_ebpf::{
     contract::{
-        Address, Attendant, BUCKETS, DISMISSED, Event, EventKind, FLAG_CLOSING, GROUPS, Home, Load, Outcome,
-        Owner, Parked, Plan, RING, ROOM, Rooms, Run, SLOTS, SOCKETS, Server, State, Tag, VERSION,
+        Address, Attendant, BUCKETS, DISMISSED, Event, EventKind, FLAG_CLOSING, FLAG_COOKIES, GROUPS, Home,
+        Load, Outcome, Owner, Parked, Plan, RING, ROOM, Rooms, Run, SLOTS, SOCKETS, Server, State, Tag,
+        VERSION,
     },
     word,
 };
@@ -465,6 +466,12 @@ impl Desk {
         })
     }
 
+    /// A SYN leaves nothing behind, and its connection is made with the ACK of a cookie.
+    pub fn has_cookies(&self) -> bool {
+        let active = self.active.word(0, 0).load(Ordering::Acquire) as usize & 1;
+        self.plan.word(active, offset_of!(Plan, flags)).load(Ordering::Relaxed) & FLAG_COOKIES != 0
+    }
+
     /// Rolls every slot's word to the present epoch, as whoever looks at it next would. Epochs
     /// repeat after 73 minutes, and a word that nobody touched for so long would pass for fresh.
     pub fn stamp_words(&self, now: u64) {
@@ -548,6 +555,7 @@ impl Desk {
             first: field(offset_of!(State, first)),
             since: field(offset_of!(State, since)),
             moved: field(offset_of!(State, moved)),
+            offered: field(offset_of!(State, offered)),
         }
     }
 

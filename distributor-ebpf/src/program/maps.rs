@@ -415,6 +415,7 @@ pub(crate) enum Comes {
     Entered,
     Gone,
     Moved,
+    Offered,
 }
 
 impl Coming {
@@ -427,6 +428,7 @@ impl Coming {
                 Comes::Entered => &raw mut (*self.0).entered,
                 Comes::Gone => &raw mut (*self.0).gone,
                 Comes::Moved => &raw mut (*self.0).moved,
+                Comes::Offered => &raw mut (*self.0).offered,
             };
             atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(field, 1);
         }

@@ -394,6 +394,7 @@ fn to_room(ctx: &SkReuseportContext, loads: Loads, why: Outcome) -> u32 {
                 if current & 0xffff < 0xf000 {
                     loads.add(Sum::Syns(group), 1);
                 }
+                coming.add(Comes::Offered);
                 count(why);
                 return SK_PASS;
             }

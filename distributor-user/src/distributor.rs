@@ -455,12 +455,12 @@ impl<'a> Distributor<'a> {
         let (services, mut host) = self.split();
         let mut service = Service::open(number, vacancy.config.clone(), options, &mut host)?;
         service.take_over(Vec::new(), Succession::First, &mut host)?;
-        if let Some(Guest { shared, name, command }) = guest {
-            if let Err(error) = service.adopt(shared, name, command, &mut host) {
-                service.end();
-                shared.give_back();
-                return Err(error);
-            }
+        if let Some(Guest { shared, name, command }) = guest
+            && let Err(error) = service.adopt(shared, name, command, &mut host)
+        {
+            service.end();
+            shared.give_back();
+            return Err(error);
         }
         service.look_around(&mut host);
         service.begin();

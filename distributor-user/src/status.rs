@@ -477,6 +477,8 @@ mod tests {
             weight: 100,
             effective_weight: 100,
             accept_queue: Some(0),
+            adopted: false,
+            earlier: 0,
             restarts: 0,
             since: "2026-01-02T03:04:05Z".parse().unwrap(),
         }

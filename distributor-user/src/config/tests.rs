@@ -72,6 +72,7 @@ fn what_is_left_out_has_its_default() {
     let config = Config {
         control: Control { owner: 0, mode: 0o600, readers: None },
         services: vec![Service {
+            occupied: Occupied::Refuse,
             name: "shop".to_owned(),
             listen: vec!["[::]:8080".parse().unwrap()],
             policy: Policy::LeastConnections,

@@ -516,14 +516,18 @@ fn a_launcher_that_has_ended_has_not_become_a_server() {
     let mut launcher = launcher.spawn().unwrap();
     let mut server = Command::new("sleep").arg("100").spawn().unwrap();
     let is = |child: &Child| (is_launcher(child.id()), is_server(child.id()));
-    assert_eq!((is(&launcher), is(&server)), ((true, false), (false, true)));
+    let wait_until = |child: &Child, wanted: (bool, bool)| {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while is(child) != wanted {
+            assert!(Instant::now() < deadline, "{:?}, and not {wanted:?}", is(child));
+        }
+    };
+    // In the middle of an exec a process has no words.
+    wait_until(&launcher, (true, false));
+    wait_until(&server, (false, true));
     // Nobody has waited for it yet.
     drop(launcher.stdin.take());
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while is(&launcher) == (true, false) {
-        assert!(Instant::now() < deadline, "it does not end");
-    }
-    assert_eq!(is(&launcher), (false, false));
+    wait_until(&launcher, (false, false));
     launcher.wait().unwrap();
     server.kill().unwrap();
     server.wait().unwrap();

@@ -16,6 +16,7 @@ use std::{
 };
 
 use aya::maps::{Array, Map, MapData};
+use distributor_ebpf::contract::VERSION;
 use tests::{
     app::App,
     client::{self, Client},
@@ -25,6 +26,9 @@ use tests::{
     status::Service,
     wait::{seconds, wait_for, wait_until_eq},
 };
+
+/// The version of the newer contract.
+const NEXT: u32 = VERSION + 1;
 
 /// LOAD of the newer contract, in integers: the last one counts what closed since it took over.
 const LOAD: usize = (256 * 32 + 32 + 16 * 16 + 16 + 32 * 8 + 8) / 8 + 1;
@@ -78,12 +82,12 @@ fn pins(up: &Up<'_>, version: u32) -> PathBuf {
 
 /// The versions of which there are pins.
 fn versions(up: &Up<'_>) -> Vec<u32> {
-    (1..6).filter(|&version| pins(up, version).exists()).collect()
+    (1..=NEXT + 1).filter(|&version| pins(up, version).exists()).collect()
 }
 
 /// Connections that closed under the newer contract.
 fn closed(up: &Up<'_>) -> u64 {
-    let data = MapData::from_pin(pins(up, 3).join("LOAD")).expect("open LOAD");
+    let data = MapData::from_pin(pins(up, NEXT).join("LOAD")).expect("open LOAD");
     let map = Map::from_map_data(data).expect("LOAD is a map");
     let load: Array<MapData, [u64; LOAD]> = map.try_into().expect("LOAD has this size");
     load.get(&0, 0).expect("read LOAD")[LOAD - 1]
@@ -129,12 +133,12 @@ fn a_newer_contract_takes_over_what_is_held_and_what_waits() {
     let waiting = client::stand(&[V4], 5);
     wait_until_eq("waiting", seconds(5.0), 5, || up.service().waiting.now);
     let before = up.service();
-    assert_eq!(versions(&up), [2]);
+    assert_eq!(versions(&up), [VERSION]);
 
     will_start(&up, &next_program());
     replace(&up);
 
-    assert_eq!(versions(&up), [3]);
+    assert_eq!(versions(&up), [NEXT]);
     let service = up.service();
     assert_eq!(service.connections(), [5, 5]);
     assert_eq!(service.waiting.now, 5);
@@ -161,7 +165,7 @@ fn a_newer_contract_takes_over_under_load_and_costs_no_connection_and_no_count()
     will_start(&up, &next_program());
     let served = under_load(|| replace(&up));
     assert!(served > 100, "only {served} clients in that time");
-    assert_eq!(versions(&up), [3]);
+    assert_eq!(versions(&up), [NEXT]);
     up.wait_connections(&[0; 4]);
     assert_all_counted(&up.service(), served);
     assert!(closed(&up) > 0);
@@ -186,7 +190,7 @@ fn a_newer_contract_takes_over_though_its_distributor_is_killed_again_and_again(
         });
         up.wait_ready();
     });
-    assert_eq!(versions(&up), [3]);
+    assert_eq!(versions(&up), [NEXT]);
     up.wait_connections(&[0; 4]);
     assert_all_counted(&up.service(), served);
     up.stop();
@@ -197,7 +201,7 @@ fn another_build_of_the_same_contract_replaces_the_programs_under_load() {
     let host = Host::new();
     let up = up(&host, &App::of(&host, 4));
     let programs = || {
-        let names = fs::read_dir(pins(&up, 3)).expect("list the pins").flatten();
+        let names = fs::read_dir(pins(&up, NEXT)).expect("list the pins").flatten();
         let names = names.filter_map(|pin| pin.file_name().into_string().ok());
         let mut names: Vec<_> = names.filter(|name| name.contains('-')).collect();
         names.sort();
@@ -232,10 +236,12 @@ fn pins_of_a_newer_contract_are_refused_and_what_runs_goes_on() {
     will_start(&up, &program());
     kill(&up);
     wait_for("the sentence", seconds(10.0), || {
-        up.log().contains("was made by a dist-ctl whose kernel objects have version 3").then_some(())
+        let told = format!("was made by a dist-ctl whose kernel objects have version {NEXT}");
+        up.log().contains(&told).then_some(())
     });
-    assert!(up.log().contains("this one has version 2 and cannot read them: start that dist-ctl again"));
-    assert_eq!(versions(&up), [3]);
+    let told = format!("this one has version {VERSION} and cannot read them: start that dist-ctl again");
+    assert!(up.log().contains(&told), "{}", up.log());
+    assert_eq!(versions(&up), [NEXT]);
     let more = client::hold(V4, 4);
     will_start(&up, &next_program());
     wait_for("the newer one again", seconds(30.0), || {

@@ -103,8 +103,11 @@ fn a_count_that_is_too_low_is_found_and_repaired_and_the_limit_is_exact_again() 
     assert_refused();
     drop(held);
     up.wait_connections(&[0]);
+    // An idle service is not checked.
+    let one = client::hold(V4, 1);
     wait_checks(&up, 1);
     assert_eq!(drift(&up).found, 1);
+    drop(one);
 }
 
 #[test]

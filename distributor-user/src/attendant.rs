@@ -371,18 +371,15 @@ impl Attendant {
                     }
                     if !dropped.is_empty() {
                         self.done.extend(dropped);
-                        self.rest(number, NO_DESCRIPTORS);
+                        self.some_room(number, NO_DESCRIPTORS)?;
                     }
                 }
                 Some(Heard::NotMade(_, why)) => {
                     self.groups[number].asked = 0;
-                    self.rest(number, &why);
+                    self.some_room(number, &why)?;
                 }
                 None => {}
             }
-        }
-        if self.groups[number].short && self.any_room(number).is_err() {
-            bail!("make rooms for {}: not one could be made", self.duty.listen[number]);
         }
         let backlog =
             accept_queue::backlog(self.any_room(number)?.as_fd()).context("read a room's backlog")?;
@@ -786,6 +783,15 @@ impl Attendant {
                 Err(error) => return self.replace_keeper(&error),
             }
         }
+    }
+
+    /// Rooms cannot be had while a group is set up. With one it works, without one it does not.
+    fn some_room(&mut self, number: usize, why: &str) -> anyhow::Result<()> {
+        if self.any_room(number).is_err() {
+            bail!("make a room for {}: {why}", self.duty.listen[number]);
+        }
+        self.rest(number, why);
+        Ok(())
     }
 
     /// Rooms cannot be had now. That is said once.

@@ -214,7 +214,6 @@ fn without_descriptors_it_says_so_at_the_start_and_leaves_nothing() {
         (16, "LimitNOFILE="),
         (30, "LimitNOFILE="),
         (40, "LimitNOFILE="),
-        (70, "raise the limit of open files"),
     ] {
         let plain = host.command(&["up", "-f", &file]);
         let mut command = Command::new("prlimit");

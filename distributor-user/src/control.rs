@@ -24,7 +24,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use nix::libc;
 use rustix::{
-    event::{PollFd, PollFlags, Timespec},
+    event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd},
     process::{Pid, PidfdFlags, pidfd_open},
 };
 use serde::{Deserialize, Serialize};
@@ -365,17 +365,30 @@ async fn serve_with(
     // Dropped, and so ended, with us.
     let mut clients = JoinSet::new();
     let mut log_next_refusal = Instant::now();
+    // Kept for the operator who asks why nothing goes on when no descriptors are left.
+    let mut spare = None;
+    let mut accepts = true;
     loop {
+        spare = spare.or_else(|| eventfd(0, EventfdFlags::CLOEXEC).ok());
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
+            // Its descriptor can be the spare one now.
+            Some(_) = clients.join_next() => continue,
             () = requests.closed() => return,
         };
         while clients.try_join_next().is_some() {}
         let stream = match accepted {
-            Ok((stream, _)) => stream,
-            // Most likely no descriptor is left. The client waits in the queue meanwhile.
+            Ok((stream, _)) => {
+                accepts = true;
+                stream
+            }
+            // Most likely no descriptor is left: now one is.
+            Err(_) if spare.take().is_some() => continue,
+            // The client waits in the queue meanwhile.
             Err(error) => {
-                warn!("accept a control client: {error}; next try in 1s");
+                if std::mem::take(&mut accepts) {
+                    warn!("accept a control client: {error}; tries again every second");
+                }
                 sleep(Duration::from_secs(1)).await;
                 continue;
             }
@@ -905,6 +918,7 @@ mod tests {
             version: "0.1.0".to_owned(),
             build: "1-2-3-4.5".to_owned(),
             not_upgraded: None,
+            troubles: Vec::new(),
             services: Vec::new(),
         }
     }
@@ -1031,7 +1045,7 @@ mod tests {
             (Response::Done, r#"{"version":1,"ok":true}"#),
             (
                 Response::Status(a_status()),
-                r#"{"version":1,"ok":true,"status":{"version":"0.1.0","build":"1-2-3-4.5","not_upgraded":null,"services":[]}}"#,
+                r#"{"version":1,"ok":true,"status":{"version":"0.1.0","build":"1-2-3-4.5","not_upgraded":null,"troubles":[],"services":[]}}"#,
             ),
             (
                 Response::input("no server is called \"x\""),

@@ -97,8 +97,6 @@ pub struct Kernel {
     held: Option<Held>,
     /// Events that had been lost when it was last asked.
     lost: u64,
-    /// What [`Kernel::heal`] said last of what it could not do.
-    complaint: Option<String>,
 }
 
 /// What the kernel tells while the distributor runs.
@@ -197,7 +195,6 @@ impl Kernel {
             moving,
             held: None,
             lost: 0,
-            complaint: None,
         };
         // Of those before us somebody else was to know; we look at everything.
         kernel.has_lost_events()?;
@@ -238,25 +235,11 @@ impl Kernel {
 
     /// Looks whether what is pinned and attached still is, and makes it so again: somebody may have
     /// removed the pins, and with them a next distributor's way to what runs; or the cgroup, which
-    /// ends what is attached to it. A sentence if there was something to do, or to complain about
-    /// once.
+    /// ends what is attached to it. A sentence if there was something to do.
     ///
     /// `mount` sees that there is a bpffs, where that is ours to do.
     pub fn heal(&mut self, mount: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<Option<String>> {
-        match mount().and_then(|()| self.make_whole()) {
-            Ok(done) => {
-                self.complaint = None;
-                Ok(done)
-            }
-            Err(error) => {
-                let complaint = format!("{error:#}");
-                if self.complaint.as_ref() == Some(&complaint) {
-                    return Ok(None);
-                }
-                self.complaint = Some(complaint);
-                Err(error)
-            }
-        }
+        mount().and_then(|()| self.make_whole())
     }
 
     fn make_whole(&mut self) -> anyhow::Result<Option<String>> {

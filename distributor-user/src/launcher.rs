@@ -31,6 +31,7 @@ use rustix::{
 use crate::{
     address::ListenAddress,
     launch::{Exec, Identity, LaunchError, Limit, MAX_JOB, Output, Socket, failed, reason},
+    logging,
     monitor::OPEN_FILES,
 };
 
@@ -64,7 +65,7 @@ pub(crate) fn launch() -> u8 {
     let mut channel = match rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3) {
         Ok(channel) => UnixStream::from(channel),
         Err(error) => {
-            eprintln!("dist-ctl launch: read a job from standard input: {}", reason(error));
+            logging::say(format_args!("dist-ctl launch: read a job from standard input: {}", reason(error)));
             return NOT_EXECUTED;
         }
     };

@@ -14,7 +14,7 @@ use std::{
     collections::{HashMap, VecDeque},
     fs,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::{Context as _, bail};
@@ -36,7 +36,7 @@ use crate::{
     config,
     control::Response,
     distributor::Input,
-    instance,
+    error, instance,
     keeper::{self, Keeper},
     kernel::{self, Desk, Kernel, ProgramLog},
     link::Link,
@@ -46,6 +46,7 @@ use crate::{
     plan::{Indices, Slots, Wanted, WantedServer},
     record,
     server::{Action, Event, Instance, Recipient, Report, Server, Supervision},
+    trouble::Troubles,
 };
 
 pub use launch::{Found, Label, Ran, Succession};
@@ -112,6 +113,8 @@ pub struct Service {
     /// Children whose end has been dealt with, which the monitor may forget once that is written
     /// down.
     ended: Vec<u64>,
+    /// What is wrong with the machine.
+    troubles: Troubles,
 }
 
 /// One configured server.
@@ -157,12 +160,16 @@ struct Running {
     draining: bool,
     /// `CgroupEmpty` is to be told when it has no processes.
     emptying: bool,
+    /// What is left in its cgroup is to be killed, and could not be.
+    unkilled: bool,
     notify: Option<JoinHandle<()>>,
 }
 
 /// How far a launch is.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Launch {
+    /// There is no process, and none will be.
+    Nothing,
     UnderWay,
     /// The launcher's exec succeeded; `Launched` is told as soon as the pid is known.
     Running,
@@ -260,6 +267,7 @@ impl Service {
             taking_over: true,
             told: None,
             ended: Vec::new(),
+            troubles: Troubles::default(),
             config,
             kernel,
             cgroup,
@@ -326,6 +334,15 @@ impl Service {
     /// All has stopped, and nobody is to wait here again.
     pub fn end(self) {
         self.attendant.end();
+    }
+
+    /// What is wrong with the machine, as far as it matters here.
+    pub fn troubles(&self) -> &Troubles {
+        &self.troubles
+    }
+
+    fn note(&mut self, name: &str, what: Option<String>) {
+        self.troubles.note(name, what, SystemTime::now());
     }
 
     // What operators ask.
@@ -435,7 +452,10 @@ impl Service {
     /// one with this cookie is among them.
     fn scan(&mut self, entry: usize, cookie: Option<u64>, host: &mut Host<'_>) -> bool {
         let Some(run) = &self.entries[entry].run else { return true };
-        let found = listener::find(&run.cgroup.processes());
+        // What cannot be seen is not gone.
+        let Ok(found) = run.cgroup.members().and_then(|processes| listener::find(&processes)) else {
+            return false;
+        };
         let seen = cookie.is_some_and(|cookie| found.iter().any(|found| found.cookie == cookie));
         let uid = uid(&self.config);
         let mut by_group: Vec<Vec<listener::Found>> = self.config.listen.iter().map(|_| Vec::new()).collect();
@@ -526,8 +546,10 @@ impl Service {
 
     pub fn not_started(&mut self, entry: usize, errno: i32, host: &mut Host<'_>) {
         let error = std::io::Error::from_raw_os_error(errno);
-        let sentence = format!("start a process: {error}");
-        self.report(entry, Report::LaunchFailed { sentence }, host);
+        if let Some(run) = self.entries[entry].run.as_mut().filter(|run| run.launch != Launch::Running) {
+            run.launch = Launch::Nothing;
+        }
+        self.report(entry, not_launched(format!("start a process: {error}")), host);
     }
 
     pub fn exited(&mut self, entry: usize, exit: Exit, host: &mut Host<'_>) {
@@ -546,7 +568,8 @@ impl Service {
 
     fn check_empty(&mut self, entry: usize, host: &mut Host<'_>) {
         let Some(run) = &mut self.entries[entry].run else { return };
-        if run.emptying && run.cgroup.processes().is_empty() {
+        run.unkilled = run.unkilled && run.cgroup.kill().is_err();
+        if run.emptying && run.cgroup.has_emptied() {
             self.report(entry, Report::CgroupEmpty, host);
         }
     }
@@ -567,7 +590,7 @@ impl Service {
             Ok(()) => run.launch = Launch::Running,
             Err(sentence) => {
                 run.launch = Launch::Failed;
-                self.report(entry, Report::LaunchFailed { sentence }, host);
+                self.report(entry, not_launched(sentence), host);
             }
         }
         self.settle_launch(entry, host);
@@ -584,11 +607,11 @@ impl Service {
                     self.report(entry, Report::Launched { pid }, host);
                 }
             }
-            (Launch::Failed, _) => {}
+            (Launch::Failed | Launch::Nothing, _) => {}
         }
         let Some(run) = &mut self.entries[entry].run else { return };
         if let Some(exit) = run.exit.take() {
-            let others_left = !run.cgroup.processes().is_empty();
+            let others_left = !run.cgroup.has_emptied();
             run.emptying = others_left;
             self.report(entry, Report::MainExited { exit, others_left }, host);
         }
@@ -670,11 +693,20 @@ impl Service {
                 self.scan(entry, None, host);
             }
         }
+        let mut unhealed = None;
         match self.kernel.heal(|| host.place.remount()) {
             Ok(None) => {}
             Ok(Some(done)) => warn!("service {}: {done}", self.config.name),
-            Err(error) => error!("service {}: {error:#}; tries again every second", self.config.name),
+            Err(error) => {
+                unhealed = Some(format!("service {}: {error:#}; tries again every second", self.config.name))
+            }
         }
+        self.note("pins", unhealed);
+        let lost = all.then(|| {
+            let name = &self.config.name;
+            format!("service {name}: events were lost, because too many came at once: looks at all servers instead")
+        });
+        self.note("events", lost);
         self.forget_left();
         self.write_plan();
     }
@@ -721,6 +753,10 @@ impl Service {
                 tokio::task::spawn_local(client.see_off());
                 Ok(())
             }
+            Says::Trouble(name, what) => {
+                self.note(&name, what);
+                Ok(())
+            }
             Says::Failed => bail!("service {}: the attendant has failed", self.config.name),
         }
     }
@@ -745,6 +781,10 @@ impl Service {
                 events.extend(self.perform(entry, action, host));
             }
         }
+        let server = &self.entries[entry];
+        let name = server.config.name.clone();
+        let lacks = server.machine.lacks().map(|why| format!("server {name} {why}; tried until it can be"));
+        self.note(&name, lacks);
     }
 
     /// Performs one action. What is known of its outcome at once is the next event.
@@ -754,7 +794,7 @@ impl Service {
         match action {
             Action::Launch { instance } => match self.launch(entry, instance, host) {
                 Ok(()) => None,
-                Err(error) => of(Report::LaunchFailed { sentence: format!("{error:#}") }),
+                Err(error) => of(not_launched(format!("{error:#}"))),
             },
             Action::Include { .. } => {
                 self.set_included(entry, true);
@@ -777,12 +817,16 @@ impl Service {
             }
             Action::KillCgroup { .. } => {
                 let Some(run) = &mut self.entries[entry].run else { return of(Report::CgroupEmpty) };
-                if let Err(error) = run.cgroup.kill() {
-                    error!("server {}: {error:#}", self.entries[entry].config.name);
-                    return None;
+                // It may not even be possible to look.
+                if run.launch == Launch::Nothing {
+                    return of(Report::CgroupEmpty);
                 }
                 run.emptying = true;
-                let empty = run.cgroup.processes().is_empty();
+                if let Err(error) = run.cgroup.kill() {
+                    run.unkilled = true;
+                    error!("server {}: {error:#}; tries again", self.entries[entry].config.name);
+                }
+                let empty = self.entries[entry].run.as_ref().is_none_or(|run| run.cgroup.has_emptied());
                 if empty { of(Report::CgroupEmpty) } else { None }
             }
             Action::RemoveInstance { .. } => {
@@ -906,20 +950,33 @@ impl Service {
                 .collect(),
         };
         if self.told.as_ref() == Some(&wanted) {
+            self.note("plan", None);
             return;
         }
         let hash = (wanted.policy == Policy::SourceHash).then(|| wanted.hash());
         match self.kernel.write_plan(&wanted.plan(), hash.as_deref()) {
             Ok(()) => {
                 self.told = Some(wanted);
+                self.note("plan", None);
                 // There may be a place now for somebody who waits.
                 self.attendant.look();
             }
-            Err(error) => error!(
-                "service {}: {error:#}; the kernel goes by the plan before, next try in 1s",
-                self.config.name
-            ),
+            Err(error) => {
+                let name = &self.config.name;
+                let what = format!(
+                    "service {name}: {error:#}; the kernel goes by the plan before, tries every second"
+                );
+                self.note("plan", Some(what));
+            }
         }
+    }
+}
+
+/// Why a launch came to nothing: by the server's fault, or the machine's.
+fn not_launched(sentence: String) -> Report {
+    match error::lacking(&sentence) {
+        Some(sentence) => Report::LaunchLacked { sentence },
+        None => Report::LaunchFailed { sentence },
     }
 }
 

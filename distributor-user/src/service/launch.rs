@@ -16,6 +16,7 @@ use super::{Host, Launch, Listeners, Running, Service};
 use crate::{
     config::SocketMode,
     distributor::Input,
+    error,
     launch::{self, Exec, Limit, Socket},
     link::Child,
     message::ToMonitor,
@@ -91,7 +92,7 @@ impl Service {
             id: host.link.number(),
             pid: None,
             start_time: None,
-            launch: Launch::UnderWay,
+            launch: Launch::Nothing,
             exit: None,
             cgroup: cgroup.clone(),
             cgroup_id: 0,
@@ -103,6 +104,7 @@ impl Service {
             included: false,
             draining: false,
             emptying: false,
+            unkilled: false,
             notify: None,
         });
         cgroup.create()?;
@@ -119,6 +121,7 @@ impl Service {
         run.notify = notify;
         let (theirs, ours) = launch::pair().context("make a socket for the launcher")?;
         let start = ToMonitor::Start { id: run.id, label: serde_json::to_vec(&label)? };
+        run.launch = Launch::UnderWay;
         host.link.send(&start, Some(theirs.as_fd()))?;
         let (inputs, service) = (host.inputs.clone(), self.number);
         tokio::task::spawn_local(async move {
@@ -208,7 +211,14 @@ impl Service {
         let main = machine.run().map(server::Run::main);
         let (cgroup, notify_path) = self.places_of(entry, instance, host);
         let notify = match self.wants_notify() {
-            true => Some(self.listen_to(entry, instance, notify_path, host)?),
+            // Then what it says is not heard, and it serves all the same.
+            true => match self.listen_to(entry, instance, notify_path, host) {
+                Ok(notify) => Some(notify),
+                Err(error) => {
+                    warn!("server {}: {}", self.entries[entry].config.name, error::sentence(&error));
+                    None
+                }
+            },
             false => None,
         };
         let ran = match label.run {
@@ -238,6 +248,7 @@ impl Service {
             included,
             draining,
             emptying,
+            unkilled: false,
             notify,
         });
         Ok(())

@@ -238,8 +238,21 @@ pub fn bind(runtime_dir: &Path, access: &Control) -> anyhow::Result<UnixListener
 /// Accepts clients and answers them, until the receiver of `requests` is gone.
 ///
 /// Clients with no right are told so and closed; the others' requests go into `requests`.
-pub async fn serve(listener: UnixListener, access: Control, requests: mpsc::Sender<Request>) {
-    serve_with(listener, access, requests, PATIENCE).await;
+///
+/// `spare` is given up for the operator who asks why nothing goes on when no descriptors are left.
+pub async fn serve(
+    listener: UnixListener,
+    access: Control,
+    requests: mpsc::Sender<Request>,
+    spare: Option<OwnedFd>,
+) {
+    serve_with(listener, access, requests, spare, PATIENCE).await;
+}
+
+/// A descriptor for [`serve`], if there is one. To be made early: the limit of open files is one of
+/// their numbers, and so only the number of one that is below it can be had again.
+pub fn spare() -> Option<OwnedFd> {
+    eventfd(0, EventfdFlags::CLOEXEC).ok()
 }
 
 /// Asks the instance of `runtime_dir`, and waits for its answer.
@@ -360,16 +373,15 @@ async fn serve_with(
     listener: UnixListener,
     access: Control,
     requests: mpsc::Sender<Request>,
+    mut spare: Option<OwnedFd>,
     patience: Patience,
 ) {
     // Dropped, and so ended, with us.
     let mut clients = JoinSet::new();
     let mut log_next_refusal = Instant::now();
-    // Kept for the operator who asks why nothing goes on when no descriptors are left.
-    let mut spare = None;
     let mut accepts = true;
     loop {
-        spare = spare.or_else(|| eventfd(0, EventfdFlags::CLOEXEC).ok());
+        spare = spare.or_else(self::spare);
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             // Its descriptor can be the spare one now.
@@ -826,7 +838,7 @@ mod tests {
                     let listener = bind(&path, &access).unwrap();
                     listen.send(()).unwrap();
                     let (requests, mut queue) = mpsc::channel::<Request>(1);
-                    let serving = tokio::spawn(serve_with(listener, access, requests, patience));
+                    let serving = tokio::spawn(serve_with(listener, access, requests, spare(), patience));
                     let looping = async {
                         let mut kept = Vec::new();
                         while let Some(request) = queue.recv().await {

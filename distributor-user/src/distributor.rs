@@ -9,7 +9,7 @@ use std::{
     fs::{DirBuilder, File},
     io::Write as _,
     os::{
-        fd::AsFd as _,
+        fd::{AsFd as _, OwnedFd},
         unix::fs::{DirBuilderExt as _, FileExt as _},
     },
     path::Path,
@@ -42,6 +42,7 @@ use crate::{
     error,
     instance::Instance,
     kernel::ProgramLog,
+    launch::LaunchError,
     link::{Child, Inheritance, Link},
     lock::DistributorLock,
     message::{FromMonitor, ToMonitor},
@@ -76,7 +77,7 @@ pub enum Input {
         service: usize,
         entry: usize,
         instance: server::Instance,
-        result: Result<(), String>,
+        result: Result<(), LaunchError>,
     },
     Notified {
         service: usize,
@@ -191,6 +192,8 @@ struct Distributor<'a> {
     troubles: Troubles,
     /// There is a control socket.
     can_be_asked: bool,
+    /// For it.
+    spare: Option<OwnedFd>,
 }
 
 impl<'a> Distributor<'a> {
@@ -202,6 +205,7 @@ impl<'a> Distributor<'a> {
         mut link: Link,
         inheritance: Inheritance,
     ) -> anyhow::Result<Self> {
+        let spare = control::spare();
         let (inputs, received) = mpsc::unbounded_channel();
         let Inheritance { children, held, not_replaced, stop } = inheritance;
         let not_upgraded = not_replaced.map(upgrade::not_upgraded);
@@ -253,6 +257,7 @@ impl<'a> Distributor<'a> {
             recorder,
             troubles: Troubles::default(),
             can_be_asked: false,
+            spare,
         };
         distributor.take_over(children, record, succession)?;
         distributor.look_around();
@@ -361,7 +366,7 @@ impl<'a> Distributor<'a> {
         self.can_be_asked = true;
         self.troubles.note("control", None, SystemTime::now());
         let (requests, mut received) = mpsc::channel(64);
-        spawn_local(control::serve(listener, config.control.clone(), requests));
+        spawn_local(control::serve(listener, config.control.clone(), requests, self.spare.take()));
         let inputs = self.inputs.clone();
         spawn_local(async move {
             while let Some(request) = received.recv().await {

@@ -5,6 +5,7 @@
 //! same maps with their counts and the same programs; another build's programs take the place of
 //! those that run in one step, once everything that can fail is done.
 
+mod counters;
 mod links;
 mod moving;
 mod pins;
@@ -29,7 +30,7 @@ use std::{
 use anyhow::{Context as _, ensure};
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, HashMap, Map, MapData, PerCpuArray, ReusePortSockArray, RingBuf, SkStorage},
+    maps::{Array, HashMap, Map, MapData, ReusePortSockArray, RingBuf, SkStorage},
     programs::SkReuseport,
 };
 use aya_log::EbpfLogger;
@@ -43,6 +44,7 @@ use distributor_ebpf::{
 use tracing::debug;
 
 use self::{
+    counters::Counters,
     links::HOOKS,
     moving::Moving,
     pins::Held,
@@ -84,7 +86,7 @@ pub struct Kernel {
     addresses: HashMap<MapData, Address, u32>,
     ports: HashMap<MapData, u32, u32>,
     parked: HashMap<MapData, u64, Parked>,
-    counters: PerCpuArray<MapData, u64>,
+    counters: Counters,
     tag: SkStorage<MapData, Tag>,
     pins: PathBuf,
     cgroup: PathBuf,
@@ -186,7 +188,7 @@ impl Kernel {
             addresses: map("ADDRESSES")?.try_into()?,
             ports: map("PORTS")?.try_into()?,
             parked: map("PARKED")?.try_into()?,
-            counters: map("OUTCOMES")?.try_into()?,
+            counters: Counters::open(pins)?,
             tag: map("TAG")?.try_into()?,
             pins: pins.to_owned(),
             cgroup: cgroup.to_owned(),
@@ -314,20 +316,13 @@ impl Kernel {
 
     /// How often each way out of the programs was taken, over all CPUs.
     pub fn outcomes(&self) -> anyhow::Result<Vec<(Outcome, u64)>> {
-        Outcome::ALL
-            .iter()
-            .map(|&outcome| {
-                let counts = self.counters.get(&(outcome as u32), 0).context("read OUTCOMES")?;
-                Ok((outcome, counts.iter().sum()))
-            })
-            .collect()
+        Outcome::ALL.iter().map(|&outcome| Ok((outcome, self.counters.of(outcome)?))).collect()
     }
 
     /// Whether EVENTS was full since this was last asked, so that something happened of which nobody
     /// was told.
     pub fn has_lost_events(&mut self) -> anyhow::Result<bool> {
-        let counts = self.counters.get(&(Outcome::EventLost as u32), 0).context("read OUTCOMES")?;
-        let lost = counts.iter().sum();
+        let lost = self.counters.of(Outcome::EventLost)?;
         Ok(std::mem::replace(&mut self.lost, lost) != lost)
     }
 

@@ -39,6 +39,7 @@ use crate::{
     error, instance,
     keeper::{self, Keeper},
     kernel::{self, Desk, Kernel, ProgramLog},
+    launch::LaunchError,
     link::Link,
     listener::{self, Verdict},
     message::{Exit, ToMonitor},
@@ -173,6 +174,8 @@ enum Launch {
     UnderWay,
     /// The launcher's exec succeeded; `Launched` is told as soon as the pid is known.
     Running,
+    /// The launcher has ended without a word, or there never was one: the monitor will tell which.
+    Silent,
     Failed,
 }
 
@@ -580,7 +583,7 @@ impl Service {
         &mut self,
         entry: usize,
         instance: Instance,
-        result: Result<(), String>,
+        result: Result<(), LaunchError>,
         host: &mut Host<'_>,
     ) {
         let Some(run) = self.entries[entry].run.as_mut().filter(|run| run.instance == instance) else {
@@ -588,9 +591,10 @@ impl Service {
         };
         match result {
             Ok(()) => run.launch = Launch::Running,
-            Err(sentence) => {
+            Err(error) if error.is_silence() => run.launch = Launch::Silent,
+            Err(error) => {
                 run.launch = Launch::Failed;
-                self.report(entry, not_launched(sentence), host);
+                self.report(entry, not_launched(error.to_string()), host);
             }
         }
         self.settle_launch(entry, host);
@@ -601,6 +605,13 @@ impl Service {
         let Some(run) = &mut self.entries[entry].run else { return };
         match (run.launch, run.pid) {
             (Launch::UnderWay, _) | (Launch::Running, None) => return,
+            (Launch::Silent, _) => {
+                let Some(exit) = run.exit else { return };
+                run.launch = Launch::Failed;
+                // It is our own program, and has not come to anything of the server's.
+                let sentence = format!("start it: its launcher {exit} before it said anything");
+                self.report(entry, Report::LaunchLacked { sentence }, host);
+            }
             (Launch::Running, Some(pid)) => {
                 let told = self.entries[entry].machine.pid() == Some(pid);
                 if !told {

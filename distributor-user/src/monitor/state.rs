@@ -13,10 +13,7 @@ use std::{
 
 use rustix::{io::Errno, process::Signal};
 
-use crate::{
-    error::lacking,
-    message::{Exit, FromMonitor, ToMonitor},
-};
+use crate::message::{Exit, FromMonitor, ToMonitor};
 
 /// A distributor that ran this long was healthy: its death is the first in a row.
 const HEALTHY_RUN: Duration = Duration::from_secs(10);
@@ -196,7 +193,6 @@ impl<F> State<F> {
             }
             (_, Event::DistributorStarted(Err(error))) => {
                 let how = format!("start the distributor: {error}");
-                let how = lacking(&how).unwrap_or(how);
                 if self.before.is_some() {
                     return self.go_back(&how, Exit::Unknown, now);
                 }

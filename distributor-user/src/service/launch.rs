@@ -125,7 +125,7 @@ impl Service {
         host.link.send(&start, Some(theirs.as_fd()))?;
         let (inputs, service) = (host.inputs.clone(), self.number);
         tokio::task::spawn_local(async move {
-            let result = launch::send_job(ours, &exec).await.map_err(|error| error.to_string());
+            let result = launch::send_job(ours, &exec).await;
             // The loop is gone only when everything stops.
             let _ = inputs.send(Input::Launched { service, entry, instance, result });
         });

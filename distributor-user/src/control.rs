@@ -316,8 +316,8 @@ const CLIENTS: usize = 64;
 /// the operator out.
 const CLIENTS_KEPT_FOR_ADMINS: usize = 16;
 
-/// Refused clients get into the log at most this often, for anybody whom the socket's mode
-/// admits can be refused as fast as he can connect.
+/// Refused clients, and those for whom there is no descriptor, get into the log at most this often,
+/// for anybody whom the socket's mode admits can be refused as fast as he can connect.
 const REFUSAL_LOG_INTERVAL: Duration = Duration::from_secs(60);
 
 /// How often a waiting client looks again.
@@ -379,27 +379,30 @@ async fn serve_with(
     // Dropped, and so ended, with us.
     let mut clients = JoinSet::new();
     let mut log_next_refusal = Instant::now();
-    let mut accepts = true;
+    let mut log_next_failure = Instant::now();
     loop {
-        spare = spare.or_else(self::spare);
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             // Its descriptor can be the spare one now.
-            Some(_) = clients.join_next() => continue,
+            Some(_) = clients.join_next() => {
+                spare = spare.or_else(self::spare);
+                continue;
+            }
             () = requests.closed() => return,
         };
         while clients.try_join_next().is_some() {}
         let stream = match accepted {
             Ok((stream, _)) => {
-                accepts = true;
+                spare = spare.or_else(self::spare);
                 stream
             }
-            // Most likely no descriptor is left: now one is.
+            // Most likely no descriptor is left: now one is, and is kept for the next one later.
             Err(_) if spare.take().is_some() => continue,
             // The client waits in the queue meanwhile.
             Err(error) => {
-                if std::mem::take(&mut accepts) {
+                if Instant::now() >= log_next_failure {
                     warn!("accept a control client: {error}; tries again every second");
+                    log_next_failure = Instant::now() + REFUSAL_LOG_INTERVAL;
                 }
                 sleep(Duration::from_secs(1)).await;
                 continue;

@@ -321,11 +321,17 @@ impl Service {
     /// Rooms are the attendant's.
     fn forget_homes(&mut self, homes: Vec<(u64, Home)>) {
         let runs = self.entries.iter().filter_map(|entry| entry.run.as_ref());
-        let kept: HashSet<u64> =
-            runs.flat_map(|run| &run.listeners).flat_map(|them| them.cookies.iter().copied()).collect();
+        let them: Vec<&Listeners> = runs.flat_map(|run| &run.listeners).collect();
+        let kept: HashSet<u64> = them.iter().flat_map(|them| them.cookies.iter().copied()).collect();
+        let taken: HashSet<u32> =
+            them.iter().flat_map(|them| (them.first..).take(them.cookies.len())).collect();
         for (cookie, home) in homes {
             if home.slot != ROOM && !kept.contains(&cookie) {
-                self.kernel.vacate(home.index);
+                // HOME knows a listener for a while after it has closed, and its place may be
+                // another one's by now, who would get nothing any more.
+                if !taken.contains(&home.index) {
+                    self.kernel.vacate(home.index);
+                }
                 self.left.push_back((Instant::now() + super::HOME_STAYS, cookie));
             }
         }

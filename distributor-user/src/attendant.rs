@@ -34,7 +34,7 @@ use rustix::{
     net::{SocketFlags, sockopt},
     time::{ClockId, clock_gettime},
 };
-use tracing::{debug, error, info, warn};
+use tracing::{debug, warn};
 
 use crate::{
     accept_queue,
@@ -42,6 +42,7 @@ use crate::{
     bell,
     corridor::Corridor,
     dismiss::{self, Dismissed},
+    error::{advised, lacking},
     keeper::{Heard, Keeper, Silent},
     kernel::Desk,
     room::Room,
@@ -63,6 +64,8 @@ const BATCH: usize = 64;
 const PAUSE: u64 = 1_000_000_000;
 /// Why rooms that were made did not arrive.
 const NO_DESCRIPTORS: &str = "no descriptors are left: raise the limit of open files";
+/// What the trouble is called that there is no keeper.
+const KEEPER_NAME: &str = "keeper";
 
 /// As long as handshakes on the same machine take, in nanoseconds: see `await_handshakes`.
 const UNDER_WAY: u64 = 300_000;
@@ -128,6 +131,8 @@ pub struct Duty {
 pub enum Says {
     /// This client was turned away and has not closed yet.
     Dismissed(Dismissed),
+    /// Something of this name cannot be done now, and why; `None`: it can again.
+    Trouble(String, Option<String>),
     /// It cannot go on.
     Failed,
 }
@@ -202,7 +207,7 @@ struct Group {
     asked: usize,
     /// When they may be asked for.
     ask_at: u64,
-    /// They cannot be made, which was said.
+    /// They could not be made the last time.
     short: bool,
     /// When the deserted rooms were looked at.
     deserted_since: u64,
@@ -233,7 +238,7 @@ pub struct Attendant {
     stamped: u64,
     /// When a keeper that is gone may be replaced again.
     replace_at: u64,
-    /// It cannot be replaced, which was said.
+    /// It could not be replaced the last time.
     keeperless: bool,
     /// Keepers that are gone, or will be soon, to be waited for.
     ended: Vec<Child>,
@@ -794,23 +799,22 @@ impl Attendant {
         Ok(())
     }
 
-    /// Rooms cannot be had now. That is said once.
+    /// Rooms cannot be had now.
     fn rest(&mut self, number: usize, why: &str) {
         let group = &mut self.groups[number];
         group.ask_at = now() + PAUSE;
-        if !std::mem::replace(&mut group.short, true) {
-            error!(
-                "service {}: make a room for {}: {why}; those that wait share the rooms there are until there \
-                 are more",
-                self.duty.service, self.duty.listen[number]
-            );
-        }
+        group.short = true;
+        let (service, address) = (&self.duty.service, self.duty.listen[number]);
+        let why = advised(format!("service {service}: make a room for {address}: {why}"));
+        let what = format!("{why}; those that wait share the rooms there are until there are more");
+        (self.tell)(Says::Trouble(format!("rooms for {address}"), Some(what)));
     }
 
     /// They can be had again.
     fn rested(&mut self, number: usize) {
         if std::mem::take(&mut self.groups[number].short) {
-            info!("service {}: rooms for {} are made again", self.duty.service, self.duty.listen[number]);
+            let address = self.duty.listen[number];
+            (self.tell)(Says::Trouble(format!("rooms for {address}"), None));
         }
     }
 
@@ -841,17 +845,19 @@ impl Attendant {
                 self.keeper = keeper;
                 self.hears_keeper = false;
                 if std::mem::take(&mut self.keeperless) {
-                    info!("service {}: there is a keeper again", self.duty.service);
+                    (self.tell)(Says::Trouble(KEEPER_NAME.to_owned(), None));
                 }
             }
-            Err(error) if !std::mem::replace(&mut self.keeperless, true) => {
-                error!(
-                    "service {}: start a keeper: {error:#}; until there is one, those that wait share the rooms \
-                     there are, and are lost if dist-ctl dies; tries every second",
-                    self.duty.service
+            Err(error) => {
+                self.keeperless = true;
+                let why = format!("service {}: start a keeper: {error:#}", self.duty.service);
+                let what = format!(
+                    "{}; until there is one, those that wait share the rooms there are, and are lost if dist-ctl \
+                     dies; tries every second",
+                    lacking(&why).unwrap_or(why)
                 );
+                (self.tell)(Says::Trouble(KEEPER_NAME.to_owned(), Some(what)));
             }
-            Err(_) => {}
         }
         for group in &mut self.groups {
             group.asked = 0;

@@ -9,14 +9,15 @@
 use std::{
     env,
     path::Path,
+    sync::{Arc, Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, anyhow};
 use tokio::{
-    sync::mpsc::UnboundedSender,
-    task::{JoinHandle, spawn_blocking, spawn_local},
+    sync::{mpsc::UnboundedSender, oneshot},
+    task::{JoinHandle, spawn_local},
     time::sleep,
 };
 use tracing::debug;
@@ -139,31 +140,45 @@ pub fn interval() -> anyhow::Result<Duration> {
     }
 }
 
+/// Lets it check once in a thread of its own. Not by tokio's `spawn_blocking`, which panics if there
+/// can be no thread.
+fn check_aside(
+    auditor: &Arc<Mutex<Auditor>>,
+) -> anyhow::Result<oneshot::Receiver<anyhow::Result<Option<Checked>>>> {
+    let (tell, checking) = oneshot::channel();
+    let auditor = Arc::clone(auditor);
+    let check = move || {
+        // Poisoned only if a check has panicked, and then there is no next one.
+        let result = auditor.lock().unwrap_or_else(PoisonError::into_inner).check();
+        // The loop is gone only when everything stops.
+        let _ = tell.send(result);
+    };
+    thread::Builder::new().name("auditor".to_owned()).spawn(check).context("start a thread")?;
+    Ok(checking)
+}
+
 /// Lets it check again and again, in a thread where it may block, and tells the loop.
 pub fn follow(
     service: usize,
-    mut auditor: Auditor,
+    auditor: Auditor,
     every: Duration,
     inputs: &UnboundedSender<Input>,
 ) -> JoinHandle<()> {
     let inputs = inputs.clone();
+    let auditor = Arc::new(Mutex::new(auditor));
     spawn_local(async move {
         loop {
             sleep(every).await;
-            let checking = spawn_blocking(move || {
-                let result = auditor.check();
-                (auditor, result)
-            });
-            let result = match checking.await {
-                Ok((back, result)) => {
-                    auditor = back;
-                    result
-                }
-                Err(error) => {
-                    let gone = Err(anyhow!("the auditor has failed: {error}"));
-                    let _ = inputs.send(Input::Audited { service, result: gone });
-                    return;
-                }
+            let result = match check_aside(&auditor) {
+                Ok(checking) => match checking.await {
+                    Ok(result) => result,
+                    Err(_) => {
+                        let gone = Err(anyhow!("the auditor has failed"));
+                        let _ = inputs.send(Input::Audited { service, result: gone });
+                        return;
+                    }
+                },
+                Err(error) => Err(error),
             };
             if let Some(result) = result.transpose() {
                 if let Ok(checked) = &result {

@@ -10,6 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, anyhow};
+use rustix::io::Errno;
 
 /// One cgroup.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -94,17 +95,41 @@ impl Cgroup {
         self.children().iter().find_map(|child| child.find(id))
     }
 
-    /// The processes in it and below it. None if it does not exist.
+    /// The processes in it and below it. None if it does not exist, or cannot be read.
     pub fn processes(&self) -> Vec<u32> {
-        let mut processes: Vec<u32> = fs::read_to_string(self.0.join("cgroup.procs"))
-            .unwrap_or_default()
-            .lines()
-            .filter_map(|line| line.parse().ok())
-            .collect();
-        for child in self.children() {
-            processes.extend(child.processes());
+        self.members().unwrap_or_default()
+    }
+
+    /// The processes in it and below it. None if it does not exist.
+    ///
+    /// # Errors
+    /// It cannot be read, because no descriptors are left for example. Who takes that for empty
+    /// takes what runs for gone.
+    pub fn members(&self) -> io::Result<Vec<u32>> {
+        let text = match fs::read_to_string(self.0.join("cgroup.procs")) {
+            // ENODEV: it was removed after it was opened.
+            Err(error)
+                if error.kind() == io::ErrorKind::NotFound
+                    || error.raw_os_error() == Some(Errno::NODEV.raw_os_error()) =>
+            {
+                return Ok(Vec::new());
+            }
+            text => text?,
+        };
+        let mut processes: Vec<u32> = text.lines().filter_map(|line| line.parse().ok()).collect();
+        for child in self.try_children()? {
+            processes.extend(child.members()?);
         }
-        processes
+        Ok(processes)
+    }
+
+    /// Whether no process is left in one that is not to have any. If there is no descriptor to
+    /// look, it is removed, which takes none, and which the kernel does only then.
+    pub fn has_emptied(&self) -> bool {
+        match self.members() {
+            Ok(processes) => processes.is_empty(),
+            Err(_) => fs::remove_dir(&self.0).is_ok(),
+        }
     }
 
     /// Kills every process in it and below it, also such as fork meanwhile (cgroup.kill,
@@ -136,12 +161,19 @@ impl Cgroup {
 
     /// The cgroups directly below it.
     pub fn children(&self) -> Vec<Self> {
-        let Ok(entries) = fs::read_dir(&self.0) else { return Vec::new() };
-        entries
+        self.try_children().unwrap_or_default()
+    }
+
+    fn try_children(&self) -> io::Result<Vec<Self>> {
+        let entries = match fs::read_dir(&self.0) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries?,
+        };
+        Ok(entries
             .flatten()
             .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
             .map(|entry| Self(entry.path()))
-            .collect()
+            .collect())
     }
 }
 

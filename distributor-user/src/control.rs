@@ -24,7 +24,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use nix::libc;
 use rustix::{
-    event::{PollFd, PollFlags, Timespec},
+    event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd},
     process::{Pid, PidfdFlags, pidfd_open},
 };
 use serde::{Deserialize, Serialize};
@@ -255,8 +255,21 @@ pub fn bind(runtime_dir: &Path, access: &Control) -> anyhow::Result<UnixListener
 /// Accepts clients and answers them, until the receiver of `requests` is gone.
 ///
 /// Clients with no right are told so and closed; the others' requests go into `requests`.
-pub async fn serve(listener: UnixListener, access: Control, requests: mpsc::Sender<Request>) {
-    serve_with(listener, access, requests, PATIENCE).await;
+///
+/// `spare` is given up for the operator who asks why nothing goes on when no descriptors are left.
+pub async fn serve(
+    listener: UnixListener,
+    access: Control,
+    requests: mpsc::Sender<Request>,
+    spare: Option<OwnedFd>,
+) {
+    serve_with(listener, access, requests, spare, PATIENCE).await;
+}
+
+/// A descriptor for [`serve`], if there is one. To be made early: the limit of open files is one of
+/// their numbers, and so only the number of one that is below it can be had again.
+pub fn spare() -> Option<OwnedFd> {
+    eventfd(0, EventfdFlags::CLOEXEC).ok()
 }
 
 /// Asks the instance of `runtime_dir`, and waits for its answer.
@@ -320,8 +333,8 @@ const CLIENTS: usize = 64;
 /// the operator out.
 const CLIENTS_KEPT_FOR_ADMINS: usize = 16;
 
-/// Refused clients get into the log at most this often, for anybody whom the socket's mode
-/// admits can be refused as fast as he can connect.
+/// Refused clients, and those for whom there is no descriptor, get into the log at most this often,
+/// for anybody whom the socket's mode admits can be refused as fast as he can connect.
 const REFUSAL_LOG_INTERVAL: Duration = Duration::from_secs(60);
 
 /// How often a waiting client looks again.
@@ -377,22 +390,37 @@ async fn serve_with(
     listener: UnixListener,
     access: Control,
     requests: mpsc::Sender<Request>,
+    mut spare: Option<OwnedFd>,
     patience: Patience,
 ) {
     // Dropped, and so ended, with us.
     let mut clients = JoinSet::new();
     let mut log_next_refusal = Instant::now();
+    let mut log_next_failure = Instant::now();
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
+            // Its descriptor can be the spare one now.
+            Some(_) = clients.join_next() => {
+                spare = spare.or_else(self::spare);
+                continue;
+            }
             () = requests.closed() => return,
         };
         while clients.try_join_next().is_some() {}
         let stream = match accepted {
-            Ok((stream, _)) => stream,
-            // Most likely no descriptor is left. The client waits in the queue meanwhile.
+            Ok((stream, _)) => {
+                spare = spare.or_else(self::spare);
+                stream
+            }
+            // Most likely no descriptor is left: now one is, and is kept for the next one later.
+            Err(_) if spare.take().is_some() => continue,
+            // The client waits in the queue meanwhile.
             Err(error) => {
-                warn!("accept a control client: {error}; next try in 1s");
+                if Instant::now() >= log_next_failure {
+                    warn!("accept a control client: {error}; tries again every second");
+                    log_next_failure = Instant::now() + REFUSAL_LOG_INTERVAL;
+                }
                 sleep(Duration::from_secs(1)).await;
                 continue;
             }
@@ -830,7 +858,7 @@ mod tests {
                     let listener = bind(&path, &access).unwrap();
                     listen.send(()).unwrap();
                     let (requests, mut queue) = mpsc::channel::<Request>(1);
-                    let serving = tokio::spawn(serve_with(listener, access, requests, patience));
+                    let serving = tokio::spawn(serve_with(listener, access, requests, spare(), patience));
                     let looping = async {
                         let mut kept = Vec::new();
                         while let Some(request) = queue.recv().await {
@@ -922,6 +950,7 @@ mod tests {
             version: "0.1.0".to_owned(),
             build: "1-2-3-4.5".to_owned(),
             not_upgraded: None,
+            troubles: Vec::new(),
             services: Vec::new(),
         }
     }
@@ -1048,7 +1077,7 @@ mod tests {
             (Response::Done, r#"{"version":1,"ok":true}"#),
             (
                 Response::Status(a_status()),
-                r#"{"version":1,"ok":true,"status":{"version":"0.1.0","build":"1-2-3-4.5","not_upgraded":null,"services":[]}}"#,
+                r#"{"version":1,"ok":true,"status":{"version":"0.1.0","build":"1-2-3-4.5","not_upgraded":null,"troubles":[],"services":[]}}"#,
             ),
             (
                 Response::input("no server is called \"x\""),

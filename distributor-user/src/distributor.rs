@@ -9,7 +9,7 @@ use std::{
     fs::{DirBuilder, File},
     io::Write as _,
     os::{
-        fd::AsFd as _,
+        fd::{AsFd as _, OwnedFd},
         unix::fs::{DirBuilderExt as _, FileExt as _},
     },
     path::Path,
@@ -19,7 +19,10 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use distributor_ebpf::contract;
-use rustix::fs::MemfdFlags;
+use rustix::{
+    event::{EventfdFlags, eventfd},
+    fs::MemfdFlags,
+};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use tokio::{
     sync::{
@@ -36,8 +39,10 @@ use crate::{
     cli::Source,
     config::{self, Config, Occupied},
     control::{self, Command, Request, Response},
+    error,
     instance::Instance,
     kernel::ProgramLog,
+    launch::LaunchError,
     link::{Child, Inheritance, Link},
     lock::DistributorLock,
     message::{FromMonitor, ToMonitor},
@@ -45,7 +50,8 @@ use crate::{
     record::{Record, Recorder},
     room, server,
     service::{self, Found, Host, Label, Left, Service, Shared, Succession},
-    status::{ServiceStatus, Status},
+    status::{ServiceStatus, Status, Trouble},
+    trouble::Troubles,
     upgrade::{self, Candidate},
 };
 
@@ -53,6 +59,9 @@ use crate::{
 const RESTLESS: Duration = Duration::from_millis(20);
 /// How often all is looked at, whether or not there is a reason.
 const LOOK_AROUND: Duration = Duration::from_secs(1);
+
+/// What the trouble is called that the record cannot be written.
+const RECORD: &str = "record";
 
 /// Something that happened.
 #[derive(Debug)]
@@ -68,7 +77,7 @@ pub enum Input {
         service: usize,
         entry: usize,
         instance: server::Instance,
-        result: Result<(), String>,
+        result: Result<(), LaunchError>,
     },
     Notified {
         service: usize,
@@ -125,7 +134,7 @@ async fn serve(
     // What an earlier run has left is not ours to end because we cannot start.
     let nothing_runs = inheritance.is_empty() && !place.is_populated();
     match Distributor::begin(&config, &place, log, link, inheritance).await {
-        Ok(distributor) => distributor.work().await,
+        Ok(distributor) => distributor.work(&config).await,
         Err(error) => {
             if nothing_runs && let Err(left) = place.remove() {
                 error!("{left:#}; remove it by hand, or with the next dist-ctl up");
@@ -182,8 +191,12 @@ struct Distributor<'a> {
     /// The services that were announced on standard output.
     announced: Vec<bool>,
     recorder: Recorder,
-    /// Why the record is out of date, and since when.
-    unwritten: Option<(String, SystemTime)>,
+    /// What is wrong with the machine, beside what its services know of.
+    troubles: Troubles,
+    /// There is a control socket.
+    can_be_asked: bool,
+    /// For it.
+    spare: Option<OwnedFd>,
 }
 
 impl<'a> Distributor<'a> {
@@ -195,6 +208,7 @@ impl<'a> Distributor<'a> {
         mut link: Link,
         inheritance: Inheritance,
     ) -> anyhow::Result<Self> {
+        let spare = control::spare();
         let (inputs, received) = mpsc::unbounded_channel();
         let Inheritance { children, held, not_replaced, stop } = inheritance;
         let not_upgraded = not_replaced.map(upgrade::not_upgraded);
@@ -212,6 +226,7 @@ impl<'a> Distributor<'a> {
         if succession == Succession::First {
             clear_the_way(config, place, record.as_ref())?;
         }
+        let runs = succession == Succession::Next || place.is_populated();
         place.cgroup.create()?;
         match DirBuilder::new().mode(0o711).create(place.notify_dir()) {
             Err(error) if !place.notify_dir().is_dir() => {
@@ -254,7 +269,9 @@ impl<'a> Distributor<'a> {
             not_upgraded,
             announced,
             recorder,
-            unwritten: None,
+            troubles: Troubles::default(),
+            can_be_asked: false,
+            spare,
         };
         distributor.take_over(children, record, succession)?;
         distributor.look_around();
@@ -264,7 +281,11 @@ impl<'a> Distributor<'a> {
             services.iter_mut().for_each(|service| service.start(&mut host));
         }
         distributor.write_down();
-        distributor.open_control(config)?;
+        match distributor.open_control(config) {
+            // What runs is more than that somebody can ask for it.
+            Err(error) if runs => distributor.cannot_be_asked(&error),
+            opened => opened?,
+        }
         distributor.listen_to_monitor()?;
         distributor.link.send(&ToMonitor::Ready, None)?;
         if stop {
@@ -339,25 +360,18 @@ impl<'a> Distributor<'a> {
         for service in services.iter_mut() {
             changed |= service.relabel(&mut host);
         }
-        if !changed && self.unwritten.is_none() {
+        if !changed && !self.troubles.has(RECORD) {
             return;
         }
         let record = Record::new(self.services.iter().map(Service::record).collect());
-        match record.and_then(|record| self.recorder.write(&record)) {
-            Ok(()) => {
-                if self.unwritten.take().is_some() {
-                    info!("the record is written again");
-                }
-            }
-            Err(error) if self.unwritten.is_none() => {
-                let sentence = format!(
-                    "{error:#}; if everything was killed now, the next dist-ctl up would know an older state"
-                );
-                warn!("{sentence}");
-                self.unwritten = Some((sentence, SystemTime::now()));
-            }
-            Err(_) => {}
-        }
+        let unwritten = record.and_then(|record| self.recorder.write(&record)).err().map(|error| {
+            format!(
+                "the record is not written: {}; if everything was killed now, the next dist-ctl up would know an \
+                 older state",
+                error::sentence(&error)
+            )
+        });
+        self.troubles.note(RECORD, unwritten, SystemTime::now());
         let (services, mut host) = self.split();
         services.iter_mut().for_each(|service| service.forget_ended(&mut host));
     }
@@ -367,10 +381,18 @@ impl<'a> Distributor<'a> {
         (services, Host { place, link, inputs })
     }
 
+    /// The control socket cannot be made.
+    fn cannot_be_asked(&mut self, error: &anyhow::Error) {
+        let what = format!("{}; until it is, nobody can ask anything", error::sentence(error));
+        self.troubles.note("control", Some(what), SystemTime::now());
+    }
+
     fn open_control(&mut self, config: &Config) -> anyhow::Result<()> {
         let listener = control::bind(&self.place.runtime_dir, &config.control)?;
+        self.can_be_asked = true;
+        self.troubles.note("control", None, SystemTime::now());
         let (requests, mut received) = mpsc::channel(64);
-        spawn_local(control::serve(listener, config.control.clone(), requests));
+        spawn_local(control::serve(listener, config.control.clone(), requests, self.spare.take()));
         let inputs = self.inputs.clone();
         spawn_local(async move {
             while let Some(request) = received.recv().await {
@@ -395,7 +417,7 @@ impl<'a> Distributor<'a> {
     }
 
     /// The loop.
-    async fn work(mut self) -> anyhow::Result<()> {
+    async fn work(mut self, config: &Config) -> anyhow::Result<()> {
         let mut looked_around = Instant::now();
         while !(self.stopping && self.services.iter().all(Service::has_stopped)) {
             let next = self.next_tick(looked_around);
@@ -413,6 +435,11 @@ impl<'a> Distributor<'a> {
             if now - looked_around >= LOOK_AROUND {
                 looked_around = now;
                 self.look_around();
+                if !self.can_be_asked
+                    && let Err(error) = self.open_control(config)
+                {
+                    self.cannot_be_asked(&error);
+                }
             }
             self.write_down();
             self.announce();
@@ -522,6 +549,11 @@ impl<'a> Distributor<'a> {
         self.fill_vacancies();
         let (services, mut host) = self.split();
         services.iter_mut().for_each(|service| service.look_around(&mut host));
+        let lacking = eventfd(0, EventfdFlags::CLOEXEC).err().map(|error| {
+            let what = error::advised(format!("open a file: {error}"));
+            format!("{what}; until there are more, no server is started again, and no room is made")
+        });
+        self.troubles.note("descriptors", lacking, SystemTime::now());
     }
 
     fn perform(&mut self, input: Input) -> anyhow::Result<()> {
@@ -706,6 +738,7 @@ impl<'a> Distributor<'a> {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             build: upgrade::own_build(),
             not_upgraded: self.not_upgraded.clone(),
+            troubles: self.troubles(),
             services: self
                 .services
                 .iter()
@@ -713,6 +746,13 @@ impl<'a> Distributor<'a> {
                 .chain(self.vacant.iter().map(|vacancy| Ok(vacancy.status())))
                 .collect::<Result<_, _>>()?,
         })
+    }
+
+    fn troubles(&self) -> Vec<Trouble> {
+        let services = self.services.iter().flat_map(|service| service.troubles().all());
+        let mut troubles: Vec<Trouble> = self.troubles.all().chain(services).collect();
+        troubles.sort_by_key(|trouble| trouble.since);
+        troubles
     }
 
     fn stop(&mut self) {
@@ -733,7 +773,10 @@ impl<'a> Distributor<'a> {
                 let listen: Vec<String> = service.listen.iter().map(ToString::to_string).collect();
                 let servers = service.servers.len();
                 let noun = if servers == 1 { "server" } else { "servers" };
-                println!("{}: listening on {}, {servers} {noun}", service.name, listen.join(", "));
+                let line =
+                    format!("{}: listening on {}, {servers} {noun}\n", service.name, listen.join(", "));
+                // If it cannot be written, that must stop nothing.
+                let _ = std::io::stdout().write_all(line.as_bytes());
             }
         }
     }

@@ -47,17 +47,40 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
 
 /// The failure as an operator reads it.
 pub fn sentence(error: &anyhow::Error) -> String {
-    let text = format!("{error:#}");
-    let lacking = [libc::EMFILE, libc::ENFILE, libc::ENOMEM].map(rustix::io::Errno::from_raw_os_error);
-    let advice = lacking
-        .into_iter()
-        // By its text, because other processes tell their failures as texts.
-        .filter(|errno| text.contains(name(*errno).as_str()))
-        .find_map(|errno| advice(errno.raw_os_error()));
-    match advice {
+    advised(format!("{error:#}"))
+}
+
+/// A sentence with what to do added, if it says that the machine has run out of something.
+pub fn advised(text: String) -> String {
+    match lack(&text, advice) {
         Some(advice) if !text.contains(advice) => format!("{text}: {advice}"),
         _ => text,
     }
+}
+
+/// Why a process could not be started, with what to do added, if it is the machine that lacks
+/// something for it. `None`: it lacks nothing.
+pub fn lacking(text: &str) -> Option<String> {
+    let advice = lack(text, |errno| match errno {
+        // Of other system calls it says something else.
+        libc::EAGAIN => Some(
+            "there are as many processes as there may be: raise the limit of the cgroup (pids.max), of the user \
+             (ulimit -u, or nproc in limits), or kernel.pid_max",
+        ),
+        other => advice(other),
+    })?;
+    Some(if text.contains(advice) { text.to_owned() } else { format!("{text}: {advice}") })
+}
+
+/// What may run out, and be there again. The texts of the first two begin with the same words.
+const LACKS: [i32; 7] =
+    [libc::ENFILE, libc::EMFILE, libc::ENOMEM, libc::EAGAIN, libc::ENOSPC, libc::EDQUOT, libc::EROFS];
+
+/// What to do about the first of these failures that a text tells of. By its text, because other
+/// processes tell their failures as texts.
+fn lack(text: &str, advice: impl Fn(i32) -> Option<&'static str>) -> Option<&'static str> {
+    let told = |errno: &i32| text.contains(&name(rustix::io::Errno::from_raw_os_error(*errno)));
+    LACKS.into_iter().filter(told).find_map(advice)
 }
 
 fn name(errno: rustix::io::Errno) -> String {
@@ -76,6 +99,8 @@ pub fn advice(errno: i32) -> Option<&'static str> {
             "dist-ctl has as many files open as it may: raise its limit (ulimit -n, or LimitNOFILE= of its unit)",
         ),
         libc::ENFILE => Some("the machine has as many files open as it may: raise fs.file-max"),
+        libc::ENOSPC | libc::EDQUOT => Some("the disk is full: free some space"),
+        libc::EROFS => Some("the file system is read-only: see in the kernel's log why, and remount it"),
         _ => None,
     }
 }
@@ -103,6 +128,32 @@ mod tests {
             assert_eq!(sentence(&error).matches("LimitNOFILE=").count(), 1, "{error:#}");
         }
         assert_eq!(sentence(&anyhow::anyhow!("no such file")), "no such file");
+    }
+
+    #[test]
+    fn what_the_machine_lacks_is_told_from_what_a_server_does() {
+        for (text, words) in [
+            ("start a process: Resource temporarily unavailable (os error 11)", "pids.max"),
+            ("run /bin/true: Resource temporarily unavailable", "pids.max"),
+            ("make a socket for the launcher: Too many open files (os error 24)", "LimitNOFILE="),
+            ("open /dev/null: Too many open files in system", "fs.file-max"),
+            ("start a process: Cannot allocate memory (os error 12)", "memory.max"),
+            ("open /var/log/a for standard output: No space left on device", "free some space"),
+            ("open /var/log/a for standard output: Disk quota exceeded", "free some space"),
+            ("make notify socket: /run/a: Read-only file system (os error 30)", "remount"),
+        ] {
+            let told = lacking(text).unwrap_or_else(|| panic!("{text}"));
+            assert!(told.starts_with(text) && told.contains(words), "{told}");
+            assert_eq!(lacking(&told), Some(told.clone()), "once");
+        }
+        for text in [
+            "run /srv/shop: No such file or directory",
+            "change to directory /srv: Permission denied",
+            "start it: its launcher ended before it could",
+            "bind 0.0.0.0:80: Address already in use",
+        ] {
+            assert_eq!(lacking(text), None, "{text}");
+        }
     }
 
     #[test]

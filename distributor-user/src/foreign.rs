@@ -104,7 +104,7 @@ fn sorted(
     described: &str,
 ) -> anyhow::Result<(Vec<Foreign>, Vec<SocketAddr>)> {
     let (mut steerable, mut elsewhere) = (Vec::new(), Vec::new());
-    for Found { fd, cookie, facts } in listener::find(processes) {
+    for Found { fd, cookie, facts } in listener::find(processes).context("look for its listeners")? {
         // These two are ours to change.
         let changed = Facts { shared: true, uid: 0, ..facts };
         match listener::judge(&changed, listen, 0) {
@@ -256,7 +256,8 @@ fn each_connection(
         {
             each(socket.as_fd(), cookie);
         }
-    });
+    })
+    .context("look at its connections")?;
     Ok(())
 }
 

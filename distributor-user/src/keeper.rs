@@ -43,7 +43,7 @@ use crate::{
     address::ListenAddress,
     cgroup::Cgroup,
     launcher::{bound_socket, enter},
-    listener,
+    listener, logging,
 };
 
 /// What a keeper is asked.
@@ -210,7 +210,7 @@ impl Keeper {
         if !cgroup.processes().contains(&other) {
             return Ok(());
         }
-        let rooms = listener::find(&[other]);
+        let rooms = listener::find(&[other]).context("take the rooms of another keeper")?;
         info!(
             "a keeper of rooms (pid {other}) cannot be reached; its {} rooms get another, and it is killed",
             rooms.len()
@@ -379,7 +379,7 @@ pub fn run(cgroup: &Path) -> ExitCode {
     match keep(cgroup) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("dist-ctl keep: {error:#}");
+            logging::say(format_args!("dist-ctl keep: {error:#}"));
             ExitCode::FAILURE
         }
     }
@@ -456,7 +456,7 @@ impl Seat {
         match rustix::net::accept_with(listener, SocketFlags::CLOEXEC) {
             Ok(peer) => self.peer = Some(peer),
             Err(error) => {
-                eprintln!("dist-ctl keep: accept a distributor: {error}; tries again");
+                logging::say(format_args!("dist-ctl keep: accept a distributor: {error}; tries again"));
                 self.leave();
                 // It may still be there, and would be told again at once.
                 thread::sleep(Duration::from_millis(100));

@@ -5,6 +5,7 @@
 //! same maps with their counts and the same programs; another build's programs take the place of
 //! those that run in one step, once everything that can fail is done.
 
+mod counters;
 mod foreign;
 mod ledger;
 mod links;
@@ -27,7 +28,7 @@ use std::{
 use anyhow::{Context as _, ensure};
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, HashMap, Map, MapData, PerCpuArray, ReusePortSockArray, RingBuf, SkStorage},
+    maps::{Array, HashMap, Map, MapData, ReusePortSockArray, RingBuf, SkStorage},
     programs::SkReuseport,
 };
 use aya_log::EbpfLogger;
@@ -42,6 +43,7 @@ use distributor_ebpf::{
 use tracing::debug;
 
 use self::{
+    counters::Counters,
     links::HOOKS,
     moving::Moving,
     pins::Held,
@@ -83,7 +85,7 @@ pub struct Kernel {
     addresses: HashMap<MapData, Address, u32>,
     ports: HashMap<MapData, u32, u32>,
     parked: HashMap<MapData, u64, Parked>,
-    counters: PerCpuArray<MapData, u64>,
+    counters: Counters,
     tag: SkStorage<MapData, Tag>,
     pins: PathBuf,
     cgroup: PathBuf,
@@ -96,8 +98,6 @@ pub struct Kernel {
     held: Option<Held>,
     /// Events that had been lost when it was last asked.
     lost: u64,
-    /// What [`Kernel::heal`] said last of what it could not do.
-    complaint: Option<String>,
 }
 
 /// What the kernel tells while the distributor runs.
@@ -187,7 +187,7 @@ impl Kernel {
             addresses: map("ADDRESSES")?.try_into()?,
             ports: map("PORTS")?.try_into()?,
             parked: map("PARKED")?.try_into()?,
-            counters: map("OUTCOMES")?.try_into()?,
+            counters: Counters::open(pins)?,
             tag: map("TAG")?.try_into()?,
             pins: pins.to_owned(),
             cgroup: cgroup.to_owned(),
@@ -196,7 +196,6 @@ impl Kernel {
             moving,
             held: None,
             lost: 0,
-            complaint: None,
         };
         // Of those before us somebody else was to know; we look at everything.
         kernel.has_lost_events()?;
@@ -237,25 +236,11 @@ impl Kernel {
 
     /// Looks whether what is pinned and attached still is, and makes it so again: somebody may have
     /// removed the pins, and with them a next distributor's way to what runs; or the cgroup, which
-    /// ends what is attached to it. A sentence if there was something to do, or to complain about
-    /// once.
+    /// ends what is attached to it. A sentence if there was something to do.
     ///
     /// `mount` sees that there is a bpffs, where that is ours to do.
     pub fn heal(&mut self, mount: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<Option<String>> {
-        match mount().and_then(|()| self.make_whole()) {
-            Ok(done) => {
-                self.complaint = None;
-                Ok(done)
-            }
-            Err(error) => {
-                let complaint = format!("{error:#}");
-                if self.complaint.as_ref() == Some(&complaint) {
-                    return Ok(None);
-                }
-                self.complaint = Some(complaint);
-                Err(error)
-            }
-        }
+        mount().and_then(|()| self.make_whole())
     }
 
     fn make_whole(&mut self) -> anyhow::Result<Option<String>> {
@@ -330,20 +315,13 @@ impl Kernel {
 
     /// How often each way out of the programs was taken, over all CPUs.
     pub fn outcomes(&self) -> anyhow::Result<Vec<(Outcome, u64)>> {
-        Outcome::ALL
-            .iter()
-            .map(|&outcome| {
-                let counts = self.counters.get(&(outcome as u32), 0).context("read OUTCOMES")?;
-                Ok((outcome, counts.iter().sum()))
-            })
-            .collect()
+        Outcome::ALL.iter().map(|&outcome| Ok((outcome, self.counters.of(outcome)?))).collect()
     }
 
     /// Whether EVENTS was full since this was last asked, so that something happened of which nobody
     /// was told.
     pub fn has_lost_events(&mut self) -> anyhow::Result<bool> {
-        let counts = self.counters.get(&(Outcome::EventLost as u32), 0).context("read OUTCOMES")?;
-        let lost = counts.iter().sum();
+        let lost = self.counters.of(Outcome::EventLost)?;
         Ok(std::mem::replace(&mut self.lost, lost) != lost)
     }
 

@@ -113,6 +113,13 @@ pub struct LaunchError {
     pub error: String,
 }
 
+impl LaunchError {
+    /// It says nothing but that there is no launcher.
+    pub fn is_silence(&self) -> bool {
+        self.error == SILENT
+    }
+}
+
 impl fmt::Display for LaunchError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.step, self.error)
@@ -124,6 +131,9 @@ impl std::error::Error for LaunchError {}
 /// A launcher answers within this time. Ten times what a busy machine needs; what takes longer
 /// hangs, on a named pipe that nobody reads or a network file system that is gone.
 const TIME_LIMIT: Duration = Duration::from_secs(10);
+
+/// Said of a launcher that ended, or never was, without a word. How, the monitor tells.
+const SILENT: &str = "its launcher ended before it could";
 
 /// A job is no longer: what the kernel accepts as arguments and environment fits.
 pub(crate) const MAX_JOB: u32 = 8 << 20;
@@ -153,7 +163,7 @@ pub async fn send_job(mut socket: UnixStream, exec: &Exec) -> Result<(), LaunchE
     match (&answer[..], ended) {
         (b".", Ok(Ok(()))) => Ok(()),
         (b"" | b".", Err(_)) => Err(failed("start it", format!("no answer within {TIME_LIMIT:?}"))),
-        (b"", Ok(_)) => Err(failed("start it", "its launcher ended before it could")),
+        (b"", Ok(_)) => Err(failed("start it", SILENT)),
         (b".", Ok(Err(error))) => Err(unsent(error)),
         (answer, _) => Err(read_error(answer)),
     }

@@ -31,6 +31,7 @@ use rustix::{
 use crate::{
     address::ListenAddress,
     launch::{Exec, Identity, LaunchError, Limit, MAX_JOB, Output, Socket, failed, reason},
+    logging,
     monitor::OPEN_FILES,
 };
 
@@ -64,7 +65,12 @@ pub(crate) fn launch() -> u8 {
     let mut channel = match rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3) {
         Ok(channel) => UnixStream::from(channel),
         Err(error) => {
-            eprintln!("dist-ctl launch: read a job from standard input: {}", reason(error));
+            let error = failed("read a job from standard input", reason(error));
+            let answer = serde_json::to_vec(&error).unwrap_or_default();
+            // To the distributor, if it is one that listens there; else to whoever typed this.
+            if rustix::io::write(rustix::stdio::stdin(), &answer).is_err() {
+                logging::say(format_args!("dist-ctl launch: {error}"));
+            }
             return NOT_EXECUTED;
         }
     };

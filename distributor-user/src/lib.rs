@@ -42,5 +42,6 @@ pub mod service;
 pub mod shared;
 pub mod sock_diag;
 pub mod status;
+pub mod trouble;
 pub mod upgrade;
 pub mod watch;

@@ -7,7 +7,7 @@
 
 use std::{
     collections::HashSet,
-    fs,
+    fs, io,
     net::SocketAddr,
     os::fd::{AsFd as _, OwnedFd},
 };
@@ -54,18 +54,21 @@ pub enum Verdict {
 
 /// All listening TCP sockets of these processes, each once. A process that ends meanwhile, or a
 /// descriptor that closes, is passed over.
-pub fn find(processes: &[u32]) -> Vec<Found> {
+///
+/// # Errors
+/// What it takes to look is lacking, descriptors for example.
+pub fn find(processes: &[u32]) -> io::Result<Vec<Found>> {
     let mut found = Vec::new();
-    each_socket(processes, |socket| found.extend(listening(socket)));
-    found
+    each_socket(processes, |socket| found.extend(listening(socket)))?;
+    Ok(found)
 }
 
 /// A duplicate of every socket of these processes, each once. Likewise.
-pub fn each_socket(processes: &[u32], mut each: impl FnMut(OwnedFd)) {
+pub fn each_socket(processes: &[u32], mut each: impl FnMut(OwnedFd)) -> io::Result<()> {
     let mut seen = HashSet::new();
     for &process in processes {
         let Some(pid) = i32::try_from(process).ok().and_then(Pid::from_raw) else { continue };
-        let Ok(entries) = fs::read_dir(format!("/proc/{process}/fd")) else { continue };
+        let Some(entries) = unless_lacking(fs::read_dir(format!("/proc/{process}/fd")))? else { continue };
         let sockets: Vec<i32> = entries
             .flatten()
             .filter(|entry| {
@@ -79,12 +82,24 @@ pub fn each_socket(processes: &[u32], mut each: impl FnMut(OwnedFd)) {
         if sockets.is_empty() {
             continue;
         }
-        let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) else { continue };
+        let Some(pidfd) = unless_lacking(pidfd_open(pid, PidfdFlags::empty()))? else { continue };
         for number in sockets {
-            if let Ok(fd) = pidfd_getfd(pidfd.as_fd(), number, PidfdGetfdFlags::empty()) {
+            let fd = pidfd_getfd(pidfd.as_fd(), number, PidfdGetfdFlags::empty());
+            if let Some(fd) = unless_lacking(fd)? {
                 each(fd);
             }
         }
+    }
+    Ok(())
+}
+
+/// Passes on what says nothing about the process.
+fn unless_lacking<T>(result: Result<T, impl Into<io::Error>>) -> io::Result<Option<T>> {
+    match result.map_err(Into::into) {
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM)) => {
+            Err(error)
+        }
+        other => Ok(other.ok()),
     }
 }
 
@@ -209,7 +224,7 @@ mod tests {
     fn the_listeners_of_this_very_process_are_found() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        let found = find(&[std::process::id()]);
+        let found = find(&[std::process::id()]).unwrap();
         let it = found.iter().find(|found| found.facts.address == address).unwrap();
         assert!(!it.facts.mptcp && !it.facts.shared && !it.facts.v6only);
         assert_eq!(it.cookie, sockopt::socket_cookie(&listener).unwrap());
@@ -217,7 +232,7 @@ mod tests {
 
     #[test]
     fn a_process_that_is_gone_has_none() {
-        assert!(find(&[0x7fff_fff0]).is_empty());
+        assert!(find(&[0x7fff_fff0]).unwrap().is_empty());
     }
 
     #[test]

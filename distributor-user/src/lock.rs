@@ -107,8 +107,9 @@ impl Lock {
             if directory_is_ours {
                 text.push_str(MADE);
             }
-            file.set_len(0)
-                .and_then(|()| file.write_all_at(text.as_bytes(), 0))
+            // In this order: on a full disk there still is room for what is replaced.
+            file.write_all_at(text.as_bytes(), 0)
+                .and_then(|()| file.set_len(text.len() as u64))
                 .with_context(|| format!("write {}", path.display()))?;
             return Ok(Self { directory: directory.to_owned(), directory_is_ours, _file: file });
         }

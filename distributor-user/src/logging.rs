@@ -7,7 +7,7 @@
 
 use std::{
     fmt,
-    io::{self, IsTerminal as _},
+    io::{self, IsTerminal as _, Write as _},
 };
 
 use tracing::{Event, Level, Subscriber, level_filters::LevelFilter};
@@ -39,6 +39,13 @@ pub enum Verbosity {
 pub fn set_up(verbosity: Verbosity) {
     let look = Look::for_stderr(std::env::var("JOURNAL_STREAM").ok().as_deref());
     subscriber(verbosity, look, io::stderr).init();
+}
+
+/// Writes one line to stderr as it is: a last word, or where there is no log. That nobody can read
+/// it, because the disk is full or the reader gone, must stop nothing; `eprintln!` would panic.
+pub fn say(line: impl fmt::Display) {
+    // At once, or a line would be cut into its parts where several processes write.
+    let _ = io::stderr().write_all(format!("{line}\n").as_bytes());
 }
 
 /// What the reader of stderr adds to a line, or wants from us.

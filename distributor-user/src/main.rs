@@ -12,7 +12,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use anyhow::bail;
+use anyhow::{Context as _, bail};
 use distributor_user::{
     cli::{Command, Form, Invocation},
     config::Config,
@@ -38,7 +38,7 @@ fn main() -> ExitCode {
     match perform(&invocation) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("dist-ctl: {}", error::sentence(&error));
+            logging::say(format_args!("dist-ctl: {}", error::sentence(&error)));
             ExitCode::from(error::exit_code(&error))
         }
     }
@@ -86,11 +86,11 @@ fn perform(invocation: &Invocation) -> anyhow::Result<ExitCode> {
                 Some(binary) => std::path::absolute(binary)?,
                 None => upgrade::own_program()?,
             };
-            println!("{}", upgrade::upgrade(directory, &program)?);
+            print(&format!("{}\n", upgrade::upgrade(directory, &program)?))?;
         }
         Command::Check(file) => {
             let config = Config::read(file)?;
-            print!("{config}");
+            print(&config.to_string())?;
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -112,10 +112,16 @@ fn show(status: &Status, form: Form) -> anyhow::Result<()> {
         Form::Json => serde_json::to_string_pretty(status)? + "\n",
         Form::Table => status.table(width(), SystemTime::now()),
     };
-    match std::io::stdout().write_all(text.as_bytes()) {
+    print(&text)
+}
+
+/// What somebody asked for: that it cannot be written is a failure, and no panic.
+fn print(text: &str) -> anyhow::Result<()> {
+    let mut output = std::io::stdout();
+    match output.write_all(text.as_bytes()).and_then(|()| output.flush()) {
         // The reader has seen enough: status | head.
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-        written => Ok(written?),
+        written => written.context("write to standard output"),
     }
 }
 

@@ -10,6 +10,7 @@ use std::{
     fs,
     io::{self, Write as _},
     path::{Path, PathBuf},
+    sync::OnceLock,
 };
 
 use anyhow::{Context as _, ensure};
@@ -124,9 +125,14 @@ fn beside(path: &Path) -> PathBuf {
     path.with_extension("new")
 }
 
+/// Read once, because there may be no descriptor for it later.
 fn boot() -> anyhow::Result<String> {
+    static BOOT: OnceLock<String> = OnceLock::new();
+    if let Some(boot) = BOOT.get() {
+        return Ok(boot.clone());
+    }
     let text = fs::read_to_string("/proc/sys/kernel/random/boot_id").context("read the boot's number")?;
-    Ok(text.trim().to_owned())
+    Ok(BOOT.get_or_init(|| text.trim().to_owned()).clone())
 }
 
 /// When a process started, in clock ticks since the boot. `None` if there is no such process.

@@ -114,7 +114,7 @@ fn holder(address: SocketAddr) -> Option<String> {
         .filter_map(|process| process.parse().ok())
         .collect();
     processes.into_iter().find_map(|process| {
-        let found = crate::listener::find(&[process]);
+        let found = crate::listener::find(&[process]).ok()?;
         let conflicts = |other: SocketAddr| {
             other.port() == address.port()
                 && (other.ip() == address.ip()

@@ -214,6 +214,8 @@ pub enum Report {
     LaunchInterrupted,
     /// There is no process, or it will end without having run the command.
     LaunchFailed { sentence: String },
+    /// The same, and it is the machine that lacks something for it.
+    LaunchLacked { sentence: String },
     /// It has a listener on this address of the service, and it was adopted.
     ListenerAdopted { address: usize },
     /// It has no listener on this address of the service any more.
@@ -276,6 +278,9 @@ struct History {
     instance: Instance,
     /// In a row, since the last healthy run.
     failures: u32,
+    /// In a row, starts for which the machine lacked something.
+    #[serde(default)]
+    lacked: u32,
     restarts: u64,
     /// How the newest instance that ended did so.
     last_end: Option<String>,
@@ -314,6 +319,7 @@ impl Server {
             history: History {
                 instance: newest,
                 failures: 0,
+                lacked: 0,
                 restarts: 0,
                 last_end: None,
                 says: String::new(),
@@ -342,7 +348,7 @@ impl Server {
         let Self { state, mut history } = self;
         let state = match state {
             State::Stopped { .. } | State::Backoff { .. } | State::Failed { .. } => {
-                history.failures = 0;
+                (history.failures, history.lacked) = (0, 0);
                 State::Stopped { since: now }
             }
             running => running,
@@ -480,6 +486,17 @@ impl Server {
     /// Failures in a row.
     pub fn failures(&self) -> u32 {
         self.history.failures
+    }
+
+    /// Why it cannot be started now, if it is the machine that lacks something for it.
+    pub fn lacks(&self) -> Option<&str> {
+        let is_wanted = matches!(
+            self.state,
+            State::Starting { .. }
+                | State::Backoff { .. }
+                | State::Stopping { then: Then::Restart { .. }, .. }
+        );
+        self.last_end().filter(|_| is_wanted && self.history.lacked > 0)
     }
 
     /// How the newest instance that ended did so: `exited with 101 after 0.4s`.

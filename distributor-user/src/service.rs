@@ -15,7 +15,7 @@ use std::{
     collections::{HashMap, VecDeque},
     fs,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::{Context as _, bail};
@@ -37,9 +37,10 @@ use crate::{
     config,
     control::Response,
     distributor::Input,
-    instance,
+    error, instance,
     keeper::{self, Keeper},
     kernel::{self, Desk, Kernel, ProgramLog},
+    launch::LaunchError,
     link::Link,
     listener::{self, Verdict},
     message::{Exit, ToMonitor},
@@ -47,6 +48,7 @@ use crate::{
     plan::{Indices, Slots, Wanted, WantedServer},
     record,
     server::{Action, Event, Instance, Recipient, Report, Server, Supervision},
+    trouble::Troubles,
 };
 
 pub use adopt::{RELEASED, Shared};
@@ -123,6 +125,8 @@ pub struct Service {
     ended: Vec<u64>,
     /// Servers that were adopted and are not any more: at the end they get their address back.
     released: Vec<adopt::Adopted>,
+    /// What is wrong with the machine.
+    troubles: Troubles,
 }
 
 /// One configured server.
@@ -170,6 +174,8 @@ struct Running {
     draining: bool,
     /// `CgroupEmpty` is to be told when it has no processes.
     emptying: bool,
+    /// What is left in its cgroup is to be killed, and could not be.
+    unkilled: bool,
     notify: Option<JoinHandle<()>>,
     /// It was adopted.
     guest: Option<adopt::Guest>,
@@ -178,9 +184,13 @@ struct Running {
 /// How far a launch is.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Launch {
+    /// There is no process, and none will be.
+    Nothing,
     UnderWay,
     /// The launcher's exec succeeded; `Launched` is told as soon as the pid is known.
     Running,
+    /// The launcher has ended without a word, or there never was one: the monitor will tell which.
+    Silent,
     Failed,
 }
 
@@ -281,6 +291,7 @@ impl Service {
             told: None,
             ended: Vec::new(),
             released: Vec::new(),
+            troubles: Troubles::default(),
             config,
             kernel,
             cgroup,
@@ -359,6 +370,15 @@ impl Service {
                 self.tell(entry, Event::Stop, host);
             }
         }
+    }
+
+    /// What is wrong with the machine, as far as it matters here.
+    pub fn troubles(&self) -> &Troubles {
+        &self.troubles
+    }
+
+    fn note(&mut self, name: &str, what: Option<String>) {
+        self.troubles.note(name, what, SystemTime::now());
     }
 
     // What operators ask.
@@ -469,10 +489,13 @@ impl Service {
     fn scan(&mut self, entry: usize, cookie: Option<u64>, host: &mut Host<'_>) -> bool {
         let Some(run) = &self.entries[entry].run else { return true };
         let processes = match &run.guest {
-            Some(guest) => vec![guest.adopted.pid],
-            None => run.cgroup.processes(),
+            Some(guest) => Ok(vec![guest.adopted.pid]),
+            None => run.cgroup.members(),
         };
-        let found = listener::find(&processes);
+        // What cannot be seen is not gone.
+        let Ok(found) = processes.and_then(|processes| listener::find(&processes)) else {
+            return false;
+        };
         let seen = cookie.is_some_and(|cookie| found.iter().any(|found| found.cookie == cookie));
         let uid = uid(&self.config);
         let mut by_group: Vec<Vec<listener::Found>> = self.config.listen.iter().map(|_| Vec::new()).collect();
@@ -563,8 +586,10 @@ impl Service {
 
     pub fn not_started(&mut self, entry: usize, errno: i32, host: &mut Host<'_>) {
         let error = std::io::Error::from_raw_os_error(errno);
-        let sentence = format!("start a process: {error}");
-        self.report(entry, Report::LaunchFailed { sentence }, host);
+        if let Some(run) = self.entries[entry].run.as_mut().filter(|run| run.launch != Launch::Running) {
+            run.launch = Launch::Nothing;
+        }
+        self.report(entry, not_launched(format!("start a process: {error}")), host);
     }
 
     pub fn exited(&mut self, entry: usize, exit: Exit, host: &mut Host<'_>) {
@@ -586,7 +611,8 @@ impl Service {
 
     fn check_empty(&mut self, entry: usize, host: &mut Host<'_>) {
         let Some(run) = &mut self.entries[entry].run else { return };
-        if run.emptying && run.cgroup.processes().is_empty() {
+        run.unkilled = run.unkilled && run.cgroup.kill().is_err();
+        if run.emptying && run.cgroup.has_emptied() {
             self.report(entry, Report::CgroupEmpty, host);
         }
     }
@@ -597,7 +623,7 @@ impl Service {
         &mut self,
         entry: usize,
         instance: Instance,
-        result: Result<(), String>,
+        result: Result<(), LaunchError>,
         host: &mut Host<'_>,
     ) {
         let Some(run) = self.entries[entry].run.as_mut().filter(|run| run.instance == instance) else {
@@ -605,9 +631,10 @@ impl Service {
         };
         match result {
             Ok(()) => run.launch = Launch::Running,
-            Err(sentence) => {
+            Err(error) if error.is_silence() => run.launch = Launch::Silent,
+            Err(error) => {
                 run.launch = Launch::Failed;
-                self.report(entry, Report::LaunchFailed { sentence }, host);
+                self.report(entry, not_launched(error.to_string()), host);
             }
         }
         self.settle_launch(entry, host);
@@ -618,17 +645,24 @@ impl Service {
         let Some(run) = &mut self.entries[entry].run else { return };
         match (run.launch, run.pid) {
             (Launch::UnderWay, _) | (Launch::Running, None) => return,
+            (Launch::Silent, _) => {
+                let Some(exit) = run.exit else { return };
+                run.launch = Launch::Failed;
+                // It is our own program, and has not come to anything of the server's.
+                let sentence = format!("start it: its launcher {exit} before it said anything");
+                self.report(entry, Report::LaunchLacked { sentence }, host);
+            }
             (Launch::Running, Some(pid)) => {
                 let told = self.entries[entry].machine.pid() == Some(pid);
                 if !told {
                     self.report(entry, Report::Launched { pid }, host);
                 }
             }
-            (Launch::Failed, _) => {}
+            (Launch::Failed | Launch::Nothing, _) => {}
         }
         let Some(run) = &mut self.entries[entry].run else { return };
         if let Some(exit) = run.exit.take() {
-            let others_left = !run.cgroup.processes().is_empty();
+            let others_left = !run.cgroup.has_emptied();
             run.emptying = others_left;
             self.report(entry, Report::MainExited { exit, others_left }, host);
         }
@@ -710,11 +744,20 @@ impl Service {
                 self.scan(entry, None, host);
             }
         }
+        let mut unhealed = None;
         match self.kernel.heal(|| host.place.remount()) {
             Ok(None) => {}
             Ok(Some(done)) => warn!("service {}: {done}", self.config.name),
-            Err(error) => error!("service {}: {error:#}; tries again every second", self.config.name),
+            Err(error) => {
+                unhealed = Some(format!("service {}: {error:#}; tries again every second", self.config.name))
+            }
         }
+        self.note("pins", unhealed);
+        let lost = all.then(|| {
+            let name = &self.config.name;
+            format!("service {name}: events were lost, because too many came at once: looks at all servers instead")
+        });
+        self.note("events", lost);
         self.forget_left();
         self.count_earlier();
         self.write_plan();
@@ -762,6 +805,10 @@ impl Service {
                 tokio::task::spawn_local(client.see_off());
                 Ok(())
             }
+            Says::Trouble(name, what) => {
+                self.note(&name, what);
+                Ok(())
+            }
             Says::Failed => bail!("service {}: the attendant has failed", self.config.name),
         }
     }
@@ -786,6 +833,10 @@ impl Service {
                 events.extend(self.perform(entry, action, host));
             }
         }
+        let server = &self.entries[entry];
+        let name = server.config.name.clone();
+        let lacks = server.machine.lacks().map(|why| format!("server {name} {why}; tried until it can be"));
+        self.note(&name, lacks);
     }
 
     /// Performs one action. What is known of its outcome at once is the next event.
@@ -795,7 +846,7 @@ impl Service {
         match action {
             Action::Launch { instance } => match self.launch(entry, instance, host) {
                 Ok(()) => None,
-                Err(error) => of(Report::LaunchFailed { sentence: format!("{error:#}") }),
+                Err(error) => of(not_launched(format!("{error:#}"))),
             },
             Action::Include { .. } => {
                 self.set_included(entry, true);
@@ -818,12 +869,16 @@ impl Service {
             }
             Action::KillCgroup { .. } => {
                 let Some(run) = &mut self.entries[entry].run else { return of(Report::CgroupEmpty) };
-                if let Err(error) = run.cgroup.kill() {
-                    error!("server {}: {error:#}", self.entries[entry].config.name);
-                    return None;
+                // It may not even be possible to look.
+                if run.launch == Launch::Nothing {
+                    return of(Report::CgroupEmpty);
                 }
                 run.emptying = true;
-                let empty = run.cgroup.processes().is_empty();
+                if let Err(error) = run.cgroup.kill() {
+                    run.unkilled = true;
+                    error!("server {}: {error:#}; tries again", self.entries[entry].config.name);
+                }
+                let empty = self.entries[entry].run.as_ref().is_none_or(|run| run.cgroup.has_emptied());
                 if empty { of(Report::CgroupEmpty) } else { None }
             }
             Action::RemoveInstance { .. } => {
@@ -951,20 +1006,33 @@ impl Service {
                 .collect(),
         };
         if self.told.as_ref() == Some(&wanted) {
+            self.note("plan", None);
             return;
         }
         let hash = (wanted.policy == Policy::SourceHash).then(|| wanted.hash());
         match self.kernel.write_plan(&wanted.plan(), hash.as_deref()) {
             Ok(()) => {
                 self.told = Some(wanted);
+                self.note("plan", None);
                 // There may be a place now for somebody who waits.
                 self.attendant.look();
             }
-            Err(error) => error!(
-                "service {}: {error:#}; the kernel goes by the plan before, next try in 1s",
-                self.config.name
-            ),
+            Err(error) => {
+                let name = &self.config.name;
+                let what = format!(
+                    "service {name}: {error:#}; the kernel goes by the plan before, tries every second"
+                );
+                self.note("plan", Some(what));
+            }
         }
+    }
+}
+
+/// Why a launch came to nothing: by the server's fault, or the machine's.
+fn not_launched(sentence: String) -> Report {
+    match error::lacking(&sentence) {
+        Some(sentence) => Report::LaunchLacked { sentence },
+        None => Report::LaunchFailed { sentence },
     }
 }
 

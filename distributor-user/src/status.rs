@@ -25,7 +25,18 @@ pub struct Status {
     /// Why the last upgrade, if one failed, did so.
     #[serde(default)]
     pub not_upgraded: Option<String>,
+    /// What is wrong with the machine now, the oldest first.
+    #[serde(default)]
+    pub troubles: Vec<Trouble>,
     pub services: Vec<ServiceStatus>,
+}
+
+/// Something that keeps dist-ctl from doing all it should, though it goes on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Trouble {
+    /// A sentence, with what to do.
+    pub what: String,
+    pub since: Timestamp,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -148,14 +159,26 @@ pub struct Timestamp {
 }
 
 impl Status {
-    /// The table for people: one block per service, its columns aligned over all blocks.
+    /// The table for people: one block per service, its columns aligned over all blocks, and a
+    /// line for each trouble.
     ///
     /// `width` is the terminal's; only REASON is cut to fit it. Without one, nothing is.
     /// Plain ASCII whatever the servers say of themselves: a reason may be a server's own
     /// words, and must not be able to send escape sequences to the operator's terminal.
     pub fn table(&self, width: Option<usize>, now: SystemTime) -> String {
+        let mut blocks = self.blocks(width, now);
+        if !self.troubles.is_empty() {
+            let line = |trouble: &Trouble| {
+                format!("! since {}: {}\n", age(trouble.since.age(now)), plain(&trouble.what))
+            };
+            blocks.push(self.troubles.iter().map(line).collect());
+        }
+        blocks.join("\n")
+    }
+
+    fn blocks(&self, width: Option<usize>, now: SystemTime) -> Vec<String> {
         if self.services.is_empty() {
-            return "no services\n".to_owned();
+            return vec!["no services\n".to_owned()];
         }
         let rows: Vec<Vec<Row>> = self
             .services
@@ -181,7 +204,7 @@ impl Status {
             }
             blocks.push(block);
         }
-        blocks.join("\n")
+        blocks
     }
 }
 
@@ -525,9 +548,13 @@ mod tests {
         }
     }
 
+    fn trouble(what: &str) -> Trouble {
+        Trouble { what: what.to_owned(), since: "2026-01-02T03:04:05Z".parse().unwrap() }
+    }
+
     fn status(services: Vec<ServiceStatus>) -> Status {
         let version = "0.1.0".to_owned();
-        Status { version, build: "1-2-3-4.5".to_owned(), not_upgraded: None, services }
+        Status { version, build: "1-2-3-4.5".to_owned(), not_upgraded: None, troubles: Vec::new(), services }
     }
 
     #[test]
@@ -538,6 +565,7 @@ mod tests {
             "version": "0.1.0",
             "build": "1-2-3-4.5",
             "not_upgraded": null,
+            "troubles": [{"what": "the disk is full", "since": "2026-01-02T03:04:05Z"}],
             "services": [{
                 "name": "shop",
                 "listen": ["[::]:8080", "0.0.0.0:80"],
@@ -568,7 +596,8 @@ mod tests {
                 "outcomes": {"selected": 1234},
             }],
         });
-        assert_eq!(serde_json::to_value(status(vec![shop])).unwrap(), expected);
+        let status = Status { troubles: vec![trouble("the disk is full")], ..status(vec![shop]) };
+        assert_eq!(serde_json::to_value(status).unwrap(), expected);
     }
 
     #[test]
@@ -635,6 +664,19 @@ shop: [::]:8080, 0.0.0.0:80; least-connections; waiting 3 of 1024 (oldest 1.2s, 
 ";
         assert_eq!(table, expected);
         assert!(table.lines().all(|line| line.len() <= 110));
+    }
+
+    #[test]
+    fn troubles_stand_below_the_table_and_are_not_cut() {
+        let what = "write /run/dist-ctl/record.json: No space left on device: \u{1b}[2J free some space";
+        let troubled = Status { troubles: vec![trouble(what), trouble("b")], ..status(Vec::new()) };
+        let expected = "\
+no services
+
+! since 3m12s: write /run/dist-ctl/record.json: No space left on device: ?[2J free some space
+! since 3m12s: b
+";
+        assert_eq!(troubled.table(Some(20), at("2026-01-02T03:07:17Z")), expected);
     }
 
     #[test]

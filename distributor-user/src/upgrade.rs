@@ -10,7 +10,7 @@
 use std::{
     env,
     fs::{self, File, Metadata, OpenOptions},
-    io,
+    io::{self, Write as _},
     os::{
         fd::AsRawFd as _,
         unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
@@ -102,7 +102,7 @@ pub fn trial(source: &Source) -> anyhow::Result<ExitCode> {
         }
         Err(error) => (Verdict::Failed { why: format!("{error:#}") }, ExitCode::FAILURE),
     };
-    println!("{}", serde_json::to_string(&verdict)?);
+    writeln!(io::stdout(), "{}", serde_json::to_string(&verdict)?).context("say how the trial went")?;
     Ok(code)
 }
 

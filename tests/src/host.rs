@@ -223,19 +223,32 @@ impl Host {
 
     /// Only starts it.
     #[track_caller]
-    pub fn launch(&self, mut command: Command) -> Up<'_> {
+    pub fn launch(&self, command: Command) -> Up<'_> {
+        let number = self.ups.fetch_add(1, Ordering::Relaxed) + 1;
+        let [output, errors] = ["out", "err"].map(|kind| self.path(&format!("up-{number}.{kind}")));
+        let file = |path: &Path| File::create(path).expect("create the file for what it says").into();
+        self.spawn(command, (file(&output), output), (file(&errors), errors))
+    }
+
+    /// The same with other places for what it prints and logs, where `Up` finds none of it.
+    #[track_caller]
+    pub fn launch_with(&self, command: Command, output: Stdio, errors: Stdio) -> Up<'_> {
+        self.spawn(command, (output, PathBuf::new()), (errors, PathBuf::new()))
+    }
+
+    #[track_caller]
+    fn spawn(
+        &self,
+        mut command: Command,
+        (stdout, output): (Stdio, PathBuf),
+        (stderr, errors): (Stdio, PathBuf),
+    ) -> Up<'_> {
         let runtime = command
             .get_envs()
             .find_map(|(name, value)| (name == "DIST_CTL_RUNTIME_DIR").then_some(value?))
             .expect("Host::command set the runtime directory")
             .into();
-        let number = self.ups.fetch_add(1, Ordering::Relaxed) + 1;
-        let output = self.path(&format!("up-{number}.out"));
-        let errors = self.path(&format!("up-{number}.err"));
-        command
-            .stdin(Stdio::null())
-            .stdout(File::create(&output).expect("create the file for its output"))
-            .stderr(File::create(&errors).expect("create the file for its log"));
+        command.stdin(Stdio::null()).stdout(stdout).stderr(stderr);
         let child = command.spawn().unwrap_or_else(|error| panic!("start {command:?}: {error}"));
         if let Some(process) = Process::find(child.id() as i32) {
             leftover::note(&self.directory, process).expect("note the process");

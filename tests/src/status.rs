@@ -15,7 +15,15 @@ pub struct Status {
     pub version: String,
     pub build: String,
     pub not_upgraded: Option<String>,
+    pub troubles: Vec<Trouble>,
     pub services: Vec<Service>,
+}
+
+/// Something that is wrong with the machine.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Trouble {
+    pub what: String,
+    pub since: String,
 }
 
 #[derive(Clone, Debug, Deserialize)]

@@ -347,9 +347,7 @@ fn without_descriptors_those_who_wait_share_rooms_and_nobody_is_lost() {
         serve_in_order(&mut line, 10);
         stays("that it is said once", Duration::from_millis(2500), 1, said);
         starving.iter().for_each(|process| give_descriptors_back(*process));
-        wait_for("rooms to be made again", seconds(10.0), || {
-            up.log().contains("rooms for [::]:8080 are made again").then_some(())
-        });
+        wait_for("rooms to be made again", seconds(10.0), || up.log().contains("over after").then_some(()));
         wait_waiting(&up, ALL - 10);
         for number in 10..ALL {
             line.free();

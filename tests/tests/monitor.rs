@@ -44,6 +44,23 @@ fn servers_outlive_the_distributor_and_are_found_again() {
 }
 
 #[test]
+fn a_server_that_was_started_again_just_before_the_distributor_died_is_selected() {
+    let host = Host::new();
+    let up = host.up(&App::of(&host, 3));
+    let old = up.process("app/1");
+    old.kill(seconds(5.0));
+    wait_for("the next instance", seconds(5.0), || up.process_if_any("app/1").filter(|next| *next != old));
+    up.wait_ready();
+    // HOME still knows the listener of the old one, at the place that the new one's has now.
+    kill_distributor(&up);
+    let held = client::hold(V4, 30);
+    assert_eq!(up.connections(), [10, 10, 10]);
+    assert_eq!(up.service().outcome("next_best"), 0);
+    drop(held);
+    up.wait_connections(&[0, 0, 0]);
+}
+
+#[test]
 fn live_changes_outlive_the_distributor_that_made_them() {
     let host = Host::new();
     let up = host.up(&App::of(&host, 3));

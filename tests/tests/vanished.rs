@@ -210,11 +210,7 @@ fn listeners_that_come_and_go_while_events_are_lost_are_found() {
 fn without_descriptors_it_says_so_at_the_start_and_leaves_nothing() {
     let host = Host::new();
     let file = host.write("dist-ctl.toml", &App::of(&host, 2).toml());
-    for (limit, words) in [
-        (16, "LimitNOFILE="),
-        (30, "LimitNOFILE="),
-        (40, "LimitNOFILE="),
-    ] {
+    for (limit, words) in [(16, "LimitNOFILE="), (30, "LimitNOFILE="), (40, "LimitNOFILE=")] {
         let plain = host.command(&["up", "-f", &file]);
         let mut command = Command::new("prlimit");
         command.arg(format!("--nofile={limit}:{limit}")).arg(plain.get_program()).args(plain.get_args());

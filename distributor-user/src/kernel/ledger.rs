@@ -11,12 +11,13 @@ use std::{
 };
 
 use anyhow::Context as _;
-use aya::maps::{HashMap, Map, MapData, PerCpuArray};
+use aya::maps::{HashMap, Map, MapData};
 use distributor_ebpf::{
     contract::{Load, Outcome, Owner, SLOTS},
     word,
 };
 
+use super::counters::Counters;
 use crate::{
     drift::{Count, Counts, Difference, Passed},
     shared::Shared,
@@ -26,7 +27,7 @@ use crate::{
 pub struct Ledger {
     load: Shared<Load>,
     owners: HashMap<MapData, u64, Owner>,
-    outcomes: PerCpuArray<MapData, u64>,
+    outcomes: Counters,
     tag: MapData,
 }
 
@@ -42,7 +43,7 @@ impl Ledger {
         Ok(Self {
             load: Shared::of(load.fd().as_fd(), 1).context("map LOAD into memory")?,
             owners: Map::from_map_data(map("OWNERS")?)?.try_into()?,
-            outcomes: Map::from_map_data(map("OUTCOMES")?)?.try_into()?,
+            outcomes: Counters::open(pins)?,
             tag: map("TAG")?,
         })
     }
@@ -62,10 +63,7 @@ impl Ledger {
         let total =
             |slot: usize| self.load.long(0, offset_of!(Load, total) + slot * 8).load(Ordering::SeqCst);
         let sum = |outcomes: &[Outcome]| -> anyhow::Result<u64> {
-            outcomes.iter().try_fold(0u64, |sum, &outcome| {
-                let counts = self.outcomes.get(&(outcome as u32), 0).context("read OUTCOMES")?;
-                Ok(counts.iter().fold(sum, |sum, count| sum.wrapping_add(*count)))
-            })
+            outcomes.iter().try_fold(0u64, |sum, &outcome| Ok(sum.wrapping_add(self.outcomes.of(outcome)?)))
         };
         Ok(Passed {
             opened: (0..SLOTS).map(total).collect(),

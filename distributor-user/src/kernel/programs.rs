@@ -298,6 +298,8 @@ fn why(said: &io::Error, name: &str) -> Option<String> {
     let what = if name.is_empty() { String::new() } else { format!("the map {name}: ") };
     let to_do = match said.raw_os_error()? {
         libc::EPERM | libc::EACCES => RIGHTS,
+        // No disk is meant.
+        libc::ENOSPC => return None,
         other => error::advice(other)?,
     };
     Some(format!("the kernel refused it: {what}{said} ({to_do})"))

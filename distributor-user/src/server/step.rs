@@ -29,8 +29,8 @@ impl Step<'_> {
     pub(super) fn next(&mut self, state: State, event: Event) -> State {
         use Event::{Of, Resume, Start, Stop, Tick};
         use Report::{
-            CgroupEmpty, DrainDone, LaunchFailed, LaunchInterrupted, Launched, ListenerAdopted, ListenerGone,
-            ListensElsewhere, MainExited, Misbound, NotifyReady, NotifyStatus, NotifyStopping,
+            CgroupEmpty, DrainDone, LaunchFailed, LaunchInterrupted, LaunchLacked, Launched, ListenerAdopted,
+            ListenerGone, ListensElsewhere, MainExited, Misbound, NotifyReady, NotifyStatus, NotifyStopping,
         };
         use State::{Backoff, Draining, Failed, Ready, Starting, Stopped, Stopping};
 
@@ -68,6 +68,7 @@ impl Step<'_> {
             // It is being started; nothing has failed.
             (state @ Starting { .. }, Start | Resume) => state,
             (Starting { since, deadline, mut run }, Of(_, Launched { pid })) => {
+                self.history.lacked = 0;
                 // Its exit may have been reported first, if it went to the background.
                 if run.main == Main::Launching {
                     run.main = Main::Running { pid };
@@ -78,6 +79,11 @@ impl Step<'_> {
                 let why = could_not_be_started(&sentence);
                 self.history.last_end = Some(why.clone());
                 let then = self.failed(why, &run);
+                run.main = Main::Ended;
+                self.kill(self.now, run, then, 0)
+            }
+            (Starting { mut run, .. }, Of(_, LaunchLacked { sentence })) => {
+                let then = self.lacked(could_not_be_started(&sentence));
                 run.main = Main::Ended;
                 self.kill(self.now, run, then, 0)
             }
@@ -196,6 +202,7 @@ impl Step<'_> {
                     _,
                     Launched { .. }
                     | LaunchFailed { .. }
+                    | LaunchLacked { .. }
                     | LaunchInterrupted
                     | ListensElsewhere { .. }
                     | DrainDone,
@@ -258,6 +265,7 @@ impl Step<'_> {
                     _,
                     Launched { .. }
                     | LaunchFailed { .. }
+                    | LaunchLacked { .. }
                     | LaunchInterrupted
                     | ListenerAdopted { .. }
                     | ListenerGone { .. }
@@ -318,7 +326,10 @@ impl Step<'_> {
                 }
                 Stopping { since, deadline, stage, run, then }
             }
-            (Stopping { since, mut run, then, .. }, Of(_, LaunchFailed { sentence })) => {
+            (
+                Stopping { since, mut run, then, .. },
+                Of(_, LaunchFailed { sentence } | LaunchLacked { sentence }),
+            ) => {
                 let why = could_not_be_started(&sentence);
                 self.history.last_end = Some(why.clone());
                 run.main = Main::Ended;
@@ -384,7 +395,10 @@ impl Step<'_> {
                 self.log(Level::INFO, "is stopped; it is not started again".to_owned());
                 Stopped { since: self.now }
             }
-            (Backoff { since, until, attempt, .. }, Of(_, LaunchFailed { sentence })) => {
+            (
+                Backoff { since, until, attempt, .. },
+                Of(_, LaunchFailed { sentence } | LaunchLacked { sentence }),
+            ) => {
                 let why = could_not_be_started(&sentence);
                 self.history.last_end = Some(why.clone());
                 Backoff { since, until, attempt, why }
@@ -398,7 +412,7 @@ impl Step<'_> {
                 self.log(Level::INFO, "is stopped; it is not started again".to_owned());
                 Stopped { since: self.now }
             }
-            (Failed { since, fault }, Of(_, LaunchFailed { sentence })) => {
+            (Failed { since, fault }, Of(_, LaunchFailed { sentence } | LaunchLacked { sentence })) => {
                 let why = could_not_be_started(&sentence);
                 self.history.last_end = Some(why.clone());
                 Failed { since, fault: fault.explained(why) }
@@ -415,7 +429,7 @@ impl Step<'_> {
                 state
             }
             // The instance has ended, and this was on its way.
-            (state @ Stopped { .. }, Of(_, LaunchFailed { .. }))
+            (state @ Stopped { .. }, Of(_, LaunchFailed { .. } | LaunchLacked { .. }))
             | (
                 state @ (Stopped { .. } | Backoff { .. } | Failed { .. }),
                 Of(
@@ -439,13 +453,15 @@ impl Step<'_> {
 
     /// A start that somebody wants: earlier failures are forgotten.
     fn launch_afresh(&mut self) -> State {
-        self.history.failures = 0;
+        (self.history.failures, self.history.lacked) = (0, 0);
         self.launch()
     }
 
-    /// A start after a failure.
+    /// A start after a failure. One that is only tried again was counted the first time.
     fn launch_again(&mut self) -> State {
-        self.history.restarts += 1;
+        if self.history.lacked == 0 {
+            self.history.restarts += 1;
+        }
         self.launch()
     }
 
@@ -488,6 +504,7 @@ impl Step<'_> {
 
     /// What a failure leads to, once the instance has ended.
     fn failed(&mut self, why: String, run: &Run) -> Then {
+        self.history.lacked = 0;
         if !run.healthy {
             self.history.failures = self.history.failures.saturating_add(1);
         }
@@ -503,6 +520,15 @@ impl Step<'_> {
             _ => backoff.delay(failures.saturating_add(1), self.random),
         };
         Then::Restart { why, delay }
+    }
+
+    /// What follows a start for which the machine lacked something. That is not the server's
+    /// fault, so it counts as no failure, and it is never given up.
+    fn lacked(&mut self, why: String) -> Then {
+        self.history.last_end = Some(why.clone());
+        self.history.lacked = self.history.lacked.saturating_add(1);
+        let delay = self.policy.backoff.delay(self.history.lacked.saturating_add(1), self.random);
+        Then::Restart { why, delay: delay.min(LACKING) }
     }
 
     fn misbound(&mut self, run: Run, sentence: String) -> State {
@@ -588,9 +614,11 @@ impl Step<'_> {
                 self.launch_again()
             }
             Then::Restart { why, delay } => {
-                let attempt = self.history.failures.saturating_add(1);
+                let History { failures, lacked, .. } = self.history;
+                let attempt = failures.saturating_add(lacked).saturating_add(1);
                 let sentence = format!("{why}; next start in {} (attempt {attempt})", span(delay));
-                self.log(Level::WARN, sentence);
+                // How long that goes on, and that it is over, is said of the machine.
+                self.log(if lacked > 1 { Level::DEBUG } else { Level::WARN }, sentence);
                 State::Backoff { since, until: self.after(delay), attempt, why }
             }
             Then::Failed(fault) => {
@@ -624,6 +652,9 @@ impl Step<'_> {
 /// A process that survives SIGKILL waits for a disk or a network; it ends when they answer.
 /// So it is killed again after this, which doubles up to 32 times: no log is filled by it.
 const KILL_AGAIN_AFTER: Duration = Duration::from_secs(5);
+
+/// What the machine lacks may be there again at any time, and to try costs one process.
+const LACKING: Duration = Duration::from_secs(5);
 
 /// What a timer can tell from now.
 const SHORTEST_TIMEOUT: Duration = Duration::from_millis(1);

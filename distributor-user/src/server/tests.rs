@@ -449,6 +449,49 @@ fn launch_failure_is_a_failed_start_with_its_sentence() {
 }
 
 #[test]
+fn what_the_machine_lacks_is_waited_for_without_end_and_counts_as_no_failure() {
+    let mut story = Story::ready();
+    assert_eq!(story.exits(Exit::Signal(9)), ["exclude 1", "remove 1", "launch 2"]);
+    assert_eq!((story.server.failures(), story.server.restarts()), (1, 1));
+    let lacks = || Report::LaunchLacked { sentence: "start a process: no memory".to_owned() };
+    let mut waits = Vec::new();
+    for number in 2..30 {
+        assert_eq!(story.report(lacks()), [format!("kill {number}")]);
+        assert_eq!(story.server.lacks(), Some("could not be started: start a process: no memory"));
+        assert_eq!(story.report(Report::CgroupEmpty), [format!("remove {number}")]);
+        assert_eq!(story.status(), ServerState::Backoff);
+        assert_eq!(story.server.lacks(), Some("could not be started: start a process: no memory"));
+        waits.push(story.until_deadline() / 1000);
+        assert_eq!(story.deadline(), [format!("launch {}", number + 1)]);
+    }
+    assert_eq!(waits[..5], [1, 2, 4, 5, 5]);
+    assert_eq!((story.server.failures(), story.server.restarts()), (1, 1));
+    let warned = story.log.iter().filter(|line| line.contains("no memory") && line.starts_with("WARN"));
+    assert_eq!(warned.count(), 1, "{:?}", story.log);
+    story.launched();
+    assert_eq!(story.server.lacks(), None);
+    story.report(Report::ListenerAdopted { address: 0 });
+    assert_eq!(story.status(), ServerState::Ready);
+    // And what is its own fault counts on from where it was.
+    story.pass(400);
+    story.exits(Exit::Code(1));
+    assert_eq!((story.server.failures(), story.server.restarts()), (2, 1));
+    assert_eq!(story.status(), ServerState::Backoff);
+    assert_eq!(story.server.lacks(), None);
+}
+
+#[test]
+fn a_server_that_is_stopped_while_the_machine_lacks_something_lacks_nothing() {
+    let mut story = Story::new();
+    story.tell(Event::Start);
+    story.report(Report::LaunchLacked { sentence: "start a process: no memory".to_owned() });
+    story.report(Report::CgroupEmpty);
+    assert!(story.server.lacks().is_some());
+    story.tell(Event::Stop);
+    assert_eq!((story.status(), story.server.lacks()), (ServerState::Stopped, None));
+}
+
+#[test]
 fn daemon_goes_on_without_its_first_process() {
     let mut story = Story::new();
     story.tell(Event::Start);
@@ -751,6 +794,7 @@ fn any_report() -> impl Strategy<Value = Report> {
     prop_oneof![
         3 => Just(Report::Launched { pid: 4711 }),
         1 => Just(Report::LaunchFailed { sentence: "exec: no".to_owned() }),
+        2 => Just(Report::LaunchLacked { sentence: "spawn: no memory".to_owned() }),
         1 => Just(Report::LaunchInterrupted),
         6 => (0..3_usize).prop_map(|address| Report::ListenerAdopted { address }),
         2 => (0..3_usize).prop_map(|address| Report::ListenerGone { address }),

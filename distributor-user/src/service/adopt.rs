@@ -185,6 +185,7 @@ impl Service {
             included: false,
             draining: false,
             emptying: false,
+            unkilled: false,
             notify: None,
             guest: Some(Guest::new(adopted)),
         });

@@ -19,7 +19,7 @@ use super::{
 use crate::{
     config::SocketMode,
     distributor::Input,
-    foreign,
+    error, foreign,
     launch::{self, Exec, Limit, Socket},
     link::Child,
     message::ToMonitor,
@@ -98,7 +98,7 @@ impl Service {
             id: host.link.number(),
             pid: None,
             start_time: None,
-            launch: Launch::UnderWay,
+            launch: Launch::Nothing,
             exit: None,
             cgroup: cgroup.clone(),
             cgroup_id: 0,
@@ -110,6 +110,7 @@ impl Service {
             included: false,
             draining: false,
             emptying: false,
+            unkilled: false,
             notify: None,
             guest: None,
         });
@@ -127,10 +128,11 @@ impl Service {
         run.notify = notify;
         let (theirs, ours) = launch::pair().context("make a socket for the launcher")?;
         let start = ToMonitor::Start { id: run.id, label: serde_json::to_vec(&label)? };
+        run.launch = Launch::UnderWay;
         host.link.send(&start, Some(theirs.as_fd()))?;
         let (inputs, service) = (host.inputs.clone(), self.number);
         tokio::task::spawn_local(async move {
-            let result = launch::send_job(ours, &exec).await.map_err(|error| error.to_string());
+            let result = launch::send_job(ours, &exec).await;
             // The loop is gone only when everything stops.
             let _ = inputs.send(Input::Launched { service, entry, instance, result });
         });
@@ -227,7 +229,14 @@ impl Service {
         let main = machine.run().map(server::Run::main);
         let (cgroup, notify_path) = self.places_of(entry, instance, host);
         let notify = match self.wants_notify() {
-            true => Some(self.listen_to(entry, instance, notify_path, host)?),
+            // Then what it says is not heard, and it serves all the same.
+            true => match self.listen_to(entry, instance, notify_path, host) {
+                Ok(notify) => Some(notify),
+                Err(error) => {
+                    warn!("server {}: {}", self.entries[entry].config.name, error::sentence(&error));
+                    None
+                }
+            },
             false => None,
         };
         let ran = match label.run {
@@ -257,6 +266,7 @@ impl Service {
             included,
             draining,
             emptying,
+            unkilled: false,
             notify,
             guest: label.adopted.clone().map(Guest::new),
         });
@@ -338,11 +348,17 @@ impl Service {
     /// Rooms are the attendant's.
     fn forget_homes(&mut self, homes: Vec<(u64, Home)>) {
         let runs = self.entries.iter().filter_map(|entry| entry.run.as_ref());
-        let kept: HashSet<u64> =
-            runs.flat_map(|run| &run.listeners).flat_map(|them| them.cookies.iter().copied()).collect();
+        let them: Vec<&Listeners> = runs.flat_map(|run| &run.listeners).collect();
+        let kept: HashSet<u64> = them.iter().flat_map(|them| them.cookies.iter().copied()).collect();
+        let taken: HashSet<u32> =
+            them.iter().flat_map(|them| (them.first..).take(them.cookies.len())).collect();
         for (cookie, home) in homes {
             if home.slot != ROOM && !kept.contains(&cookie) {
-                self.kernel.vacate(home.index);
+                // HOME knows a listener for a while after it has closed, and its place may be
+                // another one's by now, who would get nothing any more.
+                if !taken.contains(&home.index) {
+                    self.kernel.vacate(home.index);
+                }
                 self.left.push_back((Instant::now() + super::HOME_STAYS, cookie));
             }
         }

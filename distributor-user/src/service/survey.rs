@@ -5,6 +5,7 @@
 
 use std::{collections::HashSet, os::fd::AsFd as _, time::Instant};
 
+use anyhow::Context as _;
 use tracing::{info, warn};
 
 use super::{Found, Host, Label, Ran, Service};
@@ -178,7 +179,7 @@ impl Service {
         let mut label = self.label(entry);
         label.machine = Server::found(instance, run, Instant::now(), policy);
         let (homes, plan, load) = (self.kernel.homes()?, self.kernel.plan()?, self.kernel.load()?);
-        let listeners = listener::find(processes);
+        let listeners = listener::find(processes).context("look for the listeners of what runs")?;
         let home = homes.iter().find(|(cookie, _)| listeners.iter().any(|found| found.cookie == *cookie));
         if let Some(slot) = home.map(|(_, home)| home.slot) {
             let place = slot as usize % load.total.len();

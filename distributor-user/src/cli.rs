@@ -644,6 +644,25 @@ mod tests {
                 Command::Change(control::Command::Limit { server: server(), limit: None }),
             ),
             ("dist-ctl resume shop/1", Command::Change(control::Command::Resume { server: server() })),
+            (
+                "dist-ctl adopt shop --pid 7",
+                Command::Change(control::Command::Adopt {
+                    service: "shop".to_owned(),
+                    pid: 7,
+                    name: "pid-7".to_owned(),
+                    command: vec![],
+                }),
+            ),
+            (
+                "dist-ctl adopt shop --pid 7 --name old -- java -jar x",
+                Command::Change(control::Command::Adopt {
+                    service: "shop".to_owned(),
+                    pid: 7,
+                    name: "old".to_owned(),
+                    command: ["java", "-jar", "x"].map(str::to_owned).to_vec(),
+                }),
+            ),
+            ("dist-ctl release shop/1", Command::Change(control::Command::Release { server: server() })),
             ("dist-ctl launch", Command::Launch),
             ("dist-ctl keep /sys/fs/cgroup/a", Command::Keep(PathBuf::from("/sys/fs/cgroup/a"))),
             (
@@ -759,7 +778,10 @@ mod tests {
             }
             seen.push(verb.get_name());
         }
-        assert_eq!(seen, ["up", "status", "weight", "limit", "resume", "down", "upgrade", "check"]);
+        assert_eq!(
+            seen,
+            ["up", "status", "weight", "limit", "resume", "adopt", "release", "down", "upgrade", "check"]
+        );
         EXAMPLE.lines().filter_map(|line| line.strip_prefix("  ")).for_each(assert_meant_for_people);
     }
 

@@ -1009,6 +1009,16 @@ mod tests {
                 Command::Limit { server: server(), limit: None },
             ),
             (r#"{"command":"resume","server":"shop/1"}"#, Command::Resume { server: server() }),
+            (
+                r#"{"command":"adopt","service":"shop","pid":7,"name":"old","exec":["java"]}"#,
+                Command::Adopt {
+                    service: "shop".to_owned(),
+                    pid: 7,
+                    name: "old".to_owned(),
+                    command: vec!["java".to_owned()],
+                },
+            ),
+            (r#"{"command":"release","server":"shop/1"}"#, Command::Release { server: server() }),
             (r#"{"command":"down"}"#, Command::Down),
             (
                 r#"{"command":"upgrade","program":"/usr/bin/dist-ctl"}"#,
@@ -1035,17 +1045,17 @@ mod tests {
             (
                 "[]",
                 "read the request: it has no \"command\": write one object on a line, like \
-                 {\"command\":\"status\"}; the commands are status, weight, limit, resume, down, upgrade",
+                 {\"command\":\"status\"}; the commands are status, weight, limit, resume, adopt, release, down, upgrade",
             ),
             (
                 r#"{"command":5}"#,
                 "read the request: it has no \"command\": write one object on a line, like \
-                 {\"command\":\"status\"}; the commands are status, weight, limit, resume, down, upgrade",
+                 {\"command\":\"status\"}; the commands are status, weight, limit, resume, adopt, release, down, upgrade",
             ),
             (
                 r#"{"command":"explode"}"#,
                 "no command is called \"explode\": the commands are status, weight, limit, \
-                 resume, down, upgrade",
+                 resume, adopt, release, down, upgrade",
             ),
             (r#"{"command":"weight","weight":5}"#, "command \"weight\": missing field `server`"),
             (r#"{"command":"limit","server":"shop/1"}"#, "command \"limit\": missing field `limit`"),
@@ -1425,7 +1435,8 @@ mod tests {
         let dir = RuntimeDir::new();
         run(async {
             let (requests, queue) = mpsc::channel(1);
-            let serving = tokio::spawn(serve(bind(&dir.0, &root_only()).unwrap(), root_only(), requests));
+            let serving =
+                tokio::spawn(serve(bind(&dir.0, &root_only()).unwrap(), root_only(), requests, None));
             let client = BlockingUnixStream::connect(dir.0.join(SOCKET)).unwrap();
             drop(queue);
             timeout(LONG, serving).await.unwrap().unwrap();

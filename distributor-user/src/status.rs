@@ -590,6 +590,8 @@ mod tests {
                     "weight": 100,
                     "effective_weight": 0,
                     "accept_queue": null,
+                    "adopted": false,
+                    "earlier": 0,
                     "restarts": 3,
                     "since": "2026-01-02T03:07:15Z",
                 }],

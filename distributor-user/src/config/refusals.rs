@@ -832,7 +832,7 @@ port = 10
 [service.shop.server]
 command = ["shop"]"#,
         &[
-            "shop.toml:3: service.shop.metrics: unknown field, write one of listen, policy, waiting, server, servers",
+            "shop.toml:3: service.shop.metrics: unknown field, write one of listen, policy, occupied, waiting, server, servers",
         ],
     ),
     (

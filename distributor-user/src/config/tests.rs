@@ -169,7 +169,7 @@ fn the_defaults_that_the_example_names_are_the_defaults() {
             checked += 1;
         }
     }
-    assert_eq!(checked, 23);
+    assert_eq!(checked, 24);
 }
 
 #[test]
@@ -255,6 +255,15 @@ fn the_extremes_of_waiting_are_accepted() {
         let config = parse(&format!("{LEAST}[service.shop.waiting]\n{text}"));
         let meant = Waiting { capacity, timeout, reply: Vec::new() };
         assert_eq!(config.services[0].waiting, meant, "{text}");
+    }
+}
+
+#[test]
+fn a_service_may_wait_for_an_address_that_is_in_use() {
+    let listen = "listen = [\":8080\"]";
+    for (text, meant) in [("\"refuse\"", Occupied::Refuse), ("\"wait\"", Occupied::Wait)] {
+        let config = parse(&LEAST.replace(listen, &format!("{listen}\noccupied = {text}")));
+        assert_eq!(config.services[0].occupied, meant, "{text}");
     }
 }
 

@@ -47,7 +47,7 @@ use crate::{
     lock::DistributorLock,
     message::{FromMonitor, ToMonitor},
     notify,
-    record::{Record, Recorder},
+    record::{self, Record, Recorder},
     room, server,
     service::{self, Found, Host, Label, Left, Service, Shared, Succession},
     status::{ServiceStatus, Status, Trouble},
@@ -219,12 +219,12 @@ impl<'a> Distributor<'a> {
             true => Succession::Next,
             false => Succession::First,
         };
-        let record = Record::read(&place.runtime_dir).unwrap_or_else(|error| {
+        let mut record = Record::read(&place.runtime_dir).unwrap_or_else(|error| {
             warn!("{error:#}: what runs is known by its cgroups only");
             None
         });
         if succession == Succession::First {
-            clear_the_way(config, place, record.as_ref())?;
+            record = clear_the_way(config, place, record)?;
         }
         let runs = succession == Succession::Next || place.is_populated();
         place.cgroup.create()?;
@@ -307,7 +307,7 @@ impl<'a> Distributor<'a> {
         let (mut strangers, mut released) = (Vec::new(), Vec::new());
         for child in children {
             match serde_json::from_slice(&child.label) {
-                _ if child.label == service::RELEASED => released.push(child),
+                _ if child.label.starts_with(service::RELEASED) => released.push(child),
                 Ok(label) => found.push(Found { label, child: Some(child) }),
                 Err(_) => strangers.push(child),
             }
@@ -336,8 +336,6 @@ impl<'a> Distributor<'a> {
             let is_guest = serde_json::from_slice(&child.label)
                 .is_ok_and(|label: Label| label.adopted.is_some_and(|adopted| adopted.command.is_empty()));
             if is_guest {
-                let label = service::RELEASED.to_vec();
-                self.link.send(&ToMonitor::Relabel { id: child.id, label }, None)?;
                 continue;
             }
             if child.exit.is_none() {
@@ -345,6 +343,11 @@ impl<'a> Distributor<'a> {
                 self.link.send(&ToMonitor::Signal { id: child.id, signal: 9 }, None)?;
             }
             self.link.send(&ToMonitor::Forget { id: child.id }, None)?;
+        }
+        for (service, adopted) in released.iter().filter_map(|child| service::released_by(&child.label)) {
+            if let Some(service) = self.services.iter_mut().find(|its| its.name() == service) {
+                service.remember_released(adopted);
+            }
         }
         for child in released.iter().filter(|child| child.exit.is_some()) {
             self.link.send(&ToMonitor::Forget { id: child.id }, None)?;
@@ -828,10 +831,18 @@ impl Vacancy {
 
 /// Ends what an earlier run has left and what cannot go on: services that are not configured any
 /// more, or otherwise than before. What is to be made anew must be possible.
-fn clear_the_way(config: &Config, place: &Instance, record: Option<&Record>) -> anyhow::Result<()> {
+///
+/// What is recorded of the others is of no more use, but for servers that were adopted: these get
+/// their address back.
+fn clear_the_way(
+    config: &Config,
+    place: &Instance,
+    mut record: Option<Record>,
+) -> anyhow::Result<Option<Record>> {
     let mut kept = Vec::new();
     for service in &config.services {
-        let recorded = record.and_then(|record| record.services.iter().find(|its| its.name == service.name));
+        let recorded =
+            record.as_ref().and_then(|record| record.services.iter().find(|its| its.name == service.name));
         match service::left(service, recorded, place)? {
             Left::Nothing => {}
             Left::Servers => kept.push(service.name.as_str()),
@@ -841,8 +852,16 @@ fn clear_the_way(config: &Config, place: &Instance, record: Option<&Record>) -> 
         }
     }
     place.clean_leftovers(&kept)?;
+    if let Some(record) = &mut record {
+        let (goes_on, ended) = std::mem::take(&mut record.services)
+            .into_iter()
+            .partition(|service: &record::Service| kept.contains(&service.name.as_str()));
+        record.services = goes_on;
+        ended.iter().flat_map(record::Service::guests).for_each(service::give_back);
+    }
     let waits = |service: &config::Service| service.occupied == Occupied::Wait;
     let new =
         config.services.iter().filter(|service| !kept.contains(&service.name.as_str()) && !waits(service));
-    new.flat_map(|service| &service.listen).try_for_each(room::check_free)
+    new.flat_map(|service| &service.listen).try_for_each(room::check_free)?;
+    Ok(record)
 }

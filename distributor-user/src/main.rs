@@ -25,6 +25,8 @@ use distributor_user::{
     lock::{DistributorLock, Lock},
     logging::{self, Verbosity},
     monitor,
+    record::{self, Record},
+    service,
     status::Status,
     upgrade,
 };
@@ -75,7 +77,11 @@ fn perform(invocation: &Invocation) -> anyhow::Result<ExitCode> {
             Err(_) if !control::is_up(directory) && Instance::is_abandoned(directory) => {
                 let _lock = Lock::take(directory)?;
                 let _distributor = DistributorLock::take(directory)?;
+                // Without one, or one that can be read, nobody is known who was adopted.
+                let record = Record::read(directory).ok().flatten();
                 Instance::find(directory)?.remove()?;
+                let services = record.iter().flat_map(|record| &record.services);
+                services.flat_map(record::Service::guests).for_each(service::give_back);
             }
             answer => {
                 answer?.into_result()?;

@@ -17,7 +17,7 @@ use anyhow::{Context as _, ensure};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::{Deserialize, Serialize};
 
-use crate::service::Label;
+use crate::service::{Adopted, Label};
 
 /// The file's name in the runtime directory.
 pub const FILE: &str = "record.json";
@@ -41,6 +41,9 @@ pub struct Service {
     /// The uid of its sockets.
     pub uid: u32,
     pub servers: Vec<Server>,
+    /// Servers that were adopted and released.
+    #[serde(default)]
+    pub released: Vec<Adopted>,
 }
 
 /// One server.
@@ -71,6 +74,14 @@ impl Record {
             serde_json::from_slice(&text).with_context(|| format!("understand {}", path.display()))?;
         ensure!(record.format == FORMAT, "{}: its format {} is not ours", path.display(), record.format);
         Ok(Some(record).filter(|record| boot().is_ok_and(|boot| boot == record.boot)))
+    }
+}
+
+impl Service {
+    /// Servers that somebody else started, and that are to get their address back in the end.
+    pub fn guests(&self) -> impl Iterator<Item = &Adopted> {
+        let adopted = self.servers.iter().filter_map(|server| server.label.adopted.as_ref());
+        adopted.chain(&self.released)
     }
 }
 
@@ -176,7 +187,7 @@ mod tests {
     }
 
     fn record() -> Record {
-        let services = vec![Service { name: "shop".into(), uid: 7, servers: vec![] }];
+        let services = vec![Service { name: "shop".into(), uid: 7, servers: vec![], released: vec![] }];
         Record::new(services).unwrap()
     }
 

@@ -51,7 +51,7 @@ use crate::{
     trouble::Troubles,
 };
 
-pub use adopt::{RELEASED, Shared};
+pub use adopt::{Adopted, RELEASED, Shared, give_back, released_by};
 pub use launch::{Found, Label, Ran, Succession};
 pub use report::vacant_status;
 pub use survey::{Left, left};
@@ -124,7 +124,7 @@ pub struct Service {
     /// down.
     ended: Vec<u64>,
     /// Servers that were adopted and are not any more: at the end they get their address back.
-    released: Vec<adopt::Adopted>,
+    released: Vec<Adopted>,
     /// What is wrong with the machine.
     troubles: Troubles,
 }

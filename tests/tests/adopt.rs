@@ -262,3 +262,62 @@ fn what_cannot_be_adopted_is_refused_and_left_as_it_was() {
     up.stop();
     assert!(own.runs());
 }
+
+/// Kills the distributor, and waits for the next one.
+fn kill_distributor(up: &Up<'_>) {
+    let old = up.distributor();
+    old.kill(seconds(5.0));
+    wait_for("the next distributor", seconds(10.0), || (up.distributor() != old).then_some(()));
+    up.wait_answering();
+    up.wait_ready();
+}
+
+#[test]
+fn a_released_server_gets_its_address_back_whoever_was_killed_since() {
+    let host = Host::new();
+    let own = Own::start(&host);
+    let up = waiting(&host, App::of(&host, 1));
+    up.run(&["adopt", "app", "--pid", &own.pid(), "--name", "old"]).expect_done();
+    up.wait_ready();
+    up.run(&["release", "app/old"]).expect_done();
+    kill_distributor(&up);
+    up.stop();
+    assert!(client::hold(V4, 10).iter().all(|client| client.server == "old"));
+}
+
+#[test]
+fn down_of_a_killed_instance_gives_an_adopted_server_its_address_back() {
+    let host = Host::new();
+    let own = Own::start(&host);
+    let up = waiting(&host, App { limit: Some(5), ..App::of(&host, 1) });
+    up.run(&["adopt", "app", "--pid", &own.pid(), "--name", "old"]).expect_done();
+    up.wait_ready();
+    let (monitor, distributor) = (up.monitor(), up.distributor());
+    monitor.kill(seconds(5.0));
+    wait_for("the end of the distributor", seconds(5.0), || (!distributor.runs()).then_some(()));
+    up.forget();
+    host.run(&["down"]).expect_done();
+    let alone = client::hold(V4, 20);
+    assert!(alone.iter().all(|client| client.server == "old") && own.runs());
+}
+
+#[test]
+fn a_server_that_was_adopted_with_a_command_outlives_the_distributor_that_restarted_it() {
+    let host = Host::new();
+    let mut own = Own::start(&host);
+    let up = waiting(&host, App::of(&host, 1));
+    let program = host.test_server_for_all();
+    let words = ["adopt", "app", "--pid", &own.pid(), "--name", "old", "--"];
+    up.run(&[&words[..], &[program.as_str(), "--name", "new", "--listen", "[::]:8080"]].concat())
+        .expect_done();
+    up.wait_ready();
+    own.0.kill().and_then(|()| own.0.wait()).expect("end it");
+    wait_for("the next instance", seconds(10.0), || {
+        let service = up.service();
+        (service.is_ready() && service.server("app/old").restarts == 1).then_some(())
+    });
+    let process = up.process("app/old");
+    kill_distributor(&up);
+    assert_eq!(up.process("app/old"), process);
+    assert_eq!(client::by_name(&client::hold(V4, 4))["new"], 2);
+}

@@ -6,7 +6,7 @@
 //! servers like any other.
 
 use std::{
-    os::fd::{AsFd as _, OwnedFd},
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     time::{Duration, Instant},
 };
 
@@ -21,6 +21,7 @@ use crate::{
     foreign::{self, Before, EarlierConnections, Foreign},
     kernel::{self, Ledger},
     link::Child,
+    listener,
     message::ToMonitor,
     record,
     server::{self, Instance, Main, Server, Supervision},
@@ -63,8 +64,13 @@ impl Guest {
     }
 }
 
-/// The label of a server that was given back: whose end the monitor tells, and nobody needs.
-pub const RELEASED: &[u8] = b"released";
+/// What the label of a server begins with that was released; its service and the rest follow.
+pub const RELEASED: &[u8] = b"released ";
+
+/// Whose such a label is.
+pub fn released_by(label: &[u8]) -> Option<(String, Adopted)> {
+    serde_json::from_slice(label.strip_prefix(RELEASED)?).ok()
+}
 
 /// A server's listeners, made fit for the service's group.
 pub struct Shared {
@@ -104,7 +110,7 @@ impl Shared {
     /// Leaves the server as it was, and alone: everybody else has left its groups.
     pub fn give_back(&self) {
         for (listener, before) in self.server.listeners.iter().zip(&self.before) {
-            if let Err(error) = released(listener, before, &self.server.processes) {
+            if let Err(error) = released(listener.fd.as_fd(), before, &self.server.processes) {
                 warn!("process {}: {error:#}", self.pid);
             }
         }
@@ -157,7 +163,7 @@ impl Service {
                 .collect(),
             counted_in: self.kernel.count_in(&cgroup)?,
         };
-        let entry = self.place_for(name, &adopted)?;
+        let entry = self.place_for(name, &adopted.command)?;
         self.entries[entry].machine = Server::found(
             self.entries[entry].machine.instance().next(),
             server::Run::found(shared.pid, Instant::now()),
@@ -200,13 +206,13 @@ impl Service {
     }
 
     /// An entry for a server of that name: a new one, or that of one that was released.
-    fn place_for(&mut self, short_name: &str, adopted: &Adopted) -> anyhow::Result<usize> {
+    pub(super) fn place_for(&mut self, short_name: &str, command: &[String]) -> anyhow::Result<usize> {
         let name = format!("{}/{short_name}", self.config.name);
         if let Some(entry) = self.entries.iter().position(|entry| entry.config.name == name) {
             ensure!(self.entries[entry].gone, "a server is called {name} already: give it another --name");
             let entry_ = &mut self.entries[entry];
             entry_.gone = false;
-            entry_.config.command.clone_from(&adopted.command);
+            entry_.config.command = command.to_vec();
             return Ok(entry);
         }
         // It is a server of the service in everything that the configuration says of all.
@@ -214,7 +220,7 @@ impl Service {
         let config = config::Server {
             short_name: short_name.to_owned(),
             index: self.entries.len() + 1,
-            command: adopted.command.clone(),
+            command: command.to_vec(),
             name,
             ..like.clone()
         };
@@ -235,9 +241,9 @@ impl Service {
 
     /// Finds an adopted server again that an earlier distributor had. `None`: it is gone.
     pub(super) fn place_again(&mut self, label: &super::Label) -> anyhow::Result<Option<usize>> {
-        let Some(adopted) = &label.adopted else { return Ok(None) };
+        let Some(command) = &label.extra else { return Ok(None) };
         let short_name = label.server.rsplit('/').next().unwrap_or_default();
-        self.place_for(short_name, adopted).map(Some)
+        self.place_for(short_name, command).map(Some)
     }
 
     /// Has the monitor watch an adopted server again, after its predecessor's death. `None`: it
@@ -286,6 +292,13 @@ impl Service {
         self.count_earlier();
     }
 
+    /// A server that was released under an earlier distributor.
+    pub fn remember_released(&mut self, adopted: Adopted) {
+        if !self.released.contains(&adopted) {
+            self.released.push(adopted);
+        }
+    }
+
     /// Once a second: how many of the connections from before are still open.
     pub(super) fn count_earlier(&mut self) {
         let listen = &self.config.listen;
@@ -316,7 +329,8 @@ impl Service {
     fn disown(&mut self, entry: usize, host: &mut Host<'_>) {
         let Some(mut run) = self.entries[entry].run.take() else { return };
         let Some(guest) = run.guest.take() else { return };
-        let relabel = ToMonitor::Relabel { id: run.id, label: RELEASED.to_vec() };
+        let whose = serde_json::to_vec(&(&self.config.name, &guest.adopted)).unwrap_or_default();
+        let relabel = ToMonitor::Relabel { id: run.id, label: [RELEASED, &whose].concat() };
         let _ = host.link.send(&relabel, None);
         for them in &run.listeners {
             for (offset, &cookie) in them.cookies.iter().enumerate() {
@@ -374,32 +388,34 @@ impl Service {
         let run = |entry: &Entry| Some(entry.run.as_ref()?.guest.as_ref()?.adopted.clone());
         let guests = guests.into_iter().filter_map(|entry| run(&self.entries[entry]));
         for adopted in guests.chain(self.released) {
-            if let Err(error) = give_back(&adopted, &self.config.listen) {
-                warn!("process {}, which was adopted: {error:#}", adopted.pid);
-            }
+            give_back(&adopted);
         }
     }
 }
 
 /// Gives a server its listeners back, once everybody else has left their groups.
-fn give_back(adopted: &Adopted, listen: &[crate::address::ListenAddress]) -> anyhow::Result<()> {
+pub fn give_back(adopted: &Adopted) {
     if record::process(adopted.pid, adopted.start_time).is_none() {
-        return Ok(());
+        return;
     }
-    let server = foreign::find(adopted.pid, listen)?;
-    for listener in &server.listeners {
-        let Some((_, before)) = adopted.before.iter().find(|(cookie, _)| *cookie == listener.cookie) else {
-            continue;
-        };
-        released(listener, before, &server.processes)?;
+    let done = listener::find(&[adopted.pid]).map_err(anyhow::Error::from).and_then(|found| {
+        found.iter().try_for_each(|listener| {
+            match adopted.before.iter().find(|(cookie, _)| *cookie == listener.cookie) {
+                Some((_, before)) => released(listener.fd.as_fd(), before, &[adopted.pid]),
+                None => Ok(()),
+            }
+        })
+    });
+    match done {
+        Ok(()) => info!("process {}, which was adopted, has its address for itself again", adopted.pid),
+        Err(error) => warn!("process {}, which was adopted: {error:#}", adopted.pid),
     }
-    Ok(())
 }
 
 /// Waits until a listener is alone, and releases it.
-fn released(listener: &Foreign, before: &Before, processes: &[u32]) -> anyhow::Result<()> {
+fn released(listener: BorrowedFd<'_>, before: &Before, processes: &[u32]) -> anyhow::Result<()> {
     let until = Instant::now() + CLOSING;
-    while let Err(error) = foreign::release(listener.fd.as_fd(), before, processes) {
+    while let Err(error) = foreign::release(listener, before, processes) {
         ensure!(Instant::now() < until, error);
         std::thread::sleep(Duration::from_millis(10));
     }

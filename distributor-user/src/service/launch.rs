@@ -49,6 +49,9 @@ pub struct Label {
     /// It was started by somebody else.
     #[serde(default)]
     pub adopted: Option<Adopted>,
+    /// It is none of the configuration's: what it is started with again.
+    #[serde(default)]
+    pub extra: Option<Vec<String>>,
 }
 
 /// An instance's place in the kernel's maps.
@@ -157,7 +160,9 @@ impl Service {
         let mut chosen: Vec<(usize, Found)> = Vec::new();
         for found in found {
             let place = match self.find(&found.label.server) {
-                None if found.child.is_some() => self.place_again(&found.label)?,
+                None if found.child.is_some() || found.label.adopted.is_none() => {
+                    self.place_again(&found.label)?
+                }
                 place => place,
             };
             match place {
@@ -285,7 +290,8 @@ impl Service {
             let (first, len) = (u32::from(first), u32::from(len));
             let cookie_at = |index: u32| {
                 let home = Home { slot: run.slot, index };
-                homes.iter().find(|(_, its)| *its == home).map(|(cookie, _)| *cookie)
+                // One that has closed is remembered for a while; a later socket has a higher cookie.
+                homes.iter().filter(|(_, its)| *its == home).map(|(cookie, _)| *cookie).max()
             };
             // Without one of them they are adopted anew.
             let Some(cookies) = (first..first + len).map(cookie_at).collect::<Option<Vec<u64>>>() else {
@@ -465,6 +471,7 @@ impl Service {
             total_before: server.total_before,
             most_before: server.most_before,
             retired: retired.map(|retired| (retired.slot, retired.base)).collect(),
+            extra: (entry >= self.config.servers.len()).then(|| server.config.command.clone()),
             adopted: server.run.as_ref().and_then(|run| Some(run.guest.as_ref()?.adopted.clone())),
         }
     }
@@ -499,6 +506,7 @@ impl Service {
             name: self.config.name.clone(),
             uid: super::uid(&self.config),
             servers: (0..self.entries.len()).filter(|entry| !self.entries[*entry].gone).map(server).collect(),
+            released: self.released.clone(),
         }
     }
 

@@ -60,7 +60,14 @@ impl Service {
         recorded: Option<record::Service>,
         host: &mut Host<'_>,
     ) -> anyhow::Result<Vec<Found>> {
-        let recorded = recorded.map_or(Vec::new(), |service| service.servers);
+        let (recorded, released) =
+            recorded.map_or((Vec::new(), Vec::new()), |service| (service.servers, service.released));
+        released.into_iter().for_each(|adopted| self.remember_released(adopted));
+        for label in recorded.iter().map(|server| &server.label).filter(|label| label.adopted.is_none()) {
+            if self.find(&label.server).is_none() {
+                self.place_again(label)?;
+            }
+        }
         let cgroups: Vec<(String, u32, Cgroup)> =
             self.cgroup.children().into_iter().filter_map(named).collect();
         let mut kept = HashSet::new();
@@ -105,7 +112,12 @@ impl Service {
         let populated = cgroups.iter().filter(|(_, cgroup)| !cgroup.processes().is_empty());
         let running = populated.map(|(number, _)| *number).max();
         let mut label = recorded.map_or_else(|| self.label(entry), |recorded| recorded.label.clone());
-        let run = label.machine.run().cloned();
+        // A newer one runs, and the recorded one does not: the record is out of date, for want of
+        // room on the disk.
+        let is_newer = running.is_some_and(|running| running > label.machine.instance().0);
+        let lives = label.machine.pid().zip(recorded.and_then(|recorded| recorded.start_time));
+        let lives = lives.is_some_and(|(pid, start)| record::process(pid, start).is_some());
+        let run = label.machine.run().filter(|_| lives || !is_newer).cloned();
         let instance = match (&run, running) {
             (None, Some(running)) => Instance(running),
             (None, None) => Instance(newest.max(label.machine.instance().0)),

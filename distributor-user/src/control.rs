@@ -397,31 +397,39 @@ async fn serve_with(
     let mut clients = JoinSet::new();
     let mut log_next_refusal = Instant::now();
     let mut log_next_failure = Instant::now();
+    // What became free is for the client that waits, and only then to be the spare one again.
+    let mut is_expected = false;
     loop {
+        if !std::mem::take(&mut is_expected) {
+            spare = spare.or_else(self::spare);
+        }
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            // Its descriptor can be the spare one now.
-            Some(_) = clients.join_next() => {
-                spare = spare.or_else(self::spare);
-                continue;
-            }
+            // It has given its descriptor back.
+            Some(_) = clients.join_next() => continue,
+            // Nobody waits: without a descriptor the kernel says that before it looks.
+            () = sleep(POLL), if spare.is_none() => continue,
             () = requests.closed() => return,
         };
         while clients.try_join_next().is_some() {}
         let stream = match accepted {
-            Ok((stream, _)) => {
-                spare = spare.or_else(self::spare);
-                stream
+            Ok((stream, _)) => stream,
+            // Most likely no descriptor is left: now one is.
+            Err(_) if spare.take().is_some() => {
+                is_expected = true;
+                continue;
             }
-            // Most likely no descriptor is left: now one is, and is kept for the next one later.
-            Err(_) if spare.take().is_some() => continue,
             // The client waits in the queue meanwhile.
             Err(error) => {
                 if Instant::now() >= log_next_failure {
                     warn!("accept a control client: {error}; tries again every second");
                     log_next_failure = Instant::now() + REFUSAL_LOG_INTERVAL;
                 }
-                sleep(Duration::from_secs(1)).await;
+                tokio::select! {
+                    Some(_) = clients.join_next() => {}
+                    () = sleep(Duration::from_secs(1)) => {}
+                }
+                is_expected = true;
                 continue;
             }
         };

@@ -552,7 +552,9 @@ impl<'a> Distributor<'a> {
         self.fill_vacancies();
         let (services, mut host) = self.split();
         services.iter_mut().for_each(|service| service.look_around(&mut host));
-        let lacking = eventfd(0, EventfdFlags::CLOEXEC).err().map(|error| {
+        // Two, as a server takes to be started; one may be that which the control socket has in reserve.
+        let any = || eventfd(0, EventfdFlags::CLOEXEC);
+        let lacking = any().and_then(|_first| any()).err().map(|error| {
             let what = error::advised(format!("open a file: {error}"));
             format!("{what}; until there are more, no server is started again, and no room is made")
         });

@@ -375,8 +375,12 @@ impl<'a> Distributor<'a> {
             )
         });
         self.troubles.note(RECORD, unwritten, SystemTime::now());
-        let (services, mut host) = self.split();
-        services.iter_mut().for_each(|service| service.forget_ended(&mut host));
+        // Or the next distributor, which finds the older record and no child, would take who has
+        // ended for running.
+        if !self.troubles.has(RECORD) {
+            let (services, mut host) = self.split();
+            services.iter_mut().for_each(|service| service.forget_ended(&mut host));
+        }
     }
 
     fn split(&mut self) -> (&mut Vec<Service>, Host<'_>) {

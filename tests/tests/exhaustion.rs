@@ -304,6 +304,24 @@ fn what_runs_is_adopted_also_when_the_disk_is_full() {
     assert!(up.has_stopped().success());
 }
 
+#[test]
+fn a_server_that_ended_while_the_disk_was_full_is_not_taken_for_running() {
+    let host = Host::new();
+    let disk = Disk::new(&host, "size=256k");
+    let mut app = App::of(&host, 2);
+    app.server = "restart = { delay = \"5s\", max_delay = \"5s\" }".to_owned();
+    let up = up_on(&host, &disk, &app);
+    disk.fill();
+    // The second time it waits, and nothing of it runs.
+    replace_server(&up, "app/1");
+    up.process("app/1").kill(seconds(5.0));
+    up.wait_state("app/1", "backoff");
+    replace_distributor(&up);
+    assert_eq!(up.service().server("app/1").restarts, 2);
+    up.run(&["down"]).expect_done();
+    assert!(up.has_stopped().success());
+}
+
 /// The processes of the servers, however they are called.
 fn server_processes(up: &Up<'_>) -> Vec<Process> {
     let mut processes = process::in_cgroup(&up.cgroup().join("app"));

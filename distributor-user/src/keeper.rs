@@ -398,7 +398,11 @@ fn keep(cgroup: &Path) -> anyhow::Result<()> {
         signal_hook::flag::register(signal, Arc::default()).context("ignore signals")?;
     }
     rustix::process::setsid().context("start a session")?;
-    enter(cgroup)?;
+    match enter(cgroup) {
+        // It was made for us: whoever started us has failed since, and cleaned up.
+        Err(_) if !cgroup.exists() => return Ok(()),
+        entered => entered?,
+    }
     let stays = env::var(STAYS).ok().and_then(|text| text.parse().ok());
     let stays = Timespec::try_from(stays.map_or(STAYS_FOR, Duration::from_millis))?;
     let mut seat = Seat::new()?;

@@ -106,6 +106,8 @@ pub struct Server {
     pub command: Vec<String>,
     /// Complete: what is not in here, the server does not have. Sorted by name.
     pub environment: Vec<(String, String)>,
+    /// What of it the configuration says, in its order: what comes later counts.
+    pub own_environment: Vec<(String, String)>,
     /// Absolute. `None`: where `up` was started.
     pub directory: Option<PathBuf>,
     /// Its share, relative to the others of its service.

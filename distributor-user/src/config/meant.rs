@@ -354,16 +354,18 @@ impl<'r> Reading<'r> {
         let name = format!("{}/{short_name}", common.service);
         let output = self.output(own.output.or(&shared.output), &names, Output::Inherit);
         let directory = own.directory.or(&shared.directory).given();
+        let lists = [&shared.environment, &own.environment];
+        let own_environment: Vec<_> =
+            lists.into_iter().flat_map(|list| self.variables(list, &names)).collect();
         Server {
             command: self.command(own.command.or(&shared.command), &common.shared.place, &names),
             environment: environment::environment(
                 self.machine.environment.iter().cloned(),
                 common.user,
-                [&shared.environment, &own.environment]
-                    .into_iter()
-                    .flat_map(|list| self.variables(list, &names)),
+                own_environment.iter().cloned(),
                 &Facts { service: common.service, server: &name, index, listen: common.listen },
             ),
+            own_environment,
             directory: directory.map(|given| self.absolute(given, &names, "write")),
             weight: self.number(own.weight.or(&shared.weight), 1..=WEIGHT_MAX, WEIGHT),
             limit: self.limit(own.limit.or(&shared.limit)),

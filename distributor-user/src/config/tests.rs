@@ -50,6 +50,7 @@ fn what_is_left_out_has_its_default() {
             ("DIST_CTL_SERVICE", "shop"),
             ("PATH", "/bin"),
         ]),
+        own_environment: Vec::new(),
         directory: None,
         weight: 100,
         limit: None,
@@ -117,6 +118,9 @@ fn the_example_means_what_it_says() {
         let variable = (variable.0.to_owned(), variable.1.to_owned());
         assert!(big.environment.contains(&variable), "{variable:?}");
     }
+    let java = "/usr/lib/jvm/default-java";
+    let written = facts([("JAVA_HOME", java), ("OFFSET", "5"), ("JAVA_HOME", "/opt/jdk")]);
+    assert_eq!(big.own_environment, written);
 }
 
 #[test]

@@ -515,7 +515,7 @@ impl Service {
         // Where it runs differs from instance to instance...
         let mut exec = self.exec(entry, std::path::PathBuf::new());
         // ...and what is not configured from shell to shell.
-        exec.environment.retain(|(name, value)| std::env::var(name).as_ref() != Ok(value));
+        exec.environment = self.entries[entry].config.own_environment.clone();
         Ok(plan::hash(&serde_json::to_vec(&exec)?))
     }
 }

@@ -197,7 +197,7 @@ impl<F> State<F> {
                     return self.go_back(&how, Exit::Unknown, now);
                 }
                 self.deaths += 1;
-                self.died(&how, None, now)
+                self.died(&how, None, false, now)
             }
 
             (Running { pid, since, sound, .. }, Event::HungUp) => {
@@ -242,7 +242,7 @@ impl<F> State<F> {
                     Exit::Code(code) => u8::try_from(code).ok(),
                     Exit::Signal(_) | Exit::Unknown => None,
                 };
-                self.died(&how, code, now)
+                self.died(&how, code, by_kill, now)
             }
             (_, Event::Exited { pid, exit }) => self.exited(pid, exit),
             (_, Event::WatchedEnded { id }) => self.ended(id, Exit::Unknown),
@@ -385,9 +385,9 @@ impl<F> State<F> {
     }
 
     /// The distributor ended without `Finished`, or could not be started. One that exited
-    /// with a code has said why.
-    fn died(&mut self, how: &str, code: Option<u8>, now: Instant) -> Vec<Action<F>> {
-        if !self.ready {
+    /// with a code has said why; one that somebody killed might have got ready.
+    fn died(&mut self, how: &str, code: Option<u8>, by_kill: bool, now: Instant) -> Vec<Action<F>> {
+        if !self.ready && !by_kill {
             self.distributor = Distributor::Done { leaving: None };
             return match code {
                 Some(code) => vec![Action::Finish(code)],
@@ -630,13 +630,28 @@ mod tests {
     }
 
     #[test]
-    fn one_that_is_killed_before_it_was_ready_ends_the_monitor_with_1_and_a_sentence() {
+    fn one_that_crashes_before_it_was_ready_ends_the_monitor_with_1_and_a_sentence() {
         let now = Instant::now();
         let mut state = Monitor::new(now, 100);
         state.step(Event::DistributorStarted(Ok(1)), now);
-        let sentence = "the distributor (pid 1) was killed by SIGKILL after 0.0s, before it was ready: \
+        let crash = Exit::Signal(Signal::SEGV.as_raw());
+        let sentence = "the distributor (pid 1) was killed by SIGSEGV after 0.0s, before it was ready: \
                         dist-ctl exits";
-        assert_eq!(dies(&mut state, 1, now), [Action::Say(sentence.into()), Action::Finish(1)]);
+        let actions = state.step(Event::Exited { pid: 1, exit: crash }, now);
+        assert_eq!(actions, [Action::Say(sentence.into()), Action::Finish(1)]);
+    }
+
+    #[test]
+    fn one_that_somebody_kills_before_it_was_ready_is_followed_more_and_more_slowly() {
+        let now = Instant::now();
+        let mut state = Monitor::new(now, 100);
+        let waits = (1..=4).map(|pid| {
+            state.step(Event::DistributorStarted(Ok(pid)), now);
+            dies(&mut state, pid, now);
+            state.deadline().map(|deadline| deadline - now)
+        });
+        let expected = [0, 0, 100, 200].map(|wait| Some(Duration::from_millis(wait)));
+        assert_eq!(waits.collect::<Vec<_>>(), expected);
     }
 
     #[test]

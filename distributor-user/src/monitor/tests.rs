@@ -250,14 +250,26 @@ fn the_exit_code_of_a_distributor_that_was_never_ready_is_the_monitors() {
 }
 
 #[test]
-fn a_distributor_that_is_killed_before_it_is_ready_takes_its_servers_and_the_monitor_with_it() {
-    let mut run = Run::start("killed");
+fn a_distributor_that_fails_before_it_is_ready_takes_its_servers_and_the_monitor_with_it() {
+    let mut run = Run::start("fails");
+    let distributor = run.distributor();
+    assert_eq!(distributor.told(), FromMonitor::Begin);
+    let server = distributor.start(1, "exec sleep 60");
+    distributor.exit(1);
+    assert_eq!(run.exit_code(), Some(1));
+    assert!(!is_there(server));
+}
+
+#[test]
+fn a_distributor_that_is_killed_before_it_is_ready_is_followed_by_one_that_knows_of_its_servers() {
+    let run = Run::start("killed");
     let distributor = run.distributor();
     assert_eq!(distributor.told(), FromMonitor::Begin);
     let server = distributor.start(1, "exec sleep 60");
     distributor.die();
-    assert_eq!(run.exit_code(), Some(1));
-    assert!(!is_there(server));
+    let next = run.distributor();
+    assert!(is_there(server));
+    assert_eq!(next.told(), FromMonitor::Child { id: 1, pid: server, label: b"exec sleep 60".to_vec() });
 }
 
 #[test]

@@ -550,7 +550,7 @@ fn service_name(text: &str) -> Result<String, String> {
 fn short_name(text: &str) -> Result<String, String> {
     match is_name(text) && !text.bytes().all(|byte| byte.is_ascii_digit()) {
         true => Ok(text.to_owned()),
-        false => Err("write a name of a-z, 0-9, _ and -, for example old".to_owned()),
+        false => Err("write a name of a-z, 0-9, _ and -, not of digits only, for example old".to_owned()),
     }
 }
 

@@ -6,7 +6,7 @@
 #![forbid(unsafe_code)]
 
 use std::{
-    fs::{DirBuilder, File},
+    fs::{self, DirBuilder, File},
     io::Write as _,
     os::{
         fd::{AsFd as _, OwnedFd},
@@ -29,22 +29,23 @@ use tokio::{
         mpsc::{self, UnboundedReceiver, UnboundedSender},
         oneshot,
     },
-    task::{LocalSet, spawn_local, yield_now},
+    task::{JoinHandle, LocalSet, spawn_local, yield_now},
     time::timeout_at,
 };
 use tracing::{debug, error, info, warn};
 
 use crate::{
     attendant, auditor, bell,
+    cgroup::Cgroup,
     cli::Source,
     config::{self, Config, Occupied},
     control::{self, Command, Request, Response},
     error,
-    instance::Instance,
-    kernel::ProgramLog,
+    instance::{self, Instance},
+    kernel::{self, ProgramLog},
     launch::LaunchError,
     link::{Child, Inheritance, Link},
-    lock::DistributorLock,
+    lock::{self, DistributorLock},
     message::{FromMonitor, ToMonitor},
     notify,
     record::{self, Record, Recorder},
@@ -111,9 +112,9 @@ pub fn run(source: &Source, runtime_dir: &Path, log: ProgramLog) -> anyhow::Resu
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     LocalSet::new().block_on(&runtime, async {
-        let (mut link, inheritance) = Link::open()?;
-        let config = configuration(source, &inheritance, &mut link)?;
-        serve(config, runtime_dir, log, link, inheritance).await
+        let (link, inheritance) = Link::open()?;
+        let (config, text) = configuration(source, &inheritance)?;
+        serve(config, runtime_dir, log, link, inheritance, text).await
     })
 }
 
@@ -121,8 +122,9 @@ async fn serve(
     config: Config,
     runtime_dir: &Path,
     log: ProgramLog,
-    link: Link,
+    mut link: Link,
     inheritance: Inheritance,
+    configuration: OwnedFd,
 ) -> anyhow::Result<()> {
     ensure!(
         rustix::process::geteuid().is_root(),
@@ -130,10 +132,16 @@ async fn serve(
     );
     // Until we are gone, whatever happens below: there is no other.
     let _lock = DistributorLock::take(runtime_dir)?;
-    let place = Instance::find(runtime_dir)?;
+    let cgroup = instance::cgroup(runtime_dir)?;
+    cgroup.create()?;
+    let place = lock_instance(&cgroup, &inheritance, &mut link).and_then(|()| Instance::find(runtime_dir));
+    let place = place.inspect_err(|_| {
+        // It is there still if anything is in it.
+        let _ = fs::remove_dir(cgroup.path());
+    })?;
     // What an earlier run has left is not ours to end because we cannot start.
     let nothing_runs = inheritance.is_empty() && !place.is_populated();
-    match Distributor::begin(&config, &place, log, link, inheritance).await {
+    match Distributor::begin(&config, &place, log, link, inheritance, configuration).await {
         Ok(distributor) => distributor.work(&config).await,
         Err(error) => {
             if nothing_runs && let Err(left) = place.remove() {
@@ -147,9 +155,30 @@ async fn serve(
 /// The label of the configuration that is in force.
 const CONFIGURATION: &[u8] = b"configuration";
 
-/// The configuration that is in force: what the first distributor of this monitor has read. The
-/// file may say something else since, or nothing that can be read.
-fn configuration(source: &Source, inheritance: &Inheritance, link: &mut Link) -> anyhow::Result<Config> {
+/// The label of the lock on the instance's cgroup.
+const INSTANCE: &[u8] = b"instance";
+
+/// The label of a lock file of the monitor's that was made again.
+const REMADE: &[u8] = b"lock";
+
+/// Has the monitor hold the lock on the instance's cgroup, unless it does.
+fn lock_instance(cgroup: &Cgroup, inheritance: &Inheritance, link: &mut Link) -> anyhow::Result<()> {
+    for held in inheritance.held.iter().filter(|held| held.label == INSTANCE) {
+        if lock::is_of(&held.fd, cgroup.path()) {
+            return Ok(());
+        }
+        // Of a cgroup that somebody has removed.
+        link.send(&ToMonitor::Drop { key: held.key }, None)?;
+    }
+    let locked = lock::of_cgroup(cgroup.path())?;
+    let hold = ToMonitor::Hold { key: link.number(), label: INSTANCE.to_vec() };
+    link.send(&hold, Some(locked.as_fd()))
+}
+
+/// The configuration that is in force, and a file with its text for the monitor to hold: what the
+/// first distributor of this monitor that was ready has read. The file may say something else
+/// since, or nothing that can be read.
+fn configuration(source: &Source, inheritance: &Inheritance) -> anyhow::Result<(Config, OwnedFd)> {
     let held = inheritance.held.iter().find(|held| held.label == CONFIGURATION);
     let (text, config) = match (source, held) {
         (Source::File(path), Some(held)) => {
@@ -157,19 +186,17 @@ fn configuration(source: &Source, inheritance: &Inheritance, link: &mut Link) ->
             let mut text = vec![0; usize::try_from(file.metadata()?.len())?];
             // Its offset is that of every distributor before us.
             file.read_exact_at(&mut text, 0).context("read the configuration that is in force")?;
-            return Ok(Config::parse(&String::from_utf8(text)?, &path.display().to_string())?);
+            let config = Config::parse(&String::from_utf8(text)?, &path.display().to_string())?;
+            return Ok((config, file.into()));
         }
-        (Source::Command(_), Some(_)) => return Ok(source.read()?),
         (Source::File(path), None) => Config::read_with_text(path)?,
         // It is in our arguments; that there was one before us is said all the same.
-        (Source::Command(_), None) => (String::new(), source.read()?),
+        (Source::Command(_), _) => (String::new(), source.read()?),
     };
     let keep = "keep the configuration for the next distributor";
     let memory = rustix::fs::memfd_create("configuration", MemfdFlags::CLOEXEC).context(keep)?;
     File::from(memory.try_clone()?).write_all(text.as_bytes()).context(keep)?;
-    let hold = ToMonitor::Hold { key: link.number(), label: CONFIGURATION.to_vec() };
-    link.send(&hold, Some(memory.as_fd()))?;
-    Ok(config)
+    Ok((config, memory))
 }
 
 struct Distributor<'a> {
@@ -193,8 +220,8 @@ struct Distributor<'a> {
     recorder: Recorder,
     /// What is wrong with the machine, beside what its services know of.
     troubles: Troubles,
-    /// There is a control socket.
-    can_be_asked: bool,
+    /// Serves the control socket, if there is one.
+    control: Option<JoinHandle<()>>,
     /// For it.
     spare: Option<OwnedFd>,
 }
@@ -207,6 +234,7 @@ impl<'a> Distributor<'a> {
         log: ProgramLog,
         mut link: Link,
         inheritance: Inheritance,
+        configuration: OwnedFd,
     ) -> anyhow::Result<Self> {
         let spare = control::spare();
         let (inputs, received) = mpsc::unbounded_channel();
@@ -227,13 +255,7 @@ impl<'a> Distributor<'a> {
             record = clear_the_way(config, place, record)?;
         }
         let runs = succession == Succession::Next || place.is_populated();
-        place.cgroup.create()?;
-        match DirBuilder::new().mode(0o711).create(place.notify_dir()) {
-            Err(error) if !place.notify_dir().is_dir() => {
-                return Err(error).context("create the directory of the notify sockets");
-            }
-            _ => {}
-        }
+        make_notify_dir(place)?;
         let options = service::Options {
             log,
             bell: bell::is_needed(&place.pins)?,
@@ -270,7 +292,7 @@ impl<'a> Distributor<'a> {
             announced,
             recorder,
             troubles: Troubles::default(),
-            can_be_asked: false,
+            control: None,
             spare,
         };
         distributor.take_over(children, record, succession)?;
@@ -287,6 +309,12 @@ impl<'a> Distributor<'a> {
             opened => opened?,
         }
         distributor.listen_to_monitor()?;
+        if succession == Succession::First {
+            // Whoever comes after us goes on where we were. After one that died before this he
+            // begins again.
+            let hold = ToMonitor::Hold { key: distributor.link.number(), label: CONFIGURATION.to_vec() };
+            distributor.link.send(&hold, Some(configuration.as_fd()))?;
+        }
         distributor.link.send(&ToMonitor::Ready, None)?;
         if stop {
             distributor.stop();
@@ -319,8 +347,14 @@ impl<'a> Distributor<'a> {
             found = others;
             let place = recorded.iter().position(|recorded| recorded.name == service.name());
             let recorded = place.map(|place| recorded.swap_remove(place));
+            if let Some(recorded) = &recorded {
+                service.remember_drift(recorded.drift);
+            }
             match succession {
-                Succession::First => its.extend(service.survey(recorded, &mut host)?),
+                Succession::First => {
+                    let surveyed = service.survey(recorded, &its, &mut host)?;
+                    its.extend(surveyed);
+                }
                 Succession::Next => its.extend(
                     recorded
                         .into_iter()
@@ -363,7 +397,7 @@ impl<'a> Distributor<'a> {
         for service in services.iter_mut() {
             changed |= service.relabel(&mut host);
         }
-        if !changed && !self.troubles.has(RECORD) {
+        if !changed && !self.troubles.has(RECORD) && self.recorder.has_written() {
             return;
         }
         let record = Record::new(self.services.iter().map(Service::record).collect());
@@ -396,10 +430,10 @@ impl<'a> Distributor<'a> {
 
     fn open_control(&mut self, config: &Config) -> anyhow::Result<()> {
         let listener = control::bind(&self.place.runtime_dir, &config.control)?;
-        self.can_be_asked = true;
         self.troubles.note("control", None, SystemTime::now());
         let (requests, mut received) = mpsc::channel(64);
-        spawn_local(control::serve(listener, config.control.clone(), requests, self.spare.take()));
+        let spare = self.spare.take();
+        self.control = Some(spawn_local(control::serve(listener, config.control.clone(), requests, spare)));
         let inputs = self.inputs.clone();
         spawn_local(async move {
             while let Some(request) = received.recv().await {
@@ -409,6 +443,28 @@ impl<'a> Distributor<'a> {
             }
         });
         Ok(())
+    }
+
+    /// Sees that there is a control socket. If somebody has removed it, maybe with the whole
+    /// runtime directory, all is made again by which others know of us.
+    fn stay_reachable(&mut self, config: &Config) -> anyhow::Result<()> {
+        let place = self.place;
+        if self.control.is_some() && place.runtime_dir.join(control::SOCKET).exists() {
+            return Ok(());
+        }
+        let monitor = std::os::unix::process::parent_id();
+        if let Some(lock) = lock::remake(&place.runtime_dir, monitor)? {
+            let hold = ToMonitor::Hold { key: self.link.number(), label: REMADE.to_vec() };
+            self.link.send(&hold, Some(lock.as_fd()))?;
+        }
+        make_notify_dir(place)?;
+        if let Some(control) = self.control.take() {
+            warn!("{} was removed, or its control socket: makes it again", place.runtime_dir.display());
+            control.abort();
+            self.spare = control::spare();
+            self.recorder = Recorder::new(&place.runtime_dir);
+        }
+        self.open_control(config)
     }
 
     fn listen_to_monitor(&mut self) -> anyhow::Result<()> {
@@ -442,9 +498,7 @@ impl<'a> Distributor<'a> {
             if now - looked_around >= LOOK_AROUND {
                 looked_around = now;
                 self.look_around();
-                if !self.can_be_asked
-                    && let Err(error) = self.open_control(config)
-                {
+                if let Err(error) = self.stay_reachable(config) {
                     self.cannot_be_asked(&error);
                 }
             }
@@ -515,7 +569,7 @@ impl<'a> Distributor<'a> {
                 let known: Vec<&str> =
                     open.chain(self.vacant.iter().map(|vacancy| vacancy.config.name.as_str())).collect();
                 return Response::input(format!(
-                    "no service is called {service}: there are {}",
+                    "no service is called {service}, but these are: {}",
                     known.join(", ")
                 ));
             }
@@ -523,13 +577,36 @@ impl<'a> Distributor<'a> {
         if self.stopping {
             return Response::failure(format!("service {service} is being stopped"));
         }
-        let shared = match Shared::make(pid, &config) {
+        if !config::is_name(name) || name.bytes().all(|byte| byte.is_ascii_digit()) {
+            return Response::input(format!(
+                "{name:?} is no name for a server that is adopted: write one of a-z, 0-9, _ and -, not of digits only"
+            ));
+        }
+        let full_name = format!("{service}/{name}");
+        let is_taken = match open {
+            Some(open) => self.services[open].find(&full_name).is_some(),
+            None => config.servers.iter().any(|server| server.name == full_name),
+        };
+        if is_taken {
+            return Response::input(format!(
+                "a server is called {full_name} already: give it another --name"
+            ));
+        }
+        let mut shared = match Shared::find(pid, &config) {
             Ok(shared) => shared,
             Err(error) => return Response::input(format!("{error:#}")),
         };
-        let adopted = match (vacant, open) {
+        if let Some(open) = open
+            && self.services[open].has(&shared)
+        {
+            return Response::input(format!(
+                "adopt process {pid}: it belongs to a server of {service} already"
+            ));
+        }
+        let adopted = match (shared.share(&config), vacant, open) {
+            (Err(error), ..) => Err(error),
             // Rooms can only be made now that it shares the address.
-            (Some(vacant), _) => {
+            (Ok(()), Some(vacant), _) => {
                 let vacancy = self.vacant.remove(vacant);
                 let filled = self.fill(&vacancy, Some(Guest { shared: &shared, name, command }));
                 if filled.is_err() {
@@ -537,7 +614,7 @@ impl<'a> Distributor<'a> {
                 }
                 filled
             }
-            (None, open) => {
+            (Ok(()), None, open) => {
                 let (services, mut host) = self.split();
                 let service = open.and_then(|open| services.get_mut(open)).expect("it was just found");
                 service.adopt(&shared, name, command, &mut host)
@@ -573,17 +650,34 @@ impl<'a> Distributor<'a> {
             return Ok(());
         }
         let (services, mut host) = self.split();
+        // A service that could not begin may still have been told something.
         match input {
             Input::MonitorSpeaks => {}
-            Input::Kernel { service, events } => services[service].kernel_events(&events, &mut host),
+            Input::Kernel { service, events } => {
+                if let Some(service) = services.get_mut(service) {
+                    service.kernel_events(&events, &mut host);
+                }
+            }
             Input::Launched { service, entry, instance, result } => {
-                services[service].launched(entry, instance, result, &mut host);
+                if let Some(service) = services.get_mut(service) {
+                    service.launched(entry, instance, result, &mut host);
+                }
             }
             Input::Notified { service, entry, instance, message } => {
-                services[service].notified(entry, instance, &message, &mut host);
+                if let Some(service) = services.get_mut(service) {
+                    service.notified(entry, instance, &message, &mut host);
+                }
             }
-            Input::Attendant { service, says } => services[service].attendant_says(says)?,
-            Input::Audited { service, result } => services[service].audited(result),
+            Input::Attendant { service, says } => {
+                if let Some(service) = services.get_mut(service) {
+                    service.attendant_says(says)?;
+                }
+            }
+            Input::Audited { service, result } => {
+                if let Some(service) = services.get_mut(service) {
+                    service.audited(result);
+                }
+            }
             Input::Control(Request { command, reply, peer }) => {
                 debug!("{peer} asks {command:?}");
                 let response = match command {
@@ -739,7 +833,7 @@ impl<'a> Distributor<'a> {
             }
         }
         let known: Vec<String> = services.iter().flat_map(Service::server_names).collect();
-        Response::input(format!("no server is called {name}: there are {}", known.join(", ")))
+        Response::input(format!("no server is called {name}, but these are: {}", known.join(", ")))
     }
 
     fn status(&self) -> anyhow::Result<Status> {
@@ -799,6 +893,15 @@ impl<'a> Distributor<'a> {
     }
 }
 
+fn make_notify_dir(place: &Instance) -> anyhow::Result<()> {
+    match DirBuilder::new().mode(0o711).create(place.notify_dir()) {
+        Err(error) if !place.notify_dir().is_dir() => {
+            Err(error).context("create the directory of the notify sockets")
+        }
+        _ => Ok(()),
+    }
+}
+
 /// A server to be adopted.
 struct Guest<'a> {
     shared: &'a Shared,
@@ -816,10 +919,13 @@ struct Vacancy {
 impl Vacancy {
     /// `None`: it can begin, or has begun.
     fn of(service: &config::Service, place: &Instance) -> Option<Self> {
-        if service.occupied == Occupied::Refuse
-            || !place.cgroup.child(&service.name).processes().is_empty()
-            || service.listen.iter().all(room::is_free)
-        {
+        let has_begun = || {
+            let pins = kernel::pins(&place.pins, &service.name);
+            // It may serve by an adopted server alone.
+            !place.cgroup.child(&service.name).processes().is_empty()
+                || kernel::addresses(&pins).is_ok_and(|addresses| addresses.is_some())
+        };
+        if service.occupied == Occupied::Refuse || has_begun() || service.listen.iter().all(room::is_free) {
             return None;
         }
         let taken = service.listen.iter().find_map(|address| room::check_free(address).err())?;

@@ -299,6 +299,16 @@ fn holders(inodes: &HashSet<u64>) -> Vec<u32> {
     all().into_iter().filter(|process| *process != std::process::id()).filter(holds).collect()
 }
 
+/// The first process that has one of these listeners, by their cookies, and that is none of
+/// `others`. It looks at every process there is.
+pub fn holder(cookies: &HashSet<u64>, others: &[u32]) -> Option<u32> {
+    let ours = std::process::id();
+    all().into_iter().filter(|process| *process != ours && !others.contains(process)).find(|process| {
+        let found = listener::find(&[*process]).unwrap_or_default();
+        found.iter().any(|listener| cookies.contains(&listener.cookie))
+    })
+}
+
 /// These processes, and all that descend from them.
 fn descendants(of: &[u32]) -> Vec<u32> {
     let parents: Vec<(u32, u32)> = all().into_iter().filter_map(|it| Some((it, parent(it)?))).collect();

@@ -52,7 +52,7 @@ impl Instance {
     pub fn find(runtime_dir: &Path) -> anyhow::Result<Self> {
         let runtime_dir = std::path::absolute(runtime_dir)?;
         let name = name(&runtime_dir);
-        let cgroup = Cgroup::at(cgroup::mount_point()?.join(&name));
+        let cgroup = cgroup(&runtime_dir)?;
         let (pins, own_bpffs) = if is_bpffs(Path::new(BPFFS)) {
             (Path::new(BPFFS).join(&name), None)
         } else {
@@ -73,9 +73,7 @@ impl Instance {
 
     /// Whether servers run of an instance that itself does not. Ask only if it does not.
     pub fn is_abandoned(runtime_dir: &Path) -> bool {
-        let runtime_dir = std::path::absolute(runtime_dir).ok();
-        let cgroup = runtime_dir.zip(cgroup::mount_point().ok());
-        cgroup.is_some_and(|(dir, mount)| !Cgroup::at(mount.join(name(&dir))).processes().is_empty())
+        cgroup(runtime_dir).is_ok_and(|cgroup| !cgroup.processes().is_empty())
     }
 
     /// Where the servers' notify sockets are: servers of any user may pass, and list nothing.
@@ -136,6 +134,14 @@ impl Instance {
         kill_and_remove(&self.cgroup)?;
         remove_pins(&self.pins, &[])
     }
+}
+
+/// The cgroup of an instance, which need not exist.
+///
+/// # Errors
+/// There is no cgroup v2.
+pub fn cgroup(runtime_dir: &Path) -> anyhow::Result<Cgroup> {
+    Ok(Cgroup::at(cgroup::mount_point()?.join(name(&std::path::absolute(runtime_dir)?))))
 }
 
 fn kill_and_remove(cgroup: &Cgroup) -> anyhow::Result<()> {

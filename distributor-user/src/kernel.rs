@@ -40,6 +40,7 @@ use distributor_ebpf::{
     },
     word,
 };
+use tokio::task::JoinSet;
 use tracing::debug;
 
 use self::{
@@ -666,16 +667,12 @@ impl Events {
 }
 
 impl Logs {
-    /// Passes the programs' log lines on to `log`, as long as the runtime runs.
-    pub fn follow(self) {
+    /// Passes the programs' log lines on to `log`, as long as `tasks` is there.
+    pub fn follow(self, tasks: &mut JoinSet<()>) {
         for mut logger in self.0 {
-            tokio::task::spawn_local(async move {
-                let ready = Watch::new(logger.as_fd())?;
-                loop {
-                    ready.readable(|| logger.flush()).await?;
-                }
-                #[expect(unreachable_code, reason = "tells the type of the error")]
-                io::Result::Ok(())
+            tasks.spawn_local(async move {
+                let Ok(ready) = Watch::new(logger.as_fd()) else { return };
+                while ready.readable(|| logger.flush()).await.is_ok() {}
             });
         }
     }

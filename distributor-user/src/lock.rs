@@ -8,6 +8,10 @@
 //! [`DistributorLock`] is the distributor's. A monitor that is killed leaves one behind, which
 //! exits by itself, unless it hangs or is stopped. The next one waits for it, and ends it if it
 //! must: two that change the same maps would undo each other's work.
+//!
+//! Both are files, and whoever removes them removes the locks. [`of_cgroup`] is one more, on
+//! something that nobody can remove while servers run; and [`remake`] makes the monitor's file
+//! again.
 #![forbid(unsafe_code)]
 
 use std::{
@@ -42,6 +46,9 @@ const MODE: u32 = 0o711;
 /// The second line of the file, if an instance made the directory and not somebody else.
 const MADE: &str = "made this directory";
 
+/// The monitor's lock, in the runtime directory.
+const MONITOR: &str = "lock";
+
 /// The distributors' lock, in the runtime directory.
 pub const DISTRIBUTOR: &str = "distributor";
 
@@ -69,7 +76,7 @@ impl Lock {
         // lock. Whoever had it open by then locks a file that is no longer there: once more.
         loop {
             let made = make(directory)?;
-            let path = directory.join("lock");
+            let path = directory.join(MONITOR);
             let mut file = match File::options()
                 .read(true)
                 .write(true)
@@ -103,13 +110,7 @@ impl Lock {
                 continue;
             }
             let directory_is_ours = made || written.lines().nth(1) == Some(MADE);
-            let mut text = format!("{}\n", std::process::id());
-            if directory_is_ours {
-                text.push_str(MADE);
-            }
-            // In this order: on a full disk there still is room for what is replaced.
-            file.write_all_at(text.as_bytes(), 0)
-                .and_then(|()| file.set_len(text.len() as u64))
+            sign(&file, std::process::id(), directory_is_ours)
                 .with_context(|| format!("write {}", path.display()))?;
             return Ok(Self { directory: directory.to_owned(), directory_is_ours, _file: file });
         }
@@ -120,7 +121,7 @@ impl Drop for Lock {
     fn drop(&mut self) {
         // Its holder is gone by now: it is a child of ours.
         let _ = fs::remove_file(self.directory.join(DISTRIBUTOR));
-        let lock = self.directory.join("lock");
+        let lock = self.directory.join(MONITOR);
         let is_ours = |entry: io::Result<fs::DirEntry>| entry.is_ok_and(|entry| entry.path() == lock);
         let nothing_else = fs::read_dir(&self.directory).is_ok_and(|mut entries| entries.all(is_ours));
         // While what an earlier instance left is still there, the next one has to know who made
@@ -133,6 +134,63 @@ impl Drop for Lock {
             let _ = fs::remove_dir(&self.directory);
         }
     }
+}
+
+/// Makes the runtime directory and the monitor's file in it again, if somebody has removed them.
+/// The descriptor has the lock, and is for the monitor to hold. `None`: the file is there.
+pub fn remake(directory: &Path, monitor: u32) -> anyhow::Result<Option<OwnedFd>> {
+    make(directory)?;
+    let path = directory.join(MONITOR);
+    let made = File::options().write(true).create_new(true).mode(0o644).open(&path);
+    let file = match made {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(None),
+        made => made.with_context(|| format!("create {}", path.display()))?,
+    };
+    rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)
+        .with_context(|| format!("lock {}", path.display()))?;
+    sign(&file, monitor, true).with_context(|| format!("write {}", path.display()))?;
+    Ok(Some(file.into()))
+}
+
+/// Says in the monitor's file who that is.
+fn sign(file: &File, monitor: u32, directory_is_ours: bool) -> io::Result<()> {
+    let mut text = format!("{monitor}\n");
+    if directory_is_ours {
+        text.push_str(MADE);
+    }
+    // In this order: on a full disk there still is room for what is replaced.
+    file.write_all_at(text.as_bytes(), 0)?;
+    file.set_len(text.len() as u64)
+}
+
+/// The lock on an instance's cgroup, held for as long as any duplicate of the descriptor is open.
+/// Whoever is about to exit is waited for.
+///
+/// # Errors
+/// Another instance of this name has it.
+pub fn of_cgroup(directory: &Path) -> anyhow::Result<OwnedFd> {
+    let shown = directory.display();
+    let give_up_at = Instant::now() + 2 * LEAVING;
+    loop {
+        let file = File::open(directory).with_context(|| format!("open {shown}"))?;
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            // Whoever had it may have removed the cgroup.
+            Ok(()) if is_still(&file, directory) => return Ok(file.into()),
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => ensure!(
+                Instant::now() < give_up_at,
+                "another dist-ctl runs on this runtime directory, though somebody has removed its files \
+                 there: stop it with dist-ctl down, or choose another --runtime-dir"
+            ),
+            Err(error) => return Err(error).with_context(|| format!("lock {shown}")),
+        }
+        thread::sleep(POLL);
+    }
+}
+
+/// True if this descriptor is of the file or directory that has this name now.
+pub fn is_of(fd: &OwnedFd, path: &Path) -> bool {
+    fd.try_clone().is_ok_and(|fd| is_still(&File::from(fd), path))
 }
 
 /// Held for as long as the process lives. The monitor removes its file, with its own.

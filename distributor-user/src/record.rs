@@ -17,7 +17,7 @@ use anyhow::{Context as _, ensure};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::{Deserialize, Serialize};
 
-use crate::service::{Adopted, Label};
+use crate::service::{Adopted, Drift, Label};
 
 /// The file's name in the runtime directory.
 pub const FILE: &str = "record.json";
@@ -44,6 +44,9 @@ pub struct Service {
     /// Servers that were adopted and released.
     #[serde(default)]
     pub released: Vec<Adopted>,
+    /// What came of comparing its counts with its sockets.
+    #[serde(default)]
+    pub drift: Drift,
 }
 
 /// One server.
@@ -95,6 +98,11 @@ pub struct Recorder {
 impl Recorder {
     pub fn new(runtime_dir: &Path) -> Self {
         Self { path: runtime_dir.join(FILE), written: Vec::new() }
+    }
+
+    /// The file is this one's.
+    pub fn has_written(&self) -> bool {
+        !self.written.is_empty()
     }
 
     /// Replaces the file, unless it says the same already.
@@ -187,7 +195,13 @@ mod tests {
     }
 
     fn record() -> Record {
-        let services = vec![Service { name: "shop".into(), uid: 7, servers: vec![], released: vec![] }];
+        let services = vec![Service {
+            name: "shop".into(),
+            uid: 7,
+            servers: vec![],
+            released: vec![],
+            drift: Drift::default(),
+        }];
         Record::new(services).unwrap()
     }
 

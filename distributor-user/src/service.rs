@@ -14,6 +14,7 @@ mod survey;
 use std::{
     collections::{HashMap, VecDeque},
     fs,
+    os::fd::AsFd as _,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
@@ -27,7 +28,10 @@ use rustix::{
     process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
     time::{ClockId, clock_gettime},
 };
-use tokio::{sync::mpsc::UnboundedSender, task::JoinHandle};
+use tokio::{
+    sync::mpsc::UnboundedSender,
+    task::{JoinHandle, JoinSet},
+};
 use tracing::{debug, error, info, warn};
 
 use crate::{
@@ -52,6 +56,7 @@ use crate::{
 };
 
 pub use adopt::{Adopted, RELEASED, Shared, give_back, released_by};
+pub use audit::Drift;
 pub use launch::{Found, Label, Ran, Succession};
 pub use report::vacant_status;
 pub use survey::{Left, left};
@@ -99,6 +104,8 @@ pub struct Service {
     cgroup: Cgroup,
     /// Hands over to those who wait.
     attendant: attendant::Handle,
+    /// They read what the kernel tells, and end with this.
+    _tasks: JoinSet<()>,
     /// Compares the counts with the sockets.
     audit: audit::Audit,
     /// The kernel does not wake a server to which it moves a connection.
@@ -176,6 +183,8 @@ struct Running {
     emptying: bool,
     /// What is left in its cgroup is to be killed, and could not be.
     unkilled: bool,
+    /// The monitor is to watch its process, and could not.
+    unwatched: bool,
     notify: Option<JoinHandle<()>>,
     /// It was adopted.
     guest: Option<adopt::Guest>,
@@ -214,7 +223,8 @@ struct Retired {
 struct Scan {
     at: Instant,
     entry: usize,
-    cookie: u64,
+    /// `None`: any that it has.
+    cookie: Option<u64>,
     tries: u32,
 }
 
@@ -233,8 +243,9 @@ impl Service {
         let (mut kernel, events, logs) = Kernel::open(&pins, cgroup.path(), config.listen.len(), options.log)
             .with_context(|| format!("set up service {}", config.name))?;
         kernel.set_addresses(&config.listen)?;
-        logs.follow();
-        follow(number, events, host.inputs);
+        let mut tasks = JoinSet::new();
+        logs.follow(&mut tasks);
+        follow(number, events, host.inputs, &mut tasks);
 
         let socket = keeper::socket(&host.place.runtime_dir, &config.name);
         let keeper = match Keeper::find(&socket)? {
@@ -275,6 +286,7 @@ impl Service {
         let mut service = Self {
             number,
             attendant: handle,
+            _tasks: tasks,
             audit: audit::Audit::start(number, auditor, options.audit, host),
             bell: options.bell,
             entries: Vec::new(),
@@ -460,8 +472,7 @@ impl Service {
         };
         for entry in entries {
             if !self.scan(entry, Some(cookie), host) && owner.is_some() {
-                let at = Instant::now() + SCAN_PAUSE;
-                self.scans.push(Scan { at, entry, cookie, tries: SCAN_TRIES });
+                self.scan_again(entry, Some(cookie));
             }
         }
     }
@@ -474,7 +485,7 @@ impl Service {
                 .is_some_and(|run| run.listeners.iter().any(|them| them.cookies.contains(&cookie)))
         };
         self.bound.remove(&cookie);
-        self.scans.retain(|scan| scan.cookie != cookie);
+        self.scans.retain(|scan| scan.cookie != Some(cookie));
         if let Some(entry) = self.entries.iter().position(holds) {
             self.scan(entry, None, host);
         }
@@ -484,8 +495,8 @@ impl Service {
         self.entries.iter().position(|entry| entry.run.as_ref().is_some_and(|run| run.cgroup_id == id))
     }
 
-    /// Looks at all listeners of an instance, and adopts what is to be adopted. Whether the
-    /// one with this cookie is among them.
+    /// Looks at all listeners of an instance, and adopts what is to be adopted. False if that is
+    /// to be done again, because something failed or the one with this cookie is not among them.
     fn scan(&mut self, entry: usize, cookie: Option<u64>, host: &mut Host<'_>) -> bool {
         let Some(run) = &self.entries[entry].run else { return true };
         let processes = match &run.guest {
@@ -496,7 +507,7 @@ impl Service {
         let Ok(found) = processes.and_then(|processes| listener::find(&processes)) else {
             return false;
         };
-        let seen = cookie.is_some_and(|cookie| found.iter().any(|found| found.cookie == cookie));
+        let cookies: Vec<u64> = found.iter().map(|found| found.cookie).collect();
         let uid = uid(&self.config);
         let mut by_group: Vec<Vec<listener::Found>> = self.config.listen.iter().map(|_| Vec::new()).collect();
         let mut reports = Vec::new();
@@ -509,20 +520,30 @@ impl Service {
                 Verdict::Misbound { sentence } => reports.push(Report::Misbound { sentence }),
             }
         }
+        let mut unsettled = None;
         for (group, found) in by_group.iter().enumerate() {
             match self.settle(entry, group, found) {
                 Ok(report) => reports.extend(report),
                 Err(error) => {
                     let name = &self.entries[entry].config.name;
-                    error!("server {name}: its listener cannot be adopted: {error:#}; tries again");
+                    unsettled = Some(format!(
+                        "server {name}: its listener cannot be adopted: {error:#}; tries again"
+                    ));
                 }
             }
         }
+        let settled = unsettled.is_none();
+        self.note(&format!("listeners of {}", self.entries[entry].config.name), unsettled);
         for report in reports {
             self.report(entry, report, host);
         }
         self.write_plan();
-        seen
+        settled && cookie.is_none_or(|cookie| cookies.contains(&cookie))
+    }
+
+    /// Looks again in a moment.
+    fn scan_again(&mut self, entry: usize, cookie: Option<u64>) {
+        self.scans.push(Scan { at: Instant::now() + SCAN_PAUSE, entry, cookie, tries: SCAN_TRIES });
     }
 
     /// Brings the listeners of an instance in one group in line with what was found.
@@ -586,7 +607,14 @@ impl Service {
 
     pub fn not_started(&mut self, entry: usize, errno: i32, host: &mut Host<'_>) {
         let error = std::io::Error::from_raw_os_error(errno);
-        if let Some(run) = self.entries[entry].run.as_mut().filter(|run| run.launch != Launch::Running) {
+        if let Some(run) = self.entries[entry].run.as_mut().filter(|run| run.launch == Launch::Running) {
+            run.unwatched = true;
+            let name = &self.entries[entry].config.name;
+            let what =
+                format!("server {name}: the monitor cannot watch its process: {error}; tries every second");
+            return self.note(&format!("watch {name}"), Some(what));
+        }
+        if let Some(run) = &mut self.entries[entry].run {
             run.launch = Launch::Nothing;
         }
         self.report(entry, not_launched(format!("start a process: {error}")), host);
@@ -600,6 +628,25 @@ impl Service {
             run.exit = Some(exit);
         }
         self.settle_launch(entry, host);
+    }
+
+    /// Has the monitor watch a process that it could not watch before.
+    fn watch_unwatched(&mut self, entry: usize, host: &mut Host<'_>) {
+        let Some(run) = self.entries[entry].run.as_mut().filter(|run| run.unwatched) else { return };
+        run.unwatched = false;
+        let (id, name) = (run.id, self.entries[entry].config.name.clone());
+        self.note(&format!("watch {name}"), None);
+        let Some(run) = &self.entries[entry].run else { return };
+        match run.pid.zip(run.start_time).and_then(|(pid, start)| Some((pid, record::process(pid, start)?))) {
+            Some((pid, pidfd)) => {
+                let label = serde_json::to_vec(&self.label(entry)).unwrap_or_default();
+                let watch = ToMonitor::Watch { id, pid, label };
+                if let Err(error) = host.link.send(&watch, Some(pidfd.as_fd())) {
+                    debug!("server {name}: {error:#}");
+                }
+            }
+            None => self.exited(entry, Exit::Unknown, host),
+        }
     }
 
     /// A process ended that a server had left behind: maybe it was the last of its cgroup.
@@ -717,7 +764,7 @@ impl Service {
             due
         };
         for scan in due {
-            if !self.scan(scan.entry, Some(scan.cookie), host) && scan.tries > 0 {
+            if !self.scan(scan.entry, scan.cookie, host) && scan.tries > 0 {
                 self.scans.push(Scan { at: now + SCAN_PAUSE, tries: scan.tries - 1, ..scan });
             }
         }
@@ -740,9 +787,12 @@ impl Service {
         // Then a listener may have come or gone of which nobody was told.
         let all = self.kernel.has_lost_events().unwrap_or(true);
         for entry in 0..self.entries.len() {
-            if self.entries[entry].run.as_ref().is_some_and(|run| all || !run.included && !run.draining) {
+            let lacks = |run: &Running| run.listeners.iter().any(|them| them.cookies.is_empty());
+            let is_due = |run: &Running| all || !run.included && !run.draining || run.included && lacks(run);
+            if self.entries[entry].run.as_ref().is_some_and(is_due) {
                 self.scan(entry, None, host);
             }
+            self.watch_unwatched(entry, host);
         }
         let mut unhealed = None;
         match self.kernel.heal(|| host.place.remount()) {
@@ -1058,9 +1108,14 @@ fn places(load: &Load, slot: u32) -> u64 {
 }
 
 /// Passes the kernel's events on to the loop.
-fn follow(service: usize, mut events: kernel::Events, inputs: &UnboundedSender<Input>) {
+fn follow(
+    service: usize,
+    mut events: kernel::Events,
+    inputs: &UnboundedSender<Input>,
+    tasks: &mut JoinSet<()>,
+) {
     let inputs = inputs.clone();
-    tokio::task::spawn_local(async move {
+    tasks.spawn_local(async move {
         loop {
             match events.next().await {
                 Ok(events) => {

@@ -6,11 +6,17 @@
 //! servers like any other.
 
 use std::{
-    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
+    collections::{BTreeSet, HashSet},
+    fs,
+    os::{
+        fd::{AsFd as _, BorrowedFd, OwnedFd},
+        unix::fs::MetadataExt as _,
+    },
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, bail, ensure};
+use distributor_ebpf::contract::ROOM;
 use serde::{Deserialize, Serialize};
 use tracing::{debug, info, warn};
 
@@ -25,6 +31,7 @@ use crate::{
     message::ToMonitor,
     record,
     server::{self, Instance, Main, Server, Supervision},
+    sock_diag::{self, States},
 };
 
 /// Connections whose options are restored at the end. Beyond, they keep SO_REUSEADDR, which
@@ -82,29 +89,30 @@ pub struct Shared {
 }
 
 impl Shared {
-    /// Finds the listeners of a process on the addresses of a service, and makes them fit for it.
-    /// No connection is distributed by that yet. [`Shared::undo`] takes it back.
+    /// Finds the listeners of a process on the addresses of a service, and changes nothing.
     ///
     /// # Errors
-    /// A sentence that says what is wrong with that process; then nothing is changed.
-    pub fn make(pid: u32, config: &config::Service) -> anyhow::Result<Self> {
+    /// A sentence that says what is wrong with that process.
+    pub fn find(pid: u32, config: &config::Service) -> anyhow::Result<Self> {
         let server = foreign::find(pid, &config.listen)?;
-        let start_time =
-            record::start_time(pid).with_context(|| format!("adopt process {pid}: it is gone"))?;
-        let pidfd =
-            record::process(pid, start_time).with_context(|| format!("adopt process {pid}: it is gone"))?;
-        let mut shared = Self { pid, start_time, pidfd, server, before: Vec::new() };
-        for listener in &shared.server.listeners {
-            let made = foreign::share(listener.fd.as_fd(), super::uid(config), &shared.server.processes);
-            match made {
-                Ok(before) => shared.before.push(before),
-                Err(error) => {
-                    shared.undo();
-                    return Err(error).with_context(|| format!("adopt process {pid}"));
-                }
-            }
+        let listens = |address: usize| server.listeners.iter().any(|it| it.address == address);
+        if let Some(missing) = (0..config.listen.len()).find(|address| !listens(*address)) {
+            bail!("adopt process {pid}: it does not listen on {}", config.listen[missing]);
         }
-        Ok(shared)
+        let start_time = record::start_time(pid);
+        let watched = start_time.and_then(|start_time| Some((start_time, record::process(pid, start_time)?)));
+        let (start_time, pidfd) = watched.with_context(|| format!("adopt process {pid}: it is gone"))?;
+        Ok(Self { pid, start_time, pidfd, server, before: Vec::new() })
+    }
+
+    /// Makes the listeners fit for the service's group. No connection is distributed by that yet.
+    /// [`Shared::undo`] takes it back, also what was done before it failed.
+    pub fn share(&mut self, config: &config::Service) -> anyhow::Result<()> {
+        for listener in &self.server.listeners {
+            let made = foreign::share(listener.fd.as_fd(), super::uid(config), &self.server.processes);
+            self.before.push(made?);
+        }
+        Ok(())
     }
 
     /// Leaves the server as it was, and alone: everybody else has left its groups.
@@ -127,6 +135,13 @@ impl Shared {
 }
 
 impl Service {
+    /// Whether a server of it has those listeners.
+    pub fn has(&self, shared: &Shared) -> bool {
+        let runs = self.entries.iter().filter_map(|entry| entry.run.as_ref());
+        let mut cookies = runs.flat_map(|run| &run.listeners).flat_map(|them| &them.cookies);
+        cookies.any(|cookie| shared.server.listeners.iter().any(|listener| listener.cookie == *cookie))
+    }
+
     /// Makes a server of somebody else's one of the service's: from here on it gets its share.
     pub fn adopt(
         &mut self,
@@ -136,18 +151,6 @@ impl Service {
         host: &mut Host<'_>,
     ) -> anyhow::Result<()> {
         ensure!(!self.closing, "service {} is being stopped", self.config.name);
-        let of_another = self.entries.iter().filter_map(|entry| entry.run.as_ref()).any(|run| {
-            run.listeners
-                .iter()
-                .flat_map(|them| &them.cookies)
-                .any(|cookie| shared.server.listeners.iter().any(|listener| listener.cookie == *cookie))
-        });
-        ensure!(!of_another, "process {} belongs to a server of {} already", shared.pid, self.config.name);
-        let listens = |address: usize| shared.server.listeners.iter().any(|it| it.address == address);
-        let missing = (0..self.config.listen.len()).find(|address| !listens(*address));
-        if let Some(missing) = missing {
-            bail!("process {} does not listen on {}", shared.pid, self.config.listen[missing]);
-        }
         // Before any of its listeners is tagged: what is tagged must be counted.
         let cgroup = foreign::cgroup(&shared.server.listeners[0])?;
         let adopted = Adopted {
@@ -192,6 +195,7 @@ impl Service {
             draining: false,
             emptying: false,
             unkilled: false,
+            unwatched: false,
             notify: None,
             guest: Some(Guest::new(adopted)),
         });
@@ -263,6 +267,63 @@ impl Service {
         let watch = ToMonitor::Watch { id, pid, label: label.clone() };
         host.link.send(&watch, Some(pidfd.as_fd()))?;
         Ok(Some(Child { id, pid, label, exit: None }))
+    }
+
+    /// Adopted servers of which `recorded` says nothing, because it was lost or could not be
+    /// written: they have listeners that HOME knows and that are no server's of ours. What they
+    /// were called, and like before, nobody knows any more.
+    pub(super) fn find_unrecorded(
+        &mut self,
+        recorded: &[&Adopted],
+        host: &mut Host<'_>,
+    ) -> anyhow::Result<Vec<super::Found>> {
+        let ours = self.cgroup.members()?;
+        let mut known: HashSet<u64> = listener::find(&ours)?.iter().map(|listener| listener.cookie).collect();
+        known.extend(recorded.iter().flat_map(|adopted| &adopted.before).map(|(cookie, _)| *cookie));
+        let mut open = HashSet::new();
+        sock_diag::sockets(&self.config.listen, States::Listeners, None, |socket| {
+            open.insert(socket.cookie);
+        })
+        .context("ask the kernel for its listeners (sock_diag)")?;
+        let mut homes = self.kernel.homes()?;
+        homes.retain(|(cookie, home)| home.slot != ROOM && open.contains(cookie) && !known.contains(cookie));
+        let mut lost: HashSet<u64> = homes.iter().map(|(cookie, _)| *cookie).collect();
+        let mut found = Vec::new();
+        while let Some(pid) = (!lost.is_empty()).then(|| foreign::holder(&lost, &ours)).flatten() {
+            let server = foreign::find(pid, &self.config.listen)?;
+            let cookies: Vec<u64> = server.listeners.iter().map(|listener| listener.cookie).collect();
+            let slot = homes.iter().find(|(cookie, _)| cookies.contains(cookie)).map(|(_, home)| home.slot);
+            lost.retain(|cookie| !cookies.contains(cookie));
+            let (Some(slot), Some(start_time)) = (slot, record::start_time(pid)) else { continue };
+            let uid = fs::metadata(format!("/proc/{pid}")).map_or(0, |process| process.uid());
+            let before =
+                Before { reuse_address: true, reuse_port: false, uid, connections: BTreeSet::default() };
+            let adopted = Adopted {
+                pid,
+                start_time,
+                command: Vec::new(),
+                before: cookies.into_iter().map(|cookie| (cookie, before.clone())).collect(),
+                counted_in: self.kernel.count_in(&foreign::cgroup(&server.listeners[0])?)?,
+            };
+            let entry = self.place_for(&format!("adopted-{pid}"), &[])?;
+            let mut label = self.label(entry);
+            warn!("server {} was adopted (pid {pid}), and nothing was recorded of it", label.server);
+            let run = server::Run::found(pid, Instant::now());
+            let policy = &self.entries[entry].policy;
+            label.machine = Server::found(label.machine.instance().next(), run, Instant::now(), policy);
+            let place = slot as usize;
+            let (plan, load) = (self.kernel.plan()?, self.kernel.load()?);
+            label.run = Some(super::Ran {
+                slot,
+                generation: plan.servers[place].generation,
+                base: load.total[place],
+                job: 0,
+            });
+            label.adopted = Some(adopted);
+            let child = self.watch_again(&record::Server { label: label.clone(), start_time: None }, host)?;
+            found.extend(child.map(|child| super::Found { label, child: Some(child) }));
+        }
+        Ok(found)
     }
 
     /// Notes which connections a server had before it was adopted.

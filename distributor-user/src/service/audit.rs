@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
 use tokio::task::JoinHandle;
 use tracing::warn;
 
@@ -12,12 +13,20 @@ use crate::{
     status::DriftStatus,
 };
 
-/// The auditor at work, and what it has said.
-pub(super) struct Audit {
-    task: JoinHandle<()>,
+/// What came of all checks, over all distributors.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Drift {
     checks: u64,
     found: u64,
     repaired: u64,
+}
+
+/// The auditor at work, and what it has said.
+pub(super) struct Audit {
+    task: JoinHandle<()>,
+    drift: Drift,
+    /// What is recorded of it is out of date.
+    pub(super) changed: bool,
     last: Option<Instant>,
     /// Why the last check failed.
     unavailable: Option<String>,
@@ -26,14 +35,15 @@ pub(super) struct Audit {
 impl Audit {
     pub(super) fn start(number: usize, auditor: Auditor, every: Duration, host: &Host<'_>) -> Self {
         let task = auditor::follow(number, auditor, every, host.inputs);
-        Self { task, checks: 0, found: 0, repaired: 0, last: None, unavailable: None }
+        Self { task, drift: Drift::default(), changed: false, last: None, unavailable: None }
     }
 
     pub(super) fn status(&self) -> DriftStatus {
+        let Drift { checks, found, repaired } = self.drift;
         DriftStatus {
-            checks: self.checks,
-            found: self.found,
-            repaired: self.repaired,
+            checks,
+            found,
+            repaired,
             last_seconds_ago: self.last.map(|last| last.elapsed().as_secs_f64()),
             unavailable: self.unavailable.clone(),
         }
@@ -47,12 +57,23 @@ impl Drop for Audit {
 }
 
 impl Service {
+    /// What checks have found, for the next distributor.
+    pub(super) fn drift(&self) -> Drift {
+        self.audit.drift
+    }
+
+    /// What they had found before.
+    pub fn remember_drift(&mut self, drift: Drift) {
+        self.audit.drift = drift;
+    }
+
     /// The counts were compared with the sockets.
     pub fn audited(&mut self, result: anyhow::Result<Checked>) {
         match result {
             Ok(checked) => {
                 self.audit.unavailable = None;
-                self.audit.checks += 1;
+                self.audit.drift.checks += 1;
+                self.audit.changed = true;
                 self.audit.last = Some(Instant::now());
                 for (difference, repair) in &checked.found {
                     self.note_drift(difference, *repair);
@@ -84,10 +105,10 @@ impl Service {
             }
             Count::Waiting => format!("{counted} {} counted that wait", noun(counted)),
         };
-        self.audit.found += 1;
+        self.audit.drift.found += 1;
         let outcome = match repair {
             Repair::Done => {
-                self.audit.repaired += 1;
+                self.audit.drift.repaired += 1;
                 "repaired"
             }
             Repair::Failed => "not repaired yet, because the count changes too fast",

@@ -114,6 +114,7 @@ impl Service {
             draining: false,
             emptying: false,
             unkilled: false,
+            unwatched: false,
             notify: None,
             guest: None,
         });
@@ -272,6 +273,7 @@ impl Service {
             draining,
             emptying,
             unkilled: false,
+            unwatched: false,
             notify,
             guest: label.adopted.clone().map(Guest::new),
         });
@@ -334,7 +336,19 @@ impl Service {
         for address in listening.map(|(group, _)| group).collect::<Vec<_>>() {
             self.report(entry, Report::ListenerAdopted { address }, host);
         }
-        self.scan(entry, None, host);
+        if !self.scan(entry, None, host) {
+            self.scan_again(entry, None);
+        }
+        // Its pins were removed together with the distributor before us: nothing reaches it yet.
+        let lacking: Vec<usize> = match &self.entries[entry].run {
+            Some(run) if run.included => {
+                (0..run.listeners.len()).filter(|group| run.listeners[*group].cookies.is_empty()).collect()
+            }
+            _ => Vec::new(),
+        };
+        for address in lacking {
+            self.report(entry, Report::ListenerGone { address }, host);
+        }
         if let Some(adopted) = &label.adopted {
             let listeners = foreign::find(adopted.pid, &self.config.listen).map(|server| server.listeners);
             self.note_earlier(entry, &listeners.unwrap_or_default(), host);
@@ -478,7 +492,7 @@ impl Service {
 
     /// Has the monitor keep what has changed of the servers. False if nothing has.
     pub fn relabel(&mut self, host: &mut Host<'_>) -> bool {
-        let mut changed = false;
+        let mut changed = std::mem::take(&mut self.audit.changed);
         for entry in 0..self.entries.len() {
             if !std::mem::take(&mut self.entries[entry].changed) {
                 continue;
@@ -507,6 +521,7 @@ impl Service {
             uid: super::uid(&self.config),
             servers: (0..self.entries.len()).filter(|entry| !self.entries[*entry].gone).map(server).collect(),
             released: self.released.clone(),
+            drift: self.drift(),
         }
     }
 

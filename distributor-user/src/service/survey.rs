@@ -54,15 +54,23 @@ pub fn left(
 }
 
 impl Service {
-    /// What there is of each of its servers, for [`Service::take_over`].
+    /// What there is of each of its servers, for [`Service::take_over`], but for those that are
+    /// `known` and live: the monitor watches them already, because a distributor before us was
+    /// killed before it was ready.
     pub fn survey(
         &mut self,
         recorded: Option<record::Service>,
+        known: &[Found],
         host: &mut Host<'_>,
     ) -> anyhow::Result<Vec<Found>> {
+        let lives = |child: &&Child| child.exit.is_none();
+        let known: Vec<(&Label, u32)> = known
+            .iter()
+            .filter_map(|known| Some((&known.label, known.child.as_ref().filter(lives)?.pid)))
+            .collect();
         let (recorded, released) =
             recorded.map_or((Vec::new(), Vec::new()), |service| (service.servers, service.released));
-        released.into_iter().for_each(|adopted| self.remember_released(adopted));
+        released.iter().for_each(|adopted| self.remember_released(adopted.clone()));
         for label in recorded.iter().map(|server| &server.label).filter(|label| label.adopted.is_none()) {
             if self.find(&label.server).is_none() {
                 self.place_again(label)?;
@@ -76,6 +84,10 @@ impl Service {
             let name = &self.entries[entry].config.name;
             let its = recorded.iter().find(|recorded| recorded.label.server == *name);
             let short = &self.entries[entry].config.short_name;
+            if let Some((label, _)) = known.iter().find(|(label, _)| label.server == *name) {
+                kept.insert((short.clone(), label.machine.instance().0));
+                continue;
+            }
             let of_it: Vec<(u32, &Cgroup)> = cgroups
                 .iter()
                 .filter(|(its, ..)| its == short)
@@ -85,10 +97,17 @@ impl Service {
             kept.insert((short.clone(), instance.0));
             found.push(surveyed);
         }
-        for server in recorded.iter().filter(|server| server.label.adopted.is_some()) {
+        let adopted = recorded.iter().filter(|server| {
+            let pid = server.label.adopted.as_ref().map(|adopted| adopted.pid);
+            pid.is_some_and(|pid| known.iter().all(|(_, known)| *known != pid))
+        });
+        for server in adopted {
             let child = self.watch_again(server, host)?;
             found.extend(child.map(|child| Found { label: server.label.clone(), child: Some(child) }));
         }
+        let adopted = recorded.iter().filter_map(|server| server.label.adopted.as_ref());
+        let adopted = adopted.chain(known.iter().filter_map(|(label, _)| label.adopted.as_ref()));
+        found.extend(self.find_unrecorded(&adopted.chain(&released).collect::<Vec<_>>(), host)?);
         for (short, number, cgroup) in cgroups {
             let processes = cgroup.processes();
             if !processes.is_empty() && !kept.contains(&(short.clone(), number)) {

@@ -321,3 +321,78 @@ fn a_server_that_was_adopted_with_a_command_outlives_the_distributor_that_restar
     assert_eq!(up.process("app/old"), process);
     assert_eq!(client::by_name(&client::hold(V4, 4))["new"], 2);
 }
+
+#[test]
+fn a_name_that_is_taken_is_refused_before_anything_is_changed() {
+    let host = Host::new();
+    let own = Own::start(&host);
+    let app = App::of(&host, 1);
+    let up = waiting(&host, app.named([("big", String::new())]));
+    let pid = own.pid();
+    up.run(&["adopt", "app", "--pid", &pid, "--name", "big"])
+        .expect_refusal(2, &["a server is called app/big already", "--name"]);
+    let ended = up.run(&["adopt", "app", "--pid", &pid, "--name", "1"]);
+    assert!(ended.code == Some(2) && ended.stderr.contains("not of digits only"), "{ended:?}");
+    // Nobody else could bind there if it had not been made to share.
+    let shared = std::net::TcpListener::bind("[::]:8080").expect_err("it has the address for itself");
+    assert_eq!(shared.kind(), std::io::ErrorKind::AddrInUse);
+    up.run(&["adopt", "app", "--pid", &pid, "--name", "old"]).expect_done();
+    up.wait_ready();
+    up.run(&["adopt", "app", "--pid", &pid, "--name", "other"])
+        .expect_refusal(2, &["belongs to a server of app already"]);
+    assert!(own.runs());
+}
+
+#[test]
+fn an_adopted_server_that_no_record_knows_is_found_and_given_back() {
+    let host = Host::new();
+    let own = Own::start(&host);
+    let mut earlier = client::hold(V4, 2);
+    let up = waiting(&host, App::of(&host, 1));
+    up.run(&["adopt", "app", "--pid", &own.pid(), "--name", "old"]).expect_done();
+    up.wait_ready();
+    let mut held = client::hold(V4, 10);
+    let (monitor, distributor) = (up.monitor(), up.distributor());
+    monitor.kill(seconds(5.0));
+    wait_for("the end of the distributor", seconds(5.0), || (!distributor.runs()).then_some(()));
+    std::fs::write(up.runtime().join("record.json"), "{").expect("spoil the record");
+    up.forget();
+    let file = host.path_text("dist-ctl.toml");
+    let up = host.start_command(host.command(&["up", "-f", &file]));
+    up.wait_ready();
+    let name = format!("app/adopted-{}", own.pid());
+    assert_eq!(up.service().server(&name).pid, Some(own.0.id() as i32));
+    let more = client::hold(V4, 10);
+    assert_eq!(client::by_name(&more)["old"], 5);
+    wait_until_eq("connections", seconds(5.0), [10, 10].to_vec(), || up.connections());
+    drop(more);
+    up.wait_connections(&[5, 5]);
+    assert!(earlier.iter_mut().chain(&mut held).all(Client::is_served));
+    drop(held);
+    up.stop();
+    assert!(own.runs());
+    assert!(client::hold(V4, 20).iter().all(|client| client.server == "old"));
+}
+
+#[test]
+fn an_adopted_server_that_is_alone_is_kept_by_the_next_distributor() {
+    let host = Host::new();
+    let own = Own::start(&host);
+    let up = waiting(&host, App::of(&host, 1));
+    up.run(&["adopt", "app", "--pid", &own.pid(), "--name", "old"]).expect_done();
+    up.wait_ready();
+    // All that is in the service's cgroup is killed, and who would start it again.
+    let old = up.distributor();
+    old.freeze(seconds(5.0));
+    for process in tests::process::in_cgroup(&up.cgroup()) {
+        process.kill(seconds(5.0));
+    }
+    old.kill(seconds(5.0));
+    wait_for("the next distributor", seconds(10.0), || (up.distributor() != old).then_some(()));
+    up.wait_answering();
+    up.wait_ready();
+    assert_eq!(up.service().server("app/old").pid, Some(own.0.id() as i32));
+    assert_eq!(client::by_name(&client::hold(V4, 10))["old"], 5);
+    up.stop();
+    assert!(client::hold(V4, 5).iter().all(|client| client.server == "old"));
+}

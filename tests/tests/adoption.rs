@@ -374,3 +374,65 @@ fn down_ends_what_a_killed_instance_has_left() {
     assert!(servers.iter().all(|server| !server.runs()));
     assert!(!host.runtime("main").exists());
 }
+
+#[test]
+fn a_first_distributor_that_is_killed_before_it_is_ready_is_followed() {
+    let host = Host::new();
+    let story = Story::of(&host, &App::of(&host, 2));
+    let up = story.launch();
+    let mut killed = 0;
+    // At moments that are farther and farther from its start.
+    for delay in [0.0, 0.005, 0.02, 0.05, 0.1] {
+        let distributor = wait_for("a distributor", seconds(10.0), || {
+            up.monitor()
+                .children()
+                .into_iter()
+                .find(|child| child.arguments().get(1).is_some_and(|it| it == "distributor"))
+        });
+        thread::sleep(seconds(delay));
+        if up.control_socket().exists() {
+            break;
+        }
+        distributor.kill(seconds(5.0));
+        killed += 1;
+    }
+    assert!(killed > 0, "none was killed before it was ready");
+    up.wait_answering();
+    up.wait_ready();
+    let servers = processes(&up, ["app/1", "app/2"]);
+    // Nor when there is something to take over.
+    kill_both(up);
+    let up = story.launch();
+    for delay in [0.0, 0.002, 0.005, 0.01, 0.02, 0.04] {
+        let distributor = wait_for("a distributor", seconds(10.0), || {
+            up.monitor()
+                .children()
+                .into_iter()
+                .find(|child| child.arguments().get(1).is_some_and(|it| it == "distributor"))
+        });
+        thread::sleep(seconds(delay));
+        distributor.kill(seconds(5.0));
+    }
+    up.wait_answering();
+    up.wait_ready();
+    assert_eq!(processes(&up, ["app/1", "app/2"]), servers);
+    assert_eq!(client::by_process(&client::hold(V4, 10)).len(), 2);
+    up.stop();
+    assert!(servers.iter().all(|server| !server.runs()));
+}
+
+#[test]
+fn an_environment_that_says_what_is_configured_too_changes_no_server() {
+    let host = Host::new();
+    let app = App { server: "environment = { COLOUR = \"red\" }\n".into(), ..App::of(&host, 1) };
+    let story = Story::of(&host, &app);
+    let old = story.up();
+    let servers = processes(&old, ["app/1"]);
+    kill_both(old);
+    let mut command = host.command(&["up", "-f", &host.path_text("dist-ctl.toml")]);
+    command.env("COLOUR", "red");
+    let up = host.launch(command);
+    up.wait_answering();
+    up.wait_ready();
+    assert_eq!(processes(&up, ["app/1"]), servers);
+}

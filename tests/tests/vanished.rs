@@ -251,3 +251,56 @@ fn a_distributor_without_descriptors_changes_nothing_and_the_next_one_goes_on() 
     assert_all_counted(&up, served + 30);
     assert!(Path::new(&pins(&up)).exists());
 }
+
+#[test]
+fn pins_that_are_removed_together_with_the_distributor_cost_no_server_and_no_client() {
+    let host = Host::new();
+    let up = host.up(&App::of(&host, 3));
+    let pins = pins(&up);
+    let servers = ["app/1", "app/2", "app/3"].map(|server| up.process(server));
+    let mut held = client::hold(V4, 6);
+    let old = up.distributor();
+    // So that it cannot mend them.
+    old.freeze(seconds(5.0));
+    fs::remove_dir_all(&pins).expect("remove the pins");
+    old.kill(seconds(5.0));
+    wait_for("the next distributor", seconds(10.0), || (up.distributor() != old).then_some(()));
+    up.wait_answering();
+    up.wait_ready();
+    // The counts began anew, so only those from now on are level.
+    assert_eq!(client::by_process(&client::hold(V4, 30)).into_values().collect::<Vec<_>>(), [10, 10, 10]);
+    assert_eq!(["app/1", "app/2", "app/3"].map(|server| up.process(server)), servers);
+    assert!(held.iter_mut().all(Client::is_served));
+    assert!(up.service().servers.iter().all(|server| server.restarts == 0));
+}
+
+#[test]
+fn a_runtime_directory_that_is_removed_is_made_again_and_lets_no_second_one_in() {
+    let host = Host::new();
+    let up = host.up(&App::of(&host, 2));
+    let file = host.path_text("dist-ctl.toml");
+    let servers = ["app/1", "app/2"].map(|server| up.process(server));
+    let served = under_load(|| {
+        up.distributor().freeze(seconds(5.0));
+        for entry in fs::read_dir(up.runtime()).expect("list the runtime directory").flatten() {
+            // What is mounted there stays.
+            let path = entry.path();
+            let _ = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+        }
+        host.run(&["up", "-f", &file]).expect_refusal(1, &["another dist-ctl", "removed its files"]);
+        up.distributor().signal(Signal::CONT);
+        wait_for("its files", seconds(10.0), || {
+            ["lock", "control.sock", "record.json", "notify"]
+                .iter()
+                .all(|name| up.runtime().join(name).exists())
+                .then_some(())
+        });
+        up.wait_ready();
+        let monitor = up.monitor().pid.to_string();
+        host.run(&["up", "-f", &file]).expect_refusal(1, &["another dist-ctl", &monitor]);
+        replace(&up);
+    });
+    assert!(served > 100, "only {served} clients in that time");
+    assert_eq!(["app/1", "app/2"].map(|server| up.process(server)), servers);
+    up.stop();
+}

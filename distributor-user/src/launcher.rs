@@ -58,6 +58,10 @@ type Result<T> = std::result::Result<T, LaunchError>;
 /// Does the job that is sent over standard input. Returns when it is not to become a server,
 /// or could not.
 pub fn run() -> ExitCode {
+    if sockopt::socket_type(rustix::stdio::stdin()) == Err(Errno::NOTSOCK) {
+        logging::say(format_args!("dist-ctl launch: this command is started by dist-ctl up, not by hand"));
+        return ExitCode::FAILURE;
+    }
     ExitCode::from(launch())
 }
 

@@ -957,6 +957,7 @@ mod tests {
         Status {
             version: "0.1.0".to_owned(),
             build: "1-2-3-4.5".to_owned(),
+            pid: 7,
             not_upgraded: None,
             troubles: Vec::new(),
             services: Vec::new(),
@@ -1095,7 +1096,7 @@ mod tests {
             (Response::Done, r#"{"version":1,"ok":true}"#),
             (
                 Response::Status(a_status()),
-                r#"{"version":1,"ok":true,"status":{"version":"0.1.0","build":"1-2-3-4.5","not_upgraded":null,"troubles":[],"services":[]}}"#,
+                r#"{"version":1,"ok":true,"status":{"version":"0.1.0","build":"1-2-3-4.5","pid":7,"not_upgraded":null,"troubles":[],"services":[]}}"#,
             ),
             (
                 Response::input("no server is called \"x\""),

@@ -840,6 +840,7 @@ impl<'a> Distributor<'a> {
         Ok(Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             build: upgrade::own_build(),
+            pid: std::process::id(),
             not_upgraded: self.not_upgraded.clone(),
             troubles: self.troubles(),
             services: self

@@ -22,6 +22,9 @@ pub struct Status {
     /// Which program that is: another file, or another content, has another text.
     #[serde(default)]
     pub build: String,
+    /// The distributor's process.
+    #[serde(default)]
+    pub pid: u32,
     /// Why the last upgrade, if one failed, did so.
     #[serde(default)]
     pub not_upgraded: Option<String>,
@@ -554,7 +557,8 @@ mod tests {
 
     fn status(services: Vec<ServiceStatus>) -> Status {
         let version = "0.1.0".to_owned();
-        Status { version, build: "1-2-3-4.5".to_owned(), not_upgraded: None, troubles: Vec::new(), services }
+        let build = "1-2-3-4.5".to_owned();
+        Status { version, build, pid: 7, not_upgraded: None, troubles: Vec::new(), services }
     }
 
     #[test]
@@ -564,6 +568,7 @@ mod tests {
         let expected = json!({
             "version": "0.1.0",
             "build": "1-2-3-4.5",
+            "pid": 7,
             "not_upgraded": null,
             "troubles": [{"what": "the disk is full", "since": "2026-01-02T03:04:05Z"}],
             "services": [{

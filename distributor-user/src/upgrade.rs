@@ -206,6 +206,12 @@ pub fn upgrade(runtime_dir: &Path, program: &Path) -> anyhow::Result<String> {
             Ok(Response::Status(Status { not_upgraded: Some(why), .. })) => {
                 bail!("upgrade to {shown}: {why}")
             }
+            // The one that was asked is gone, and the other program has never been started.
+            Ok(Response::Status(Status { pid, .. })) if pid != before.pid => bail!(
+                "upgrade to {shown}: the distributor (pid {}) ended before it had tried the program, and was \
+                 followed by one like it: see the log, and try again",
+                before.pid
+            ),
             // It has not gone yet, or the next one is not there yet.
             Ok(_) => {}
             Err(error) if !control::is_up(runtime_dir) => return Err(error).context("look who took over"),

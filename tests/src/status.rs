@@ -14,6 +14,7 @@ use serde::Deserialize;
 pub struct Status {
     pub version: String,
     pub build: String,
+    pub pid: i32,
     pub not_upgraded: Option<String>,
     pub troubles: Vec<Trouble>,
     pub services: Vec<Service>,

@@ -213,3 +213,29 @@ fn nothing_is_upgraded_where_nothing_runs() {
     let host = Host::new();
     host.run(&["upgrade"]).expect_refusal(1, &["no dist-ctl runs on"]);
 }
+
+#[test]
+fn a_distributor_that_is_killed_during_a_trial_is_told_and_what_runs_goes_on() {
+    let host = Host::new();
+    let file = host.write("dist-ctl.toml", &App::of(&host, 2).toml());
+    let mut command = host.command(&["up", "-f", &file]);
+    command.env("DIST_CTL_TEST_REAL", "hang");
+    let up = host.start_command(command);
+    up.wait_ready();
+    let (before, distributor) = (servers(&up, 2), up.distributor());
+    assert_eq!(up.status().pid, distributor.pid);
+    let impostor = copy_of(&host, Path::new(&host.impostor()), "impostor");
+    let ended = thread::scope(|scope| {
+        let asked = scope.spawn(|| up.run(&["upgrade", "--binary", &impostor]));
+        let on_trial =
+            || distributor.children().into_iter().find(|it| it.arguments().contains(&"trial".into()));
+        let trial = wait_for("the trial", seconds(10.0), on_trial);
+        distributor.kill(seconds(5.0));
+        // It is nobody's any more.
+        trial.kill(seconds(5.0));
+        asked.join().expect("it is answered")
+    });
+    let pid = format!("pid {}", distributor.pid);
+    ended.expect_refusal(1, &[&pid, "ended before it had tried the program", "try again"]);
+    assert_eq!(servers(&up, 2), before);
+}

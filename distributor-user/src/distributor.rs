@@ -110,11 +110,14 @@ pub fn run(source: &Source, runtime_dir: &Path, log: ProgramLog) -> anyhow::Resu
     for signal in [SIGHUP, SIGINT, SIGTERM] {
         signal_hook::flag::register(signal, Arc::default()).context("ignore signals")?;
     }
+    // Before anything that is closed again later.
+    let spare = control::spare();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     LocalSet::new().block_on(&runtime, async {
         let (link, inheritance) = Link::open()?;
         let (config, text) = configuration(source, &inheritance)?;
-        serve(config, runtime_dir, log, link, inheritance, text).await
+        let keepsakes = Keepsakes { configuration: text, spare };
+        serve(config, runtime_dir, log, link, inheritance, keepsakes).await
     })
 }
 
@@ -124,7 +127,7 @@ async fn serve(
     log: ProgramLog,
     mut link: Link,
     inheritance: Inheritance,
-    configuration: OwnedFd,
+    keepsakes: Keepsakes,
 ) -> anyhow::Result<()> {
     ensure!(
         rustix::process::geteuid().is_root(),
@@ -141,7 +144,7 @@ async fn serve(
     })?;
     // What an earlier run has left is not ours to end because we cannot start.
     let nothing_runs = inheritance.is_empty() && !place.is_populated();
-    match Distributor::begin(&config, &place, log, link, inheritance, configuration).await {
+    match Distributor::begin(&config, &place, log, link, inheritance, keepsakes).await {
         Ok(distributor) => distributor.work(&config).await,
         Err(error) => {
             if nothing_runs && let Err(left) = place.remove() {
@@ -150,6 +153,14 @@ async fn serve(
             Err(error)
         }
     }
+}
+
+/// Descriptors that it opened first.
+struct Keepsakes {
+    /// The text of the configuration that is in force, for the monitor to hold.
+    configuration: OwnedFd,
+    /// For the control socket.
+    spare: Option<OwnedFd>,
 }
 
 /// The label of the configuration that is in force.
@@ -234,9 +245,9 @@ impl<'a> Distributor<'a> {
         log: ProgramLog,
         mut link: Link,
         inheritance: Inheritance,
-        configuration: OwnedFd,
+        keepsakes: Keepsakes,
     ) -> anyhow::Result<Self> {
-        let spare = control::spare();
+        let Keepsakes { configuration, spare } = keepsakes;
         let (inputs, received) = mpsc::unbounded_channel();
         let Inheritance { children, held, not_replaced, stop } = inheritance;
         let not_upgraded = not_replaced.map(upgrade::not_upgraded);

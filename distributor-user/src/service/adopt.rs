@@ -91,8 +91,8 @@ impl Shared {
         let server = foreign::find(pid, &config.listen)?;
         let start_time =
             record::start_time(pid).with_context(|| format!("adopt process {pid}: it is gone"))?;
-        let pidfd =
-            record::process(pid, start_time).with_context(|| format!("adopt process {pid}: it is gone"))?;
+        let pidfd = record::process_since(pid, start_time)
+            .with_context(|| format!("adopt process {pid}: it is gone"))?;
         let mut shared = Self { pid, start_time, pidfd, server, before: Vec::new() };
         for listener in &shared.server.listeners {
             let made = foreign::share(listener.fd.as_fd(), super::uid(config), &shared.server.processes);
@@ -258,7 +258,7 @@ impl Service {
         if main != Some(Main::Running { pid }) {
             return Ok(None);
         }
-        let Some(pidfd) = record::process(pid, start_time) else { return Ok(None) };
+        let Some(pidfd) = record::process_since(pid, start_time) else { return Ok(None) };
         let (id, label) = (host.link.number(), serde_json::to_vec(&recorded.label)?);
         let watch = ToMonitor::Watch { id, pid, label: label.clone() };
         host.link.send(&watch, Some(pidfd.as_fd()))?;
@@ -395,7 +395,7 @@ impl Service {
 
 /// Gives a server its listeners back, once everybody else has left their groups.
 pub fn give_back(adopted: &Adopted) {
-    if record::process(adopted.pid, adopted.start_time).is_none() {
+    if record::process_since(adopted.pid, adopted.start_time).is_none() {
         return;
     }
     let done = listener::find(&[adopted.pid]).map_err(anyhow::Error::from).and_then(|found| {

@@ -321,12 +321,11 @@ impl<'a> Distributor<'a> {
             let recorded = place.map(|place| recorded.swap_remove(place));
             match succession {
                 Succession::First => its.extend(service.survey(recorded, &mut host)?),
-                Succession::Next => its.extend(
-                    recorded
-                        .into_iter()
-                        .flat_map(|service| service.servers)
-                        .map(|server| Found { label: server.label, child: None }),
-                ),
+                Succession::Next => {
+                    let recorded = recorded.map_or(Vec::new(), |service| service.servers);
+                    let recalled = service.recall(recorded, &its, &mut host)?;
+                    its.extend(recalled);
+                }
             }
             strangers.extend(service.take_over(its, succession, &mut host)?);
         }

@@ -8,7 +8,7 @@ use std::{collections::HashSet, os::fd::AsFd as _, time::Instant};
 use anyhow::Context as _;
 use tracing::{info, warn};
 
-use super::{Found, Host, Label, Ran, Service};
+use super::{Found, Host, Label, Ran, Service, launch::is_unaccounted};
 use crate::{
     cgroup::Cgroup,
     config, instance, kernel, launch,
@@ -93,6 +93,44 @@ impl Service {
                 info!("processes {processes:?} are what was left of {of}; kills them");
             }
             close(&cgroup)?;
+        }
+        Ok(found)
+    }
+
+    /// What was recorded of each of its servers, for the next distributor of the same monitor, which
+    /// knows of these. Whoever runs by the record and is not known, and whoever is not known at all, is
+    /// looked for as after the monitor's death.
+    pub fn recall(
+        &mut self,
+        recorded: Vec<record::Server>,
+        known: &[Found],
+        host: &mut Host<'_>,
+    ) -> anyhow::Result<Vec<Found>> {
+        let mut found = Vec::new();
+        for server in recorded {
+            let label = &server.label;
+            let mut entry = self.find(&label.server);
+            if label.adopted.is_none() && is_unaccounted(label, known) {
+                if entry.is_none() {
+                    entry = self.place_again(label)?;
+                }
+                if let Some(entry) = entry {
+                    let short = &self.entries[entry].config.short_name;
+                    let cgroups = self.instances();
+                    found.push(self.survey_one(entry, Some(&server), &of(short, &cgroups), host)?.0);
+                    continue;
+                }
+            }
+            found.push(Found { label: server.label, child: None });
+        }
+        let cgroups = self.instances();
+        for entry in 0..self.entries.len() {
+            let config = &self.entries[entry].config;
+            // The record may have been lost meanwhile.
+            if !known.iter().chain(&found).any(|found| found.label.server == config.name) {
+                let its = of(&config.short_name, &cgroups);
+                found.push(self.survey_one(entry, None, &its, host)?.0);
+            }
         }
         Ok(found)
     }

@@ -53,6 +53,8 @@ use crate::{
 
 pub use adopt::{Adopted, RELEASED, Shared, give_back, released_by};
 pub use launch::{Found, Label, Ran, Succession};
+#[cfg(test)]
+pub(crate) use launch::{is_unaccounted, latest_first};
 pub use report::vacant_status;
 pub use survey::{Left, left};
 

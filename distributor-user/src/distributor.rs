@@ -366,12 +366,11 @@ impl<'a> Distributor<'a> {
                     let surveyed = service.survey(recorded, &its, &mut host)?;
                     its.extend(surveyed);
                 }
-                Succession::Next => its.extend(
-                    recorded
-                        .into_iter()
-                        .flat_map(|service| service.servers)
-                        .map(|server| Found { label: server.label, child: None }),
-                ),
+                Succession::Next => {
+                    let recorded = recorded.map_or(Vec::new(), |service| service.servers);
+                    let recalled = service.recall(recorded, &its, &mut host)?;
+                    its.extend(recalled);
+                }
             }
             strangers.extend(service.take_over(its, succession, &mut host)?);
         }

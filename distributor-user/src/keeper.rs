@@ -796,8 +796,13 @@ mod tests {
                 rustix::process::kill_process(pid(&child), Signal::STOP).unwrap();
             }
             assert!(place.find().is_none());
-            let mut second =
-                Keeper::start_as(place.command(60_000), &place.cgroup(), &place.socket()).unwrap();
+            let mut command = place.command(60_000);
+            // Who enters a cgroup is added to the others; what passes for one here would then hold
+            // nobody else, and the first one could not be found in it any more.
+            let elsewhere = place.0.join("elsewhere");
+            fs::create_dir(&elsewhere).unwrap();
+            command.env(CGROUP, &elsewhere);
+            let mut second = Keeper::start_as(command, &place.cgroup(), &place.socket()).unwrap();
             let all = second.all().unwrap();
             assert_eq!(
                 all.iter().map(|(at, it)| (*at, cookie(it).unwrap())).collect::<Vec<_>>(),

@@ -7,6 +7,8 @@
 //! here; message.rs says what each message means.
 #![forbid(unsafe_code)]
 
+#[cfg(test)]
+mod model;
 mod state;
 #[cfg(test)]
 mod tests;

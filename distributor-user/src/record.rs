@@ -9,6 +9,7 @@
 use std::{
     fs,
     io::{self, Write as _},
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::OnceLock,
 };
@@ -73,9 +74,13 @@ impl Record {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             text => text.with_context(|| format!("read {}", path.display()))?,
         };
-        let record: Self =
-            serde_json::from_slice(&text).with_context(|| format!("understand {}", path.display()))?;
-        ensure!(record.format == FORMAT, "{}: its format {} is not ours", path.display(), record.format);
+        Self::understand(&text).with_context(|| format!("understand {}", path.display()))
+    }
+
+    /// What a file holds. `None`: what was on another boot.
+    pub(crate) fn understand(text: &[u8]) -> anyhow::Result<Option<Self>> {
+        let record: Self = serde_json::from_slice(text)?;
+        ensure!(record.format == FORMAT, "its format {} is not ours", record.format);
         Ok(Some(record).filter(|record| boot().is_ok_and(|boot| boot == record.boot)))
     }
 }
@@ -172,13 +177,18 @@ fn stat(pid: u32, field: usize) -> Option<u64> {
     stat.rsplit_once(')')?.1.split_whitespace().nth(field - 3)?.parse().ok()
 }
 
-/// A process by which it can be watched, if it is the one that started then. `None`: that one is
-/// gone.
-pub fn process(pid: u32, start_time: u64) -> Option<std::os::fd::OwnedFd> {
+/// The process that has this number now, by which it can be watched, and when it started. `None`:
+/// there is none.
+pub fn process(pid: u32) -> Option<(OwnedFd, u64)> {
     let number = Pid::from_raw(i32::try_from(pid).ok()?)?;
     let pidfd = pidfd_open(number, PidfdFlags::empty()).ok()?;
     // After it was opened: whoever had the number then has it as long as he lives.
-    (self::start_time(pid) == Some(start_time)).then_some(pidfd)
+    Some((pidfd, start_time(pid)?))
+}
+
+/// The same, if it is the one that started then. `None`: that one is gone.
+pub fn process_since(pid: u32, start_time: u64) -> Option<OwnedFd> {
+    process(pid).filter(|(_, its)| *its == start_time).map(|(pidfd, _)| pidfd)
 }
 
 #[cfg(test)]
@@ -234,7 +244,7 @@ mod tests {
             assert!(told.contains("understand"), "{told}");
         }
         Recorder::new(&place).write(&Record { format: 99, ..record() }).unwrap();
-        assert!(Record::read(&place).unwrap_err().to_string().contains("format 99"));
+        assert!(format!("{:#}", Record::read(&place).unwrap_err()).contains("format 99"));
         fs::remove_dir_all(&place).unwrap();
     }
 
@@ -258,8 +268,9 @@ mod tests {
     fn a_process_is_known_by_its_number_and_its_start() {
         let me = std::process::id();
         let started = start_time(me).unwrap();
-        assert!(process(me, started).is_some());
-        assert!(process(me, started + 1).is_none(), "the number was used again");
-        assert!(process(0x7fff_fff0, started).is_none());
+        assert_eq!(process(me).map(|(_, its)| its), Some(started));
+        assert!(process_since(me, started).is_some());
+        assert!(process_since(me, started + 1).is_none(), "the number was used again");
+        assert!(process_since(0x7fff_fff0, started).is_none());
     }
 }

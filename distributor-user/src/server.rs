@@ -343,7 +343,7 @@ impl Server {
     }
 
     /// As it goes on under a new monitor: what kept it from being started is forgotten, and so is
-    /// that it was to be stopped; what runs goes on.
+    /// that it was to be stopped; what runs goes on, and what is being ended is started again.
     pub fn afresh(self, now: Instant) -> Self {
         let Self { state, mut history } = self;
         let state = match state {
@@ -351,7 +351,13 @@ impl Server {
                 (history.failures, history.lacked) = (0, 0);
                 State::Stopped { since: now }
             }
-            running => running,
+            State::Draining { since, deadline, run, .. } => {
+                State::Draining { since, deadline, run, then: Then::Start }
+            }
+            State::Stopping { since, deadline, stage, run, .. } => {
+                State::Stopping { since, deadline, stage, run, then: Then::Start }
+            }
+            running @ (State::Starting { .. } | State::Ready { .. }) => running,
         };
         Self { state, history }
     }

@@ -58,6 +58,8 @@ use crate::{
 pub use adopt::{Adopted, RELEASED, Shared, give_back, released_by};
 pub use audit::Drift;
 pub use launch::{Found, Label, Ran, Succession};
+#[cfg(test)]
+pub(crate) use launch::{is_unaccounted, latest_first};
 pub use report::vacant_status;
 pub use survey::{Left, left};
 
@@ -637,7 +639,11 @@ impl Service {
         let (id, name) = (run.id, self.entries[entry].config.name.clone());
         self.note(&format!("watch {name}"), None);
         let Some(run) = &self.entries[entry].run else { return };
-        match run.pid.zip(run.start_time).and_then(|(pid, start)| Some((pid, record::process(pid, start)?))) {
+        match run
+            .pid
+            .zip(run.start_time)
+            .and_then(|(pid, start)| Some((pid, record::process_since(pid, start)?)))
+        {
             Some((pid, pidfd)) => {
                 let label = serde_json::to_vec(&self.label(entry)).unwrap_or_default();
                 let watch = ToMonitor::Watch { id, pid, label };

@@ -5,7 +5,7 @@
 use std::{
     os::unix::{fs::MetadataExt, process::CommandExt},
     path::Path,
-    process::Command,
+    process::{Command, Stdio},
 };
 
 use tests::{
@@ -295,6 +295,19 @@ fn the_example_in_the_help_is_a_configuration_that_is_accepted() {
             "{ended}"
         );
     }
+}
+
+#[test]
+fn a_trial_whose_verdict_nobody_reads_fails_with_a_sentence() {
+    let host = Host::new();
+    let (reader, writer) = std::io::pipe().expect("make a pipe");
+    drop(reader);
+    let mut command = host.command(&["trial", "--file", "/nothing/here.toml"]);
+    command.stdin(Stdio::null()).stdout(writer).stderr(Stdio::piped());
+    let output = command.spawn().and_then(std::process::Child::wait_with_output).expect("run a trial");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert_eq!(said, "dist-ctl: say how the trial went: Broken pipe (os error 32)\n");
 }
 
 #[test]

@@ -734,6 +734,18 @@ fn one_that_was_being_stopped_is_started_again_under_a_new_monitor() {
 }
 
 #[test]
+fn one_that_was_being_given_up_is_started_under_a_new_monitor() {
+    let mut story = Story::new();
+    story.tell(Event::Start);
+    story.launched();
+    let sentence = "binds it wrongly".to_owned();
+    assert_eq!(story.report(Report::Misbound { sentence }), ["SIGTERM to main of 1"]);
+    story.server = written_and_read(&story.server).afresh(story.now);
+    assert_eq!(story.tell(Event::Start), NOTHING);
+    assert_eq!(story.exits(Exit::Signal(15)), ["remove 1", "launch 2"]);
+}
+
+#[test]
 fn a_launch_that_was_interrupted_is_no_failure() {
     let mut story = Story::new();
     story.tell(Event::Start);

@@ -100,7 +100,8 @@ impl Shared {
             bail!("adopt process {pid}: it does not listen on {}", config.listen[missing]);
         }
         let start_time = record::start_time(pid);
-        let watched = start_time.and_then(|start_time| Some((start_time, record::process(pid, start_time)?)));
+        let watched =
+            start_time.and_then(|start_time| Some((start_time, record::process_since(pid, start_time)?)));
         let (start_time, pidfd) = watched.with_context(|| format!("adopt process {pid}: it is gone"))?;
         Ok(Self { pid, start_time, pidfd, server, before: Vec::new() })
     }
@@ -262,7 +263,7 @@ impl Service {
         if main != Some(Main::Running { pid }) {
             return Ok(None);
         }
-        let Some(pidfd) = record::process(pid, start_time) else { return Ok(None) };
+        let Some(pidfd) = record::process_since(pid, start_time) else { return Ok(None) };
         let (id, label) = (host.link.number(), serde_json::to_vec(&recorded.label)?);
         let watch = ToMonitor::Watch { id, pid, label: label.clone() };
         host.link.send(&watch, Some(pidfd.as_fd()))?;
@@ -456,7 +457,7 @@ impl Service {
 
 /// Gives a server its listeners back, once everybody else has left their groups.
 pub fn give_back(adopted: &Adopted) {
-    if record::process(adopted.pid, adopted.start_time).is_none() {
+    if record::process_since(adopted.pid, adopted.start_time).is_none() {
         return;
     }
     let done = listener::find(&[adopted.pid]).map_err(anyhow::Error::from).and_then(|found| {

@@ -155,9 +155,7 @@ impl Service {
         host: &mut Host<'_>,
     ) -> anyhow::Result<Vec<Child>> {
         let mut strangers = Vec::new();
-        // One that was launched may be known beside the instance before it, and what was recorded
-        // beside what the monitor keeps.
-        found.sort_by_key(|found| Reverse(found.label.age()));
+        latest_first(&mut found);
         let mut chosen: Vec<(usize, Found)> = Vec::new();
         for found in found {
             let place = match self.find(&found.label.server) {
@@ -321,8 +319,10 @@ impl Service {
             Some(pid) => info!("server {name} was found running (pid {pid})"),
             None => info!("server {name} was found running"),
         }
-        if let (Launch::UnderWay, Some(pid)) = (run.launch, run.pid) {
-            if child.is_some_and(|child| child.exit.is_none()) && launch::is_server(pid) {
+        if run.launch == Launch::UnderWay {
+            // Or had, and has left processes that do, as a daemon's first one does.
+            let has_run = run.cgroup.processes().into_iter().any(launch::is_server);
+            if has_run {
                 self.launched(entry, run.instance, Ok(()), host);
             } else {
                 if let Some(run) = &mut self.entries[entry].run {
@@ -533,6 +533,21 @@ impl Service {
         exec.environment = self.entries[entry].config.own_environment.clone();
         Ok(plan::hash(&serde_json::to_vec(&exec)?))
     }
+}
+
+/// Orders what was found of servers so that of each what was written last comes first. One that was
+/// launched may be known beside the instance before it, and what was recorded beside what the
+/// monitor keeps: who comes with a process stands before what was recorded, and stays there.
+pub(crate) fn latest_first(found: &mut [Found]) {
+    found.sort_by_key(|found| Reverse(found.label.age()));
+}
+
+/// Whether a server runs by its record, and the monitor knows nothing of that. An earlier distributor
+/// knew better, and could not write it down; or the monitor could not watch it.
+pub(crate) fn is_unaccounted(recorded: &Label, known: &[Found]) -> bool {
+    let (name, instance) = (&recorded.server, recorded.machine.instance());
+    let knows = |found: &Found| found.label.server == *name && found.label.machine.instance() >= instance;
+    recorded.machine.run().is_some() && !known.iter().any(knows)
 }
 
 impl Label {

@@ -8,7 +8,7 @@ use std::{collections::HashSet, os::fd::AsFd as _, time::Instant};
 use anyhow::Context as _;
 use tracing::{info, warn};
 
-use super::{Found, Host, Label, Ran, Service};
+use super::{Found, Host, Label, Ran, Service, launch::is_unaccounted};
 use crate::{
     cgroup::Cgroup,
     config, instance, kernel, launch,
@@ -16,8 +16,8 @@ use crate::{
     listener,
     message::{Exit, ToMonitor},
     record,
-    recovery::{Decision, Recorded, Seen, decide},
-    server::{self, Instance, Main, Server},
+    recovery::{Decision, Finding, Group, Past, examine},
+    server::{self, Instance, Server},
 };
 
 /// What there is of a service before its distributor has begun.
@@ -76,8 +76,7 @@ impl Service {
                 self.place_again(label)?;
             }
         }
-        let cgroups: Vec<(String, u32, Cgroup)> =
-            self.cgroup.children().into_iter().filter_map(named).collect();
+        let cgroups = self.instances();
         let mut kept = HashSet::new();
         let mut found = Vec::new();
         for entry in 0..self.entries.len() {
@@ -88,12 +87,7 @@ impl Service {
                 kept.insert((short.clone(), label.machine.instance().0));
                 continue;
             }
-            let of_it: Vec<(u32, &Cgroup)> = cgroups
-                .iter()
-                .filter(|(its, ..)| its == short)
-                .map(|(_, number, cgroup)| (*number, cgroup))
-                .collect();
-            let (surveyed, instance) = self.survey_one(entry, its, &of_it, host)?;
+            let (surveyed, instance) = self.survey_one(entry, its, &of(short, &cgroups), host)?;
             kept.insert((short.clone(), instance.0));
             found.push(surveyed);
         }
@@ -109,14 +103,60 @@ impl Service {
         let adopted = adopted.chain(known.iter().filter_map(|(label, _)| label.adopted.as_ref()));
         found.extend(self.find_unrecorded(&adopted.chain(&released).collect::<Vec<_>>(), host)?);
         for (short, number, cgroup) in cgroups {
+            if kept.contains(&(short.clone(), number)) {
+                continue;
+            }
             let processes = cgroup.processes();
-            if !processes.is_empty() && !kept.contains(&(short.clone(), number)) {
+            if !processes.is_empty() {
                 let of = format!("{}/{short}", self.config.name);
                 info!("processes {processes:?} are what was left of {of}; kills them");
-                cgroup.kill()?;
+            }
+            close(&cgroup)?;
+        }
+        Ok(found)
+    }
+
+    /// What was recorded of each of its servers, for the next distributor of the same monitor, which
+    /// knows of these. Whoever runs by the record and is not known, and whoever is not known at all, is
+    /// looked for as after the monitor's death.
+    pub fn recall(
+        &mut self,
+        recorded: Vec<record::Server>,
+        known: &[Found],
+        host: &mut Host<'_>,
+    ) -> anyhow::Result<Vec<Found>> {
+        let mut found = Vec::new();
+        for server in recorded {
+            let label = &server.label;
+            let mut entry = self.find(&label.server);
+            if label.adopted.is_none() && is_unaccounted(label, known) {
+                if entry.is_none() {
+                    entry = self.place_again(label)?;
+                }
+                if let Some(entry) = entry {
+                    let short = &self.entries[entry].config.short_name;
+                    let cgroups = self.instances();
+                    found.push(self.survey_one(entry, Some(&server), &of(short, &cgroups), host)?.0);
+                    continue;
+                }
+            }
+            found.push(Found { label: server.label, child: None });
+        }
+        let cgroups = self.instances();
+        for entry in 0..self.entries.len() {
+            let config = &self.entries[entry].config;
+            // The record may have been lost meanwhile.
+            if !known.iter().chain(&found).any(|found| found.label.server == config.name) {
+                let its = of(&config.short_name, &cgroups);
+                found.push(self.survey_one(entry, None, &its, host)?.0);
             }
         }
         Ok(found)
+    }
+
+    /// The cgroups of all instances, with server and number.
+    fn instances(&self) -> Vec<(String, u32, Cgroup)> {
+        self.cgroup.children().into_iter().filter_map(named).collect()
     }
 
     /// One server, and which of its instances is the one that counts.
@@ -127,46 +167,32 @@ impl Service {
         cgroups: &[(u32, &Cgroup)],
         host: &mut Host<'_>,
     ) -> anyhow::Result<(Found, Instance)> {
-        let newest = cgroups.iter().map(|(number, _)| *number).max().unwrap_or(0);
-        let populated = cgroups.iter().filter(|(_, cgroup)| !cgroup.processes().is_empty());
-        let running = populated.map(|(number, _)| *number).max();
         let mut label = recorded.map_or_else(|| self.label(entry), |recorded| recorded.label.clone());
-        // A newer one runs, and the recorded one does not: the record is out of date, for want of
-        // room on the disk.
-        let is_newer = running.is_some_and(|running| running > label.machine.instance().0);
-        let lives = label.machine.pid().zip(recorded.and_then(|recorded| recorded.start_time));
-        let lives = lives.is_some_and(|(pid, start)| record::process(pid, start).is_some());
-        let run = label.machine.run().filter(|_| lives || !is_newer).cloned();
-        let instance = match (&run, running) {
-            (None, Some(running)) => Instance(running),
-            (None, None) => Instance(newest.max(label.machine.instance().0)),
-            (Some(_), _) => label.machine.instance(),
-        };
+        // Before the cgroups are looked at: while it is open, its number is nobody else's.
+        let main = recorded.and_then(|recorded| record::process(recorded.label.machine.pid()?));
+        let groups: Vec<Group> =
+            cgroups.iter().map(|&(number, cgroup)| group(number, cgroup)).collect::<Result<_, _>>()?;
+        let past = recorded.map(|recorded| Past {
+            machine: &recorded.label.machine,
+            start_time: recorded.start_time,
+            start_time_now: main.as_ref().map(|(_, start_time)| *start_time),
+        });
+        let Finding { instance, decision, goes_by_record } = examine(past, &groups);
         let cgroup = cgroups.iter().find(|(number, _)| *number == instance.0).map(|(_, cgroup)| *cgroup);
-        let processes = cgroup.map_or(Vec::new(), Cgroup::processes);
-        let main = match run.as_ref().map(server::Run::main) {
-            Some(Main::Running { pid }) => recorded
-                .and_then(|recorded| record::process(pid, recorded.start_time?))
-                .filter(|_| processes.contains(&pid)),
-            _ => None,
-        };
-        let recorded = match (recorded, &run) {
-            (None, _) => Recorded::Nothing,
-            (Some(_), None) => Recorded::Idle,
-            (Some(_), Some(run)) => Recorded::Running { main: run.main(), main_lives: main.is_some() },
-        };
-        let seen = Seen { populated: !processes.is_empty(), first: first(&processes) };
         let name = &self.entries[entry].config.name;
         let mut child = None;
-        match decide(recorded, seen) {
+        match decision {
             Decision::Watch { pid } => {
-                let pidfd = match main {
-                    Some(pidfd) => Some(pidfd),
-                    None => record::start_time(pid).and_then(|start| record::process(pid, start)),
-                };
-                if run.is_none() {
+                let is_main = goes_by_record && label.machine.pid() == Some(pid);
+                let watched = if is_main { main } else { record::process(pid) };
+                // It was in there before its descriptor was opened.
+                let is_there = |_: &_| cgroup.is_some_and(|cgroup| cgroup.processes().contains(&pid));
+                let pidfd = watched.filter(is_there).map(|(pidfd, _)| pidfd);
+                if !goes_by_record {
                     warn!("server {name} runs (pid {pid}), and nothing was recorded of it");
-                    label = self.reconstruct(entry, instance, pid, &processes)?;
+                    let processes = groups.iter().find(|group| group.instance == instance);
+                    let processes = processes.map_or(&[][..], |group| &group.processes);
+                    label = self.reconstruct(entry, instance, pid, processes)?;
                 }
                 let id = host.link.number();
                 let bytes = serde_json::to_vec(&label)?;
@@ -188,7 +214,7 @@ impl Service {
             Decision::GoOn => {}
             Decision::StartAfresh | Decision::Start => {
                 if let Some(cgroup) = cgroup {
-                    cgroup.kill()?;
+                    close(cgroup)?;
                 }
                 label.retired.extend(label.run.take().map(|ran| (ran.slot, ran.base)));
                 label.machine = label.machine.interrupted(instance, Instant::now());
@@ -223,6 +249,27 @@ impl Service {
         }
         Ok(label)
     }
+}
+
+/// Those of one server.
+fn of<'a>(short: &str, cgroups: &'a [(String, u32, Cgroup)]) -> Vec<(u32, &'a Cgroup)> {
+    let its = cgroups.iter().filter(|(its, ..)| its == short);
+    its.map(|(_, number, cgroup)| (*number, cgroup)).collect()
+}
+
+/// Ends what is in a cgroup that is not used any more, and lets nobody in: a launcher that was on its
+/// way when its monitor was killed finds it removed, and ends.
+fn close(cgroup: &Cgroup) -> anyhow::Result<()> {
+    match cgroup.remove() {
+        Ok(()) => Ok(()),
+        Err(_) => cgroup.kill(),
+    }
+}
+
+fn group(number: u32, cgroup: &Cgroup) -> anyhow::Result<Group> {
+    let processes =
+        cgroup.members().with_context(|| format!("look who is in {}", cgroup.path().display()))?;
+    Ok(Group { instance: Instance(number), first: first(&processes), processes })
 }
 
 /// The process from which the others come, unless it is a launcher still.

@@ -16,6 +16,7 @@ use super::*;
 use crate::{
     cgroup::{self, Cgroup},
     kernel::{Kernel, ProgramLog},
+    record,
 };
 
 thread_local! {
@@ -123,6 +124,45 @@ proptest! {
     }
 }
 
+/// What the names of worlds begin with. They end in pid and start time of the test's process.
+const PREFIX: &str = "dist-ctl-moving-";
+
+/// Whether the process that made what has this name lives.
+fn is_in_use(name: &str) -> bool {
+    let mut parts = name.rsplit('-');
+    let (started, pid) = (parts.next(), parts.next());
+    let number = |part: Option<&str>| part.and_then(|part| part.parse().ok());
+    match (number(pid), number(started)) {
+        (Some(pid), Some(started)) => {
+            u32::try_from(pid).is_ok_and(|pid| record::start_time(pid) == Some(started))
+        }
+        _ => false,
+    }
+}
+
+/// Removes the worlds of tests that were killed and so could not do it themselves.
+fn remove_leftovers() {
+    let cgroups = cgroup::mount_point().unwrap();
+    for place in [std::env::temp_dir(), cgroups] {
+        for entry in fs::read_dir(place).into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name.starts_with(PREFIX) && !is_in_use(&name) {
+                remove_world(&entry.path());
+            }
+        }
+    }
+}
+
+/// A bpffs, or a cgroup. If it is neither any more, another test has just removed it.
+fn remove_world(path: &Path) {
+    // A link whose pin is gone lets go of the cgroup.
+    let _ = rustix::mount::unmount(path, UnmountFlags::DETACH);
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while path.exists() && fs::remove_dir(path).is_err() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 /// A bpffs, a cgroup and a listener of this test's own.
 struct World {
     bpffs: PathBuf,
@@ -137,7 +177,10 @@ impl World {
             eprintln!("left out: only root can load programs");
             return None;
         }
-        let name = format!("dist-ctl-moving-{name}-{}", std::process::id());
+        remove_leftovers();
+        let me = std::process::id();
+        let started = record::start_time(me).unwrap();
+        let name = format!("{PREFIX}{name}-{me}-{started}");
         let bpffs = std::env::temp_dir().join(&name);
         fs::create_dir_all(&bpffs).unwrap();
         rustix::mount::mount("bpf", &bpffs, "bpf", MountFlags::empty(), Some(c"mode=0700")).unwrap();
@@ -201,14 +244,23 @@ impl World {
 
 impl Drop for World {
     fn drop(&mut self) {
-        // A link whose pin is gone lets go of the cgroup.
-        let _ = rustix::mount::unmount(&self.bpffs, UnmountFlags::DETACH);
-        let _ = fs::remove_dir(&self.bpffs);
-        let deadline = Instant::now() + Duration::from_secs(5);
-        while self.cgroup.remove().is_err() && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        remove_world(&self.bpffs);
+        remove_world(self.cgroup.path());
     }
+}
+
+#[test]
+fn what_a_killed_test_left_is_removed_by_the_next_one_and_nothing_else() {
+    let Some(world) = World::new("kept") else { return };
+    // Of a process that is gone: no process has this number.
+    let name = format!("{PREFIX}left-4194999-1");
+    let (bpffs, cgroup) = (std::env::temp_dir().join(&name), cgroup::mount_point().unwrap().join(&name));
+    fs::create_dir_all(&bpffs).unwrap();
+    rustix::mount::mount("bpf", &bpffs, "bpf", MountFlags::empty(), Some(c"mode=0700")).unwrap();
+    fs::create_dir_all(&cgroup).unwrap();
+    remove_leftovers();
+    assert!(!bpffs.exists() && !cgroup.exists());
+    assert!(world.bpffs.exists() && world.cgroup.exists());
 }
 
 #[test]

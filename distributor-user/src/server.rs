@@ -342,13 +342,13 @@ impl Server {
         }
     }
 
-    /// As it goes on under a new monitor: what kept it from being started is forgotten, and so is
-    /// that it was to be stopped; what runs goes on, and what is being ended is started again.
+    /// As it goes on under a new monitor: how often it failed is forgotten, and so is that it was to
+    /// be stopped; what runs goes on, and what is being ended is started again.
     pub fn afresh(self, now: Instant) -> Self {
         let Self { state, mut history } = self;
+        (history.failures, history.lacked) = (0, 0);
         let state = match state {
             State::Stopped { .. } | State::Backoff { .. } | State::Failed { .. } => {
-                (history.failures, history.lacked) = (0, 0);
                 State::Stopped { since: now }
             }
             State::Draining { since, deadline, run, .. } => {

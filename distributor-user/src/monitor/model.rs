@@ -26,7 +26,7 @@ use crate::{
     record::{self, Record},
     recovery::{Decision, Finding, Group, Past, examine},
     server::{self, Instance, Main, Recipient, Report, Run, Server, Supervision, Then},
-    service::{Found, Label, Succession, is_unaccounted, latest_first},
+    service::{Drift, Found, Label, Succession, is_unaccounted, latest_first},
 };
 
 const SERVERS: usize = 2;
@@ -568,10 +568,6 @@ impl World {
             self.signal(holder, Signal::KILL.as_raw());
         }
         self.lock = Some(pid);
-        if is_first {
-            let key = self.number();
-            self.say(ToMonitor::Hold { key, label: CONFIGURATION.to_vec() }, Some(0))?;
-        }
         if is_bad {
             self.dies(pid, Exit::Code(1));
             return Err(Dead);
@@ -590,6 +586,10 @@ impl World {
             }
         }
         self.write_down()?;
+        if is_first {
+            let key = self.number();
+            self.say(ToMonitor::Hold { key, label: CONFIGURATION.to_vec() }, Some(0))?;
+        }
         self.say(ToMonitor::Ready, None)?;
         self.brain()?.begun = true;
         if stops {
@@ -616,8 +616,17 @@ impl World {
             Succession::First => {
                 for server in 0..SERVERS {
                     let its = recorded.iter().find(|recorded| recorded.label.server == name(server));
-                    let (surveyed, counts) = self.survey_one(server, its)?;
-                    found.push(surveyed);
+                    let lives =
+                        |found: &&Found| found.child.as_ref().is_some_and(|child| child.exit.is_none());
+                    let mut known = found.iter().filter(lives);
+                    let counts = match known.find(|known| known.label.server == name(server)) {
+                        Some(known) => known.label.machine.instance(),
+                        None => {
+                            let (surveyed, counts) = self.survey_one(server, its)?;
+                            found.push(surveyed);
+                            counts
+                        }
+                    };
                     for other in self.instances_of(server).into_iter().filter(|other| *other != counts) {
                         self.close(server, other)?;
                     }
@@ -981,7 +990,13 @@ impl World {
             let start_time = self.entry(server)?.run.as_ref().and_then(|run| run.start_time);
             servers.push(record::Server { label: self.label(server)?, start_time });
         }
-        let service = record::Service { name: SERVICE.into(), uid: 0, servers, released: Vec::new() };
+        let service = record::Service {
+            name: SERVICE.into(),
+            uid: 0,
+            servers,
+            released: Vec::new(),
+            drift: Drift::default(),
+        };
         let full = self.disk_full;
         self.brain()?.unwritten = full;
         if full {

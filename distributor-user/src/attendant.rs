@@ -291,14 +291,15 @@ impl Attendant {
         };
         attendant.desk.attend(now());
         attendant.desk.set_cgroup(attendant.duty.cgroup_id);
+        epoll::add(&attendant.epoll, &attendant.keeper, EventData::new_u64(KEEPER), EventFlags::empty())
+            .context("watch the keeper")?;
         attendant.recover()?;
         for group in 0..attendant.duty.listen.len() {
             attendant.furnish(group)?;
         }
-        let Self { epoll, desk, poke, keeper, .. } = &attendant;
+        let Self { epoll, desk, poke, .. } = &attendant;
         epoll::add(epoll, desk.wakes(), EventData::new_u64(WAKES), EventFlags::IN)
             .and_then(|()| epoll::add(epoll, poke, EventData::new_u64(POKE), EventFlags::IN))
-            .and_then(|()| epoll::add(epoll, keeper, EventData::new_u64(KEEPER), EventFlags::empty()))
             .context("watch what wakes the attendant")?;
         Ok((attendant, handle))
     }

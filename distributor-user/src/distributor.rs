@@ -10,7 +10,10 @@ use std::{
     io::Write as _,
     os::{
         fd::{AsFd as _, OwnedFd},
-        unix::fs::{DirBuilderExt as _, FileExt as _},
+        unix::{
+            fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _},
+            process::parent_id,
+        },
     },
     path::Path,
     sync::Arc,
@@ -44,7 +47,7 @@ use crate::{
     instance::{self, Instance},
     kernel::{self, ProgramLog},
     launch::LaunchError,
-    link::{Child, Inheritance, Link},
+    link::{Child, Held, Inheritance, Link},
     lock::{self, DistributorLock},
     message::{FromMonitor, ToMonitor},
     notify,
@@ -126,19 +129,22 @@ async fn serve(
     runtime_dir: &Path,
     log: ProgramLog,
     mut link: Link,
-    inheritance: Inheritance,
+    mut inheritance: Inheritance,
     keepsakes: Keepsakes,
 ) -> anyhow::Result<()> {
     ensure!(
         rustix::process::geteuid().is_root(),
         "start dist-ctl: it needs root to load programs into the kernel: run it with sudo"
     );
-    // Until we are gone, whatever happens below: there is no other.
-    let _lock = DistributorLock::take(runtime_dir)?;
     let cgroup = instance::cgroup(runtime_dir)?;
     cgroup.create()?;
-    let place = lock_instance(&cgroup, &inheritance, &mut link).and_then(|()| Instance::find(runtime_dir));
-    let place = place.inspect_err(|_| {
+    // Before the other one, whose holder is killed if he does not exit.
+    let found = lock_instance(&cgroup, &mut inheritance, &mut link).and_then(|()| {
+        let lock = DistributorLock::take(runtime_dir)?;
+        Ok((lock, Instance::find(runtime_dir)?))
+    });
+    // The lock until we are gone, whatever happens below: there is no other.
+    let (_lock, place) = found.inspect_err(|_| {
         // It is there still if anything is in it.
         let _ = fs::remove_dir(cgroup.path());
     })?;
@@ -172,14 +178,19 @@ const INSTANCE: &[u8] = b"instance";
 /// The label of a lock file of the monitor's that was made again.
 const REMADE: &[u8] = b"lock";
 
-/// Has the monitor hold the lock on the instance's cgroup, unless it does.
-fn lock_instance(cgroup: &Cgroup, inheritance: &Inheritance, link: &mut Link) -> anyhow::Result<()> {
-    for held in inheritance.held.iter().filter(|held| held.label == INSTANCE) {
-        if lock::is_of(&held.fd, cgroup.path()) {
-            return Ok(());
-        }
+/// Has the monitor hold the lock on the instance's cgroup, unless it does. It alone: whoever is left
+/// behind by a killed monitor is not to keep the next one out.
+fn lock_instance(cgroup: &Cgroup, inheritance: &mut Inheritance, link: &mut Link) -> anyhow::Result<()> {
+    let is_lock = |held: &mut Held| held.label == INSTANCE;
+    let locks: Vec<Held> = inheritance.held.extract_if(.., is_lock).collect();
+    let (there, gone): (Vec<_>, Vec<_>) =
+        locks.into_iter().partition(|held| lock::is_of(&held.fd, cgroup.path()));
+    for held in gone {
         // Of a cgroup that somebody has removed.
         link.send(&ToMonitor::Drop { key: held.key }, None)?;
+    }
+    if !there.is_empty() {
+        return Ok(());
     }
     let locked = lock::of_cgroup(cgroup.path())?;
     let hold = ToMonitor::Hold { key: link.number(), label: INSTANCE.to_vec() };
@@ -232,7 +243,7 @@ struct Distributor<'a> {
     /// What is wrong with the machine, beside what its services know of.
     troubles: Troubles,
     /// Serves the control socket, if there is one.
-    control: Option<JoinHandle<()>>,
+    control: Option<ControlSocket>,
     /// For it.
     spare: Option<OwnedFd>,
 }
@@ -402,6 +413,10 @@ impl<'a> Distributor<'a> {
     /// Has the monitor and the disk know what has changed. The monitor has it even if the disk is
     /// full; then a new `dist-ctl up` would find an older state.
     fn write_down(&mut self) {
+        // Then we are about to exit, and what failed because of that has not happened.
+        if self.link.is_broken() {
+            return;
+        }
         let (services, mut host) = self.split();
         let mut changed = false;
         for service in services.iter_mut() {
@@ -443,7 +458,8 @@ impl<'a> Distributor<'a> {
         self.troubles.note("control", None, SystemTime::now());
         let (requests, mut received) = mpsc::channel(64);
         let spare = self.spare.take();
-        self.control = Some(spawn_local(control::serve(listener, config.control.clone(), requests, spare)));
+        let task = spawn_local(control::serve(listener, config.control.clone(), requests, spare));
+        self.control = Some(ControlSocket { task, inode: control_inode(self.place) });
         let inputs = self.inputs.clone();
         spawn_local(async move {
             while let Some(request) = received.recv().await {
@@ -455,22 +471,23 @@ impl<'a> Distributor<'a> {
         Ok(())
     }
 
-    /// Sees that there is a control socket. If somebody has removed it, maybe with the whole
-    /// runtime directory, all is made again by which others know of us.
+    /// Sees that there are the monitor's lock file and the control socket. If somebody has removed
+    /// them, maybe with the whole runtime directory, all is made again by which others know of us.
     fn stay_reachable(&mut self, config: &Config) -> anyhow::Result<()> {
         let place = self.place;
-        if self.control.is_some() && place.runtime_dir.join(control::SOCKET).exists() {
-            return Ok(());
-        }
-        let monitor = std::os::unix::process::parent_id();
-        if let Some(lock) = lock::remake(&place.runtime_dir, monitor)? {
+        if let Some(lock) = lock::remake(&place.runtime_dir, parent_id())? {
+            warn!("{}: its lock file was removed: makes it again", place.runtime_dir.display());
             let hold = ToMonitor::Hold { key: self.link.number(), label: REMADE.to_vec() };
             self.link.send(&hold, Some(lock.as_fd()))?;
         }
+        let socket = control_inode(place);
+        if self.control.as_ref().is_some_and(|control| control.inode == socket) {
+            return Ok(());
+        }
         make_notify_dir(place)?;
         if let Some(control) = self.control.take() {
-            warn!("{} was removed, or its control socket: makes it again", place.runtime_dir.display());
-            control.abort();
+            warn!("{}: its control socket was removed: makes it again", place.runtime_dir.display());
+            control.task.abort();
             self.spare = control::spare();
             self.recorder = Recorder::new(&place.runtime_dir);
         }
@@ -540,9 +557,18 @@ impl<'a> Distributor<'a> {
             info!("service {}: its addresses are free", vacancy.config.name);
             if let Err(error) = self.fill(&vacancy, None) {
                 error!("service {}: {error:#}; tries again every second", vacancy.config.name);
-                self.vacant.push(vacancy);
+                self.leave_vacant(vacancy);
             }
         }
+    }
+
+    /// A service could not begin: nothing is to look as if it had.
+    fn leave_vacant(&mut self, vacancy: Vacancy) {
+        let others: Vec<&str> = self.services.iter().map(Service::name).collect();
+        if let Err(error) = self.place.clean_leftovers(&others) {
+            error!("service {}: {error:#}", vacancy.config.name);
+        }
+        self.vacant.push(vacancy);
     }
 
     /// Begins a service, with a server that has the address already if there is one, and starts
@@ -602,7 +628,9 @@ impl<'a> Distributor<'a> {
                 "a server is called {full_name} already: give it another --name"
             ));
         }
-        let mut shared = match Shared::find(pid, &config) {
+        let mut ours = self.place.cgroup.processes();
+        ours.extend([std::process::id(), parent_id()]);
+        let mut shared = match Shared::find(pid, &config, &ours) {
             Ok(shared) => shared,
             Err(error) => return Response::input(format!("{error:#}")),
         };
@@ -620,7 +648,7 @@ impl<'a> Distributor<'a> {
                 let vacancy = self.vacant.remove(vacant);
                 let filled = self.fill(&vacancy, Some(Guest { shared: &shared, name, command }));
                 if filled.is_err() {
-                    self.vacant.push(vacancy);
+                    self.leave_vacant(vacancy);
                 }
                 filled
             }
@@ -902,6 +930,18 @@ impl<'a> Distributor<'a> {
         place.remove()?;
         link.send(&ToMonitor::Finished { code: 0 }, None)
     }
+}
+
+/// Serves the control socket.
+struct ControlSocket {
+    task: JoinHandle<()>,
+    /// Of its file.
+    inode: Option<u64>,
+}
+
+/// The number of whatever stands at the control socket's place.
+fn control_inode(place: &Instance) -> Option<u64> {
+    fs::symlink_metadata(place.runtime_dir.join(control::SOCKET)).ok().map(|file| file.ino())
 }
 
 fn make_notify_dir(place: &Instance) -> anyhow::Result<()> {

@@ -47,6 +47,8 @@ pub struct Server {
     /// Those who hold one of the listeners, and their descendants: any of them may have its
     /// connections.
     pub processes: Vec<u32>,
+    /// The one of them that has a listener, and from which the others that have one come.
+    pub main: u32,
 }
 
 /// What a socket was like before.
@@ -65,24 +67,27 @@ pub struct Before {
 pub struct EarlierConnections(HashSet<u64>);
 
 /// Finds the listeners of a process on the service's addresses, and of those that share them or
-/// descend from it: the workers of one that forks before it accepts have them in common.
+/// descend from it: the workers of one that forks before it accepts have them in common. `ours` are
+/// left out.
 ///
 /// # Errors
-/// A sentence: there is no such process, it has no such listener, or one that cannot be steered.
-pub fn find(process: u32, listen: &[ListenAddress]) -> anyhow::Result<Server> {
-    let name = name(process).with_context(|| format!("adopt process {process}: there is none"))?;
+/// A sentence: there is no such process, it is ours, it has no such listener, or one that cannot be
+/// steered.
+pub fn find(process: u32, listen: &[ListenAddress], ours: &[u32]) -> anyhow::Result<Server> {
+    let Ok(name) = name(process) else { bail!("adopt process {process}: there is none") };
     let described = format!("adopt process {process} ({name})");
+    ensure!(!ours.contains(&process), "{described}: it is a server or a part of this dist-ctl already");
     ensure!(
         network(&process.to_string()) == network("thread-self"),
         "{described}: it lives in another network namespace: run dist-ctl in there"
     );
-    let mut processes = descendants(&[process]);
+    let mut processes = family(process, ours);
     let (mut steerable, mut elsewhere) = sorted(&processes, listen, &described)?;
     // Its parent and its siblings may share them.
     let inodes: HashSet<u64> = steerable.iter().filter_map(|listener| inode(&listener.fd)).collect();
     if !inodes.is_empty() {
-        processes.extend(holders(&inodes));
-        processes = descendants(&processes);
+        processes.extend(holders(&inodes, ours));
+        processes = descendants(&processes, ours);
         (steerable, elsewhere) = sorted(&processes, listen, &described)?;
     }
     if steerable.is_empty() {
@@ -94,7 +99,31 @@ pub fn find(process: u32, listen: &[ListenAddress]) -> anyhow::Result<Server> {
         let elsewhere: Vec<String> = elsewhere.iter().map(ToString::to_string).collect();
         bail!("{described}: it listens on {}, the service on {wanted}", elsewhere.join(" and "));
     }
-    Ok(Server { listeners: steerable, processes })
+    let main = main_of(process, &processes, &steerable);
+    Ok(Server { listeners: steerable, processes, main })
+}
+
+/// A process, and all that descend from it, but for `ours`.
+pub fn family(process: u32, ours: &[u32]) -> Vec<u32> {
+    descendants(&[process], ours)
+}
+
+/// The one that has a listener, as have all others that do and descend from it: the eldest above the
+/// one that was named, if that has any.
+fn main_of(named: u32, processes: &[u32], listeners: &[Foreign]) -> u32 {
+    let has_one = |process: &u32| {
+        let found = listener::find(&[*process]).unwrap_or_default();
+        found.iter().any(|found| listeners.iter().any(|listener| listener.cookie == found.cookie))
+    };
+    let holders: Vec<u32> = processes.iter().copied().filter(has_one).collect();
+    let is_eldest = |process: &u32| parent(*process).is_none_or(|parent| !holders.contains(&parent));
+    let mut main = Some(named).filter(|named| holders.contains(named));
+    main = main.or_else(|| holders.iter().copied().find(is_eldest));
+    let mut main = main.unwrap_or(named);
+    while let Some(parent) = parent(main).filter(|parent| holders.contains(parent)) {
+        main = parent;
+    }
+    main
 }
 
 /// Those that can be steered, and where the others listen.
@@ -288,7 +317,7 @@ fn all() -> Vec<u32> {
 }
 
 /// Processes that hold one of these sockets.
-fn holders(inodes: &HashSet<u64>) -> Vec<u32> {
+fn holders(inodes: &HashSet<u64>, ours: &[u32]) -> Vec<u32> {
     let targets: HashSet<String> = inodes.iter().map(|inode| format!("socket:[{inode}]")).collect();
     let holds = |process: &u32| {
         let entries = fs::read_dir(format!("/proc/{process}/fd")).into_iter().flatten().flatten();
@@ -296,7 +325,8 @@ fn holders(inodes: &HashSet<u64>) -> Vec<u32> {
         links.any(|target| target.to_str().is_some_and(|target| targets.contains(target)))
     };
     // We hold a duplicate ourselves.
-    all().into_iter().filter(|process| *process != std::process::id()).filter(holds).collect()
+    let is_ours = |process: &u32| *process == std::process::id() || ours.contains(process);
+    all().into_iter().filter(|process| !is_ours(process)).filter(holds).collect()
 }
 
 /// The first process that has one of these listeners, by their cookies, and that is none of
@@ -309,9 +339,10 @@ pub fn holder(cookies: &HashSet<u64>, others: &[u32]) -> Option<u32> {
     })
 }
 
-/// These processes, and all that descend from them.
-fn descendants(of: &[u32]) -> Vec<u32> {
-    let parents: Vec<(u32, u32)> = all().into_iter().filter_map(|it| Some((it, parent(it)?))).collect();
+/// These processes, and all that descend from them, but for `ours`.
+fn descendants(of: &[u32], ours: &[u32]) -> Vec<u32> {
+    let others = all().into_iter().filter(|process| !ours.contains(process));
+    let parents: Vec<(u32, u32)> = others.filter_map(|it| Some((it, parent(it)?))).collect();
     let mut found: BTreeSet<u32> = of.iter().copied().collect();
     loop {
         let more = parents.iter().filter(|(_, parent)| found.contains(parent)).map(|(it, _)| *it);
@@ -370,18 +401,21 @@ mod tests {
     fn a_listener_is_found_through_any_process_that_has_it() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let listen = listen_at(&listener);
-        let found = find(process::id(), &listen).unwrap();
+        let found = find(process::id(), &listen, &[]).unwrap();
         assert_eq!(found.listeners.len(), 1);
         assert_eq!(found.listeners[0].cookie, sockopt::socket_cookie(&listener).unwrap());
+        assert_eq!(found.main, process::id());
+        let ours = find(process::id(), &listen, &[process::id()]).unwrap_err().to_string();
+        assert!(ours.contains("a part of this dist-ctl already"), "{ours}");
     }
 
     #[test]
     fn who_does_not_listen_there_is_told_so() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let listen = listen_at(&listener);
-        let nobody = find(0x7fff_fff0, &listen).unwrap_err();
+        let nobody = find(0x7fff_fff0, &listen, &[]).unwrap_err();
         assert_eq!(format!("{nobody:#}").split(": ").nth(1), Some("there is none"));
-        let elsewhere = find(process::id(), &["127.0.0.1:1".parse().unwrap()]).unwrap_err().to_string();
+        let elsewhere = find(process::id(), &["127.0.0.1:1".parse().unwrap()], &[]).unwrap_err().to_string();
         assert!(elsewhere.contains("it listens on 127.0.0.1:"), "{elsewhere}");
         assert!(elsewhere.contains("the service on 127.0.0.1:1"), "{elsewhere}");
     }

@@ -137,7 +137,7 @@ const MAX_PACKET: usize = 64 * 1024;
 /// So many cookies fit into one packet.
 const COOKIES: usize = 2048;
 /// A keeper answers within this time: a hundred times what a busy machine needs.
-const TIME_LIMIT: Duration = Duration::from_secs(10);
+const TIME_LIMIT: Duration = Duration::from_secs(3);
 /// Nobody but the next distributor knocks.
 const BACKLOG: i32 = 8;
 
@@ -284,8 +284,12 @@ impl Keeper {
 
     /// Tells it that nobody will come any more.
     pub fn end(&self) {
-        // If that cannot be said, it ends when nobody has come for a while.
-        let _ = self.ask(&Request::End, &[]);
+        // It may be busy. If it cannot be said at all, it ends when nobody has come for a while.
+        while self.ask(&Request::End, &[]).is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
+            if self.wait_for(PollFlags::OUT).is_err() {
+                return;
+            }
+        }
     }
 
     /// Its process, if it is ours to wait for: it is gone, or will be soon.
@@ -436,10 +440,17 @@ fn keep(cgroup: &Path) -> anyhow::Result<()> {
         };
         match done {
             Ok(Next::GoOn) => {}
+            // It is gone, and its last words may be to come.
+            Err(error) if is_gone(&error) => {}
             Ok(Next::HangUp) | Err(_) => seat.leave(),
             Ok(Next::End) => return Ok(()),
         }
     }
+}
+
+fn is_gone(error: &anyhow::Error) -> bool {
+    let error = error.downcast_ref::<io::Error>().map(io::Error::kind);
+    matches!(error, Some(io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset))
 }
 
 /// Where the distributor sits. Its number is kept free while nobody sits there, or a distributor

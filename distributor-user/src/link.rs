@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 use std::{
+    cell::Cell,
     io,
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
 };
@@ -25,6 +26,8 @@ use crate::{
 pub struct Link {
     channel: Channel,
     next: u64,
+    /// The monitor did not hear what it was told last.
+    broken: Cell<bool>,
 }
 
 /// What an earlier distributor left with the monitor.
@@ -100,7 +103,7 @@ impl Link {
         // Nanoseconds since the boot, so above every number of an earlier distributor.
         let now = clock_gettime(ClockId::Monotonic);
         let next = now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64;
-        Ok((Self { channel, next }, inheritance))
+        Ok((Self { channel, next, broken: Cell::new(false) }, inheritance))
     }
 
     /// A number that was never used.
@@ -120,9 +123,17 @@ impl Link {
                         bail!("talk to the monitor: it has not listened for {} s", patience.tv_sec);
                     }
                 }
-                sent => return sent.context("talk to the monitor"),
+                sent => {
+                    self.broken.set(sent.is_err());
+                    return sent.context("talk to the monitor");
+                }
             }
         }
+    }
+
+    /// The monitor could not be told something: it is gone, as `receive` will say.
+    pub fn is_broken(&self) -> bool {
+        self.broken.get()
     }
 
     /// Something that tells when `receive` is worth calling.

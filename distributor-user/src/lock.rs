@@ -119,8 +119,12 @@ impl Lock {
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        // Its holder is gone by now: it is a child of ours.
-        let _ = fs::remove_file(self.directory.join(DISTRIBUTOR));
+        // Its holder is gone by now: it is a child of ours. Unless the lock file was removed under another
+        // instance, whose distributor then has it.
+        let distributor = self.directory.join(DISTRIBUTOR);
+        if File::open(&distributor).is_ok_and(|file| locked_by(&file).is_ok_and(|holder| holder.is_none())) {
+            let _ = fs::remove_file(distributor);
+        }
         let lock = self.directory.join(MONITOR);
         let is_ours = |entry: io::Result<fs::DirEntry>| entry.is_ok_and(|entry| entry.path() == lock);
         let nothing_else = fs::read_dir(&self.directory).is_ok_and(|mut entries| entries.all(is_ours));
@@ -180,7 +184,8 @@ pub fn of_cgroup(directory: &Path) -> anyhow::Result<OwnedFd> {
             Err(rustix::io::Errno::WOULDBLOCK) => ensure!(
                 Instant::now() < give_up_at,
                 "another dist-ctl runs on this runtime directory, though somebody has removed its files \
-                 there: stop it with dist-ctl down, or choose another --runtime-dir"
+                 there: it makes them again within a second; stop it then with dist-ctl down, or choose \
+                 another --runtime-dir"
             ),
             Err(error) => return Err(error).with_context(|| format!("lock {shown}")),
         }

@@ -18,11 +18,11 @@ use distributor_user::{
     config::Config,
     control::{self, ASK_TIMEOUT},
     demo, distributor, error,
-    instance::Instance,
+    instance::{self, Instance},
     keeper,
     kernel::ProgramLog,
     launch,
-    lock::{DistributorLock, Lock},
+    lock::{self, DistributorLock, Lock},
     logging::{self, Verbosity},
     monitor,
     record::{self, Record},
@@ -76,6 +76,7 @@ fn perform(invocation: &Invocation) -> anyhow::Result<ExitCode> {
         Command::Down => match control::down(directory, DOWN_TIMEOUT) {
             Err(_) if !control::is_up(directory) && Instance::is_abandoned(directory) => {
                 let _lock = Lock::take(directory)?;
+                let _instance = lock::of_cgroup(instance::cgroup(directory)?.path())?;
                 let _distributor = DistributorLock::take(directory)?;
                 // Without one, or one that can be read, nobody is known who was adopted.
                 let record = Record::read(directory).ok().flatten();

@@ -124,6 +124,9 @@ pub struct Service {
     /// Cookies of listeners that are no longer ours, and when HOME may forget them.
     left: VecDeque<(Instant, u64)>,
     syncookies: bool,
+    /// The servers are being stopped.
+    stopping: bool,
+    /// Nobody can come any more.
     closing: bool,
     /// What runs has not all been found yet: the kernel goes on by the plan that it has.
     taking_over: bool,
@@ -300,6 +303,7 @@ impl Service {
             scans: Vec::new(),
             left: VecDeque::new(),
             syncookies: false,
+            stopping: false,
             closing: false,
             taking_over: true,
             told: None,
@@ -371,6 +375,10 @@ impl Service {
 
     /// Takes no more connections, and stops every server. Said again, it hurries.
     pub fn stop(&mut self, host: &mut Host<'_>) {
+        if !self.stopping {
+            self.take_back(host);
+        }
+        self.stopping = true;
         // Whoever was adopted serves on, and in the end alone.
         let guests = (0..self.entries.len()).filter(|entry| self.is_guest(*entry)).count();
         if guests == 0 {
@@ -429,7 +437,7 @@ impl Service {
     }
 
     pub fn resume(&mut self, entry: usize, host: &mut Host<'_>) -> Response {
-        if self.closing {
+        if self.stopping {
             return Response::failure(format!("service {} is being stopped", self.config.name));
         }
         self.tell(entry, Event::Resume, host);
@@ -501,10 +509,7 @@ impl Service {
     /// to be done again, because something failed or the one with this cookie is not among them.
     fn scan(&mut self, entry: usize, cookie: Option<u64>, host: &mut Host<'_>) -> bool {
         let Some(run) = &self.entries[entry].run else { return true };
-        let processes = match &run.guest {
-            Some(guest) => Ok(vec![guest.adopted.pid]),
-            None => run.cgroup.members(),
-        };
+        let processes = self.processes_of(run);
         // What cannot be seen is not gone.
         let Ok(found) = processes.and_then(|processes| listener::find(&processes)) else {
             return false;
@@ -541,6 +546,14 @@ impl Service {
         }
         self.write_plan();
         settled && cookie.is_none_or(|cookie| cookies.contains(&cookie))
+    }
+
+    /// Those that may have its listeners.
+    fn processes_of(&self, run: &Running) -> std::io::Result<Vec<u32>> {
+        match &run.guest {
+            Some(guest) => Ok(self.family(&guest.adopted)),
+            None => run.cgroup.members(),
+        }
     }
 
     /// Looks again in a moment.
@@ -623,6 +636,10 @@ impl Service {
     }
 
     pub fn exited(&mut self, entry: usize, exit: Exit, host: &mut Host<'_>) {
+        let is_adopted = self.entries[entry].run.as_ref().is_some_and(|run| run.guest.is_some());
+        if is_adopted && self.follow_guest(entry, host) {
+            return;
+        }
         if self.is_guest(entry) {
             return self.guest_ended(entry, host);
         }

@@ -23,7 +23,7 @@ use std::{
 
 use anyhow::{Context as _, bail, ensure};
 use distributor_ebpf::contract;
-use rustix::fs::OFlags;
+use rustix::{fs::OFlags, process::Signal};
 use serde::{Deserialize, Serialize};
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _},
@@ -95,6 +95,8 @@ pub fn not_upgraded(exit: Exit) -> String {
 
 /// Says whether this program could be the distributor for this configuration. Changes nothing.
 pub fn trial(source: &Source) -> anyhow::Result<ExitCode> {
+    // Nobody else would end it if it hung.
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).context("end with its parent")?;
     let (verdict, code) = match judge(source) {
         Ok(()) => {
             let (version, contract) = (env!("CARGO_PKG_VERSION").to_owned(), contract::VERSION);

@@ -396,3 +396,144 @@ fn an_adopted_server_that_is_alone_is_kept_by_the_next_distributor() {
     up.stop();
     assert!(client::hold(V4, 5).iter().all(|client| client.server == "old"));
 }
+
+/// A master with so many workers on one listener, as servers that fork have them. It starts a worker
+/// again that has ended.
+const PREFORK: &str = "\
+import os, signal, socket
+listener = socket.create_server(('', 8080), family=socket.AF_INET6, dualstack_ipv6=True, backlog=128)
+def serve(connection):
+    try:
+        listener.close()
+        connection.sendall(f'python {os.getpid()}\\n'.encode())
+        while connection.recv(4096):
+            pass
+    finally:
+        os._exit(0)
+def work():
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            serve(connection)
+        connection.close()
+workers = set()
+while True:
+    while len(workers) < 2:
+        pid = os.fork()
+        if pid == 0:
+            work()
+        workers.add(pid)
+    workers.discard(os.wait()[0])
+";
+
+fn python(host: &Host, words: &[&str], text: &str) -> Own {
+    let script = host.write("server.py", text);
+    let mut command = Command::new(words[0]);
+    let child = command.args(&words[1..]).arg(&script).stdin(Stdio::null()).spawn().expect("start a server");
+    wait_for("the server", seconds(20.0), || client::connect(V4).ok().map(drop));
+    Own(child)
+}
+
+/// Whether the listener of a process has SO_REUSEPORT.
+fn is_shared(pid: i32) -> bool {
+    let found = distributor_user::listener::find(&[pid as u32]).expect("look at its sockets");
+    let listener = found.iter().find(|found| found.facts.address.port() == 8080);
+    listener.expect("it listens").facts.shared
+}
+
+#[test]
+fn a_server_with_workers_is_adopted_through_any_of_them_and_outlives_that_one() {
+    let host = Host::new();
+    let own = python(&host, &["python3"], PREFORK);
+    let master = Process::find(own.0.id() as i32).expect("it runs");
+    let worker = wait_for("a worker", seconds(10.0), || master.children().first().copied());
+    let up = waiting(&host, App::of(&host, 1));
+    up.run(&["adopt", "app", "--pid", &worker.pid.to_string(), "--name", "old"]).expect_done();
+    up.wait_ready();
+    assert_eq!(up.service().server("app/old").pid, Some(master.pid), "its master is watched");
+    worker.kill(seconds(5.0));
+    thread::sleep(seconds(0.3));
+    up.wait_ready();
+    // The master dies, and its workers serve on.
+    let workers = master.children();
+    assert_eq!(workers.len(), 2);
+    master.signal(tests::process::Signal::KILL);
+    wait_for("another process of it", seconds(10.0), || {
+        let pid = up.service().server("app/old").pid?;
+        workers.iter().any(|worker| worker.pid == pid).then_some(())
+    });
+    up.wait_ready();
+    let greeted =
+        |clients: &[std::net::TcpStream]| clients.iter().filter(|it| client::is_greeted(it)).count();
+    let clients: Vec<_> = (0..10).map(|_| client::connect(V4).expect("connect")).collect();
+    wait_until_eq("those who are greeted", seconds(10.0), 10, || greeted(&clients));
+    assert_eq!(up.connections(), [5, 5]);
+    drop(clients);
+    assert!(is_shared(workers[0].pid));
+    up.stop();
+    assert!(!is_shared(workers[0].pid), "it has its address for itself");
+    let clients: Vec<_> = (0..4).map(|_| client::connect(V4).expect("it serves on")).collect();
+    wait_until_eq("those who are greeted", seconds(10.0), 4, || greeted(&clients));
+    for worker in workers {
+        for process in worker.children().into_iter().chain([worker]) {
+            process.kill(seconds(5.0));
+        }
+    }
+}
+
+#[test]
+fn a_server_in_a_shell_is_adopted_by_the_shell_and_given_back() {
+    let host = Host::new();
+    let script = PREFORK.replace("while True:\n    while len", "work()\nwhile True:\n    while len");
+    let mut own = python(&host, &["sh", "-c", "python3 $0; true"], &script);
+    let up = waiting(&host, App::of(&host, 1));
+    up.run(&["adopt", "app", "--pid", &own.pid(), "--name", "old"]).expect_done();
+    up.wait_ready();
+    let pid = up.service().server("app/old").pid.expect("a process");
+    let server = Process::find(pid).expect("it runs");
+    assert_eq!(server.parent(), Some(own.0.id() as i32));
+    let clients: Vec<_> = (0..4).map(|_| client::connect(V4).expect("connect")).collect();
+    assert_eq!(up.connections(), [2, 2]);
+    drop(clients);
+    assert!(is_shared(pid));
+    up.stop();
+    assert!(!is_shared(pid), "it has its address for itself");
+    client::connect(V4).expect("it serves on");
+    server.kill(seconds(5.0));
+    own.0.wait().expect("the shell ends");
+}
+
+#[test]
+fn what_is_of_dist_ctl_itself_is_not_adopted() {
+    let host = Host::new();
+    let up = host.up(&App::of(&host, 1));
+    let keeper = tests::process::in_cgroup(&up.cgroup())
+        .into_iter()
+        .find(|process| process.arguments().get(1).is_some_and(|verb| verb == "keep"));
+    let own = [keeper.expect("there is a keeper"), up.distributor(), up.monitor(), up.process("app/1")];
+    for process in own {
+        up.run(&["adopt", "app", "--pid", &process.pid.to_string()])
+            .expect_refusal(2, &["a server or a part of this dist-ctl already"]);
+    }
+    assert_eq!(up.service().servers.len(), 1);
+}
+
+#[test]
+fn whoever_is_adopted_twice_is_in_the_end_as_before_the_first_time() {
+    let host = Host::new();
+    let own = Own::start(&host);
+    let up = waiting(&host, App::of(&host, 1));
+    for _ in 0..2 {
+        up.run(&["adopt", "app", "--pid", &own.pid(), "--name", "old"]).expect_done();
+        up.wait_ready();
+        up.run(&["release", "app/old"]).expect_done();
+    }
+    // All are served while the service stops, though nobody but the released one can at the end.
+    let (_, opened) = under_load(|| {
+        up.stop();
+        thread::sleep(seconds(0.2));
+    });
+    assert!(opened > 50, "only {opened} clients");
+    assert!(own.runs() && !is_shared(own.0.id() as i32));
+}

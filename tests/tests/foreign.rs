@@ -293,7 +293,7 @@ fn adopted_and_given_back(host: &Host, command: &[String]) {
     let elsewhere = group.place.cgroup.child("elsewhere");
     let server = Server::start(&elsewhere, command);
     for _ in 0..2 {
-        let found = foreign::find(server.0.id(), &group.listen).expect("find its listener");
+        let found = foreign::find(server.0.id(), &group.listen, &[]).expect("find its listener");
         let [listener] = &found.listeners[..] else { panic!("one listener: {found:?}") };
         let at_first = options(listener);
         assert_eq!(at_first, (true, false, SERVER_UID));
@@ -370,7 +370,7 @@ fn the_steps_work_in_one_order_only() {
     let mut group = Group::make(&host);
     let elsewhere = group.place.cgroup.child("elsewhere");
     let server = Server::start(&elsewhere, &python(&host));
-    let found = foreign::find(server.0.id(), &group.listen).expect("find its listener");
+    let found = foreign::find(server.0.id(), &group.listen, &[]).expect("find its listener");
     let listener = &found.listeners[0];
     server.process().freeze(seconds(5.0));
     let queued = client::connect(V4).expect("a place in its queue");
@@ -438,7 +438,7 @@ while True:
     let elsewhere = group.place.cgroup.child("elsewhere");
     let command = ["/usr/bin/python3", "-c", SERVER].map(str::to_owned);
     let server = Server::start(&elsewhere, &command);
-    let find = || foreign::find(server.0.id(), &group.listen).expect("find its listener");
+    let find = || foreign::find(server.0.id(), &group.listen, &[]).expect("find its listener");
     let held = client::connect(V4).expect("a connection");
     wait_for("it to be accepted", seconds(5.0), || {
         let found = find();
@@ -487,10 +487,10 @@ fn a_shared_listener_is_found_once_through_any_worker() {
         let workers = server.process().children();
         (workers.len() == 2).then_some(workers)
     });
-    let through_master = foreign::find(server.0.id(), &group.listen).expect("find its listener");
+    let through_master = foreign::find(server.0.id(), &group.listen, &[]).expect("find its listener");
     assert_eq!(through_master.processes.len(), 3);
     for worker in workers {
-        let found = foreign::find(worker.pid as u32, &group.listen).expect("find its listener");
+        let found = foreign::find(worker.pid as u32, &group.listen, &[]).expect("find its listener");
         assert_eq!(found.processes, through_master.processes);
         assert_eq!(found.listeners.len(), 1);
         assert_eq!(found.listeners[0].cookie, through_master.listeners[0].cookie);
@@ -504,7 +504,7 @@ fn a_listener_whose_cgroup_is_gone_is_counted_from_the_root() {
     let mut group = Group::bare(&host);
     let (first, second) = (group.place.cgroup.child("first"), group.place.cgroup.child("second"));
     let server = Server::start(&first, &python(&host));
-    let found = foreign::find(server.0.id(), &group.listen).expect("find its listener");
+    let found = foreign::find(server.0.id(), &group.listen, &[]).expect("find its listener");
     let listener = &found.listeners[0];
     second.create().expect("make another cgroup");
     std::fs::write(second.path().join("cgroup.procs"), server.0.id().to_string()).expect("move the server");

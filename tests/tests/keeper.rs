@@ -152,6 +152,25 @@ fn a_keeper_that_is_killed_is_replaced_and_nobody_notices() {
 }
 
 #[test]
+fn a_keeper_that_is_stopped_when_the_distributor_dies_is_replaced_by_the_next_one() {
+    let host = Host::new();
+    let up = host.up(&app(&host, 2));
+    let served = client::hold(V4, 2);
+    let waiting = client::stand(&[V4], 20);
+    wait_waiting(&up, 20);
+    let (keeper, distributor) = (keeper(&up), up.distributor());
+    keeper.freeze(seconds(5.0));
+    distributor.kill(seconds(5.0));
+    wait_next_distributor(&up, distributor);
+    let next = up.distributor();
+    serve_in_order(&mut Line::behind(served, waiting).expect("two are served"), 20);
+    assert_eq!(up.distributor(), next, "it has not failed");
+    assert!(!up.log().contains("exited with"), "{}", up.log());
+    wait_until_eq("keepers", seconds(5.0), 1, || keepers(&up).len());
+    assert!(!keeper.runs());
+}
+
+#[test]
 fn a_keeper_whose_socket_was_removed_is_replaced_and_nobody_notices() {
     let host = Host::new();
     let up = host.up(&app(&host, 2));

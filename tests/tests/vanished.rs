@@ -299,6 +299,34 @@ fn a_runtime_directory_that_is_removed_is_made_again_and_lets_no_second_one_in()
         let monitor = up.monitor().pid.to_string();
         host.run(&["up", "-f", &file]).expect_refusal(1, &["another dist-ctl", &monitor]);
         replace(&up);
+        // Its lock file alone; and what stands in the socket's place.
+        for name in ["lock", "control.sock"] {
+            let distributor = up.distributor();
+            distributor.freeze(seconds(5.0));
+            fs::remove_file(up.runtime().join(name)).expect("remove it");
+            if name == "lock" {
+                host.run(&["up", "-f", &file]).expect_refusal(1, &["another dist-ctl", "removed its files"]);
+                fs::write(up.runtime().join("lock"), "").expect("write it");
+                fs::remove_file(up.runtime().join("lock")).expect("remove it");
+            } else {
+                fs::write(up.runtime().join(name), "").expect("write a file");
+            }
+            distributor.signal(Signal::CONT);
+            wait_for("it to be made again", seconds(10.0), || {
+                let lock = fs::read_to_string(up.runtime().join("lock")).unwrap_or_default();
+                (lock.starts_with(&monitor) && up.run(&["status"]).code == Some(0)).then_some(())
+            });
+            assert_eq!(up.distributor(), distributor, "it was left alone");
+        }
+        // Nor is anything of it ended by a command that does not find it.
+        let distributor = up.distributor();
+        distributor.freeze(seconds(5.0));
+        for name in ["lock", "control.sock"] {
+            fs::remove_file(up.runtime().join(name)).expect("remove it");
+        }
+        host.run(&["down"]).expect_refusal(1, &["another dist-ctl", "stop it then with dist-ctl down"]);
+        distributor.signal(Signal::CONT);
+        wait_for("it to be reachable", seconds(10.0), || (up.run(&["status"]).code == Some(0)).then_some(()));
     });
     assert!(served > 100, "only {served} clients in that time");
     assert_eq!(["app/1", "app/2"].map(|server| up.process(server)), servers);

@@ -54,6 +54,19 @@ pub struct Adopted {
     pub before: Vec<(u64, Before)>,
     /// The number of the cgroup in which its connections are counted.
     pub counted_in: u64,
+    /// What it was called, without its service.
+    #[serde(default)]
+    pub name: String,
+}
+
+impl Adopted {
+    fn has(&self, cookie: u64) -> bool {
+        self.before.iter().any(|(its, _)| *its == cookie)
+    }
+
+    fn cookies(&self) -> HashSet<u64> {
+        self.before.iter().map(|(cookie, _)| *cookie).collect()
+    }
 }
 
 /// A server that was adopted and runs.
@@ -93,12 +106,13 @@ impl Shared {
     ///
     /// # Errors
     /// A sentence that says what is wrong with that process.
-    pub fn find(pid: u32, config: &config::Service) -> anyhow::Result<Self> {
-        let server = foreign::find(pid, &config.listen)?;
+    pub fn find(pid: u32, config: &config::Service, ours: &[u32]) -> anyhow::Result<Self> {
+        let server = foreign::find(pid, &config.listen, ours)?;
         let listens = |address: usize| server.listeners.iter().any(|it| it.address == address);
         if let Some(missing) = (0..config.listen.len()).find(|address| !listens(*address)) {
             bail!("adopt process {pid}: it does not listen on {}", config.listen[missing]);
         }
+        let pid = server.main;
         let start_time = record::start_time(pid);
         let watched =
             start_time.and_then(|start_time| Some((start_time, record::process_since(pid, start_time)?)));
@@ -154,29 +168,40 @@ impl Service {
         ensure!(!self.closing, "service {} is being stopped", self.config.name);
         // Before any of its listeners is tagged: what is tagged must be counted.
         let cgroup = foreign::cgroup(&shared.server.listeners[0])?;
+        let mut before: Vec<(u64, Before)> = shared
+            .server
+            .listeners
+            .iter()
+            .zip(&shared.before)
+            .map(|(listener, before)| (listener.cookie, fewer(before.clone())))
+            .collect();
+        // If it was released, what it is like now is our doing.
+        for (cookie, before) in &mut before {
+            let known = self.released.iter().flat_map(|released| &released.before);
+            if let Some((_, first)) = known.clone().find(|(known, _)| known == cookie) {
+                *before = first.clone().and(before);
+            }
+        }
         let adopted = Adopted {
             pid: shared.pid,
             start_time: shared.start_time,
             command,
-            before: shared
-                .server
-                .listeners
-                .iter()
-                .zip(&shared.before)
-                .map(|(listener, before)| (listener.cookie, fewer(before.clone())))
-                .collect(),
+            before,
             counted_in: self.kernel.count_in(&cgroup)?,
+            name: name.to_owned(),
         };
-        let entry = self.place_for(name, &adopted.command)?;
+        let load = self.kernel.load()?;
+        let slot = self.slots.take()?;
+        let entry = self.place_for(name, &adopted.command).inspect_err(|_| self.slots.give_back(slot))?;
+        self.released.retain(|released| released.before.iter().all(|(cookie, _)| !adopted.has(*cookie)));
         self.entries[entry].machine = Server::found(
             self.entries[entry].machine.instance().next(),
             server::Run::found(shared.pid, Instant::now()),
             Instant::now(),
             &self.entries[entry].policy,
         );
-        let slot = self.slots.take()?;
         self.generation = self.generation.wrapping_add(1);
-        let base = self.kernel.load()?.total[slot as usize];
+        let base = load.total[slot as usize];
         let id = host.link.number();
         self.entries[entry].run = Some(Running {
             instance: self.entries[entry].machine.instance(),
@@ -201,8 +226,7 @@ impl Service {
             guest: Some(Guest::new(adopted)),
         });
         self.entries[entry].changed = true;
-        let label = serde_json::to_vec(&self.label(entry))?;
-        host.link.send(&ToMonitor::Watch { id, pid: shared.pid, label }, Some(shared.pidfd.as_fd()))?;
+        self.watch(entry, shared.pidfd.as_fd(), host);
         info!("server {} is adopted (pid {})", self.entries[entry].config.name, shared.pid);
         self.scan(entry, None, host);
         self.note_earlier(entry, &shared.server.listeners, host);
@@ -291,7 +315,8 @@ impl Service {
         let mut lost: HashSet<u64> = homes.iter().map(|(cookie, _)| *cookie).collect();
         let mut found = Vec::new();
         while let Some(pid) = (!lost.is_empty()).then(|| foreign::holder(&lost, &ours)).flatten() {
-            let server = foreign::find(pid, &self.config.listen)?;
+            let server = foreign::find(pid, &self.config.listen, &ours)?;
+            let (name, pid) = (format!("adopted-{}", server.main), server.main);
             let cookies: Vec<u64> = server.listeners.iter().map(|listener| listener.cookie).collect();
             let slot = homes.iter().find(|(cookie, _)| cookies.contains(cookie)).map(|(_, home)| home.slot);
             lost.retain(|cookie| !cookies.contains(cookie));
@@ -305,8 +330,9 @@ impl Service {
                 command: Vec::new(),
                 before: cookies.into_iter().map(|cookie| (cookie, before.clone())).collect(),
                 counted_in: self.kernel.count_in(&foreign::cgroup(&server.listeners[0])?)?,
+                name: name.clone(),
             };
-            let entry = self.place_for(&format!("adopted-{pid}"), &[])?;
+            let entry = self.place_for(&name, &[])?;
             let mut label = self.label(entry);
             warn!("server {} was adopted (pid {pid}), and nothing was recorded of it", label.server);
             let run = server::Run::found(pid, Instant::now());
@@ -404,6 +430,7 @@ impl Service {
             }
         }
         self.retired.push(Retired { slot: run.slot, entry: None, base: run.base });
+        self.note(&format!("listeners of {}", self.entries[entry].config.name), None);
         self.scans.retain(|scan| scan.entry != entry);
         self.released.push(guest.adopted);
         let server = &mut self.entries[entry];
@@ -411,6 +438,66 @@ impl Service {
         server.machine = Server::new(run.instance, Instant::now());
         info!("server {} is released", server.config.name);
         self.write_plan();
+    }
+
+    /// If another process has the listeners of an adopted server whose main one has ended, that is
+    /// the server now: a worker was watched, or the master was replaced. False if nobody has them.
+    pub(super) fn follow_guest(&mut self, entry: usize, host: &mut Host<'_>) -> bool {
+        let ours = self.ours();
+        let Some(run) = &mut self.entries[entry].run else { return false };
+        let Some(guest) = &mut run.guest else { return false };
+        let Some(holder) = foreign::holder(&guest.adopted.cookies(), &ours) else { return false };
+        let pid = foreign::find(holder, &self.config.listen, &ours).map_or(holder, |server| server.main);
+        let Some((pidfd, start_time)) = record::process(pid) else { return false };
+        (guest.adopted.pid, guest.adopted.start_time) = (pid, start_time);
+        self.ended.push(run.id);
+        (run.id, run.pid, run.start_time) = (host.link.number(), Some(pid), Some(start_time));
+        run.instance = run.instance.next();
+        let (instance, listeners) = (run.instance, run.listeners.clone());
+        let server = &mut self.entries[entry];
+        info!("server {} goes on as process {pid}, which has its listener too", server.config.name);
+        let main = server::Run::found(pid, Instant::now());
+        server.machine = Server::found(instance, main, Instant::now(), &server.policy);
+        server.changed = true;
+        self.watch(entry, pidfd.as_fd(), host);
+        for (address, _) in listeners.iter().enumerate().filter(|(_, them)| !them.cookies.is_empty()) {
+            self.report(entry, server::Report::ListenerAdopted { address }, host);
+        }
+        true
+    }
+
+    /// Has the monitor watch the process of an adopted server. If it is gone, so are we in a moment.
+    fn watch(&self, entry: usize, pidfd: BorrowedFd<'_>, host: &mut Host<'_>) {
+        let Some(run) = &self.entries[entry].run else { return };
+        let label = serde_json::to_vec(&self.label(entry)).unwrap_or_default();
+        let watch = ToMonitor::Watch { id: run.id, pid: run.pid.unwrap_or(0), label };
+        let _ = host.link.send(&watch, Some(pidfd));
+    }
+
+    /// Processes that are no server of somebody else's.
+    pub(super) fn ours(&self) -> Vec<u32> {
+        let mut ours = self.cgroup.processes();
+        ours.push(std::process::id());
+        ours
+    }
+
+    /// The processes that may have the listeners of an adopted server.
+    pub(super) fn family(&self, adopted: &Adopted) -> Vec<u32> {
+        foreign::family(adopted.pid, &self.ours())
+    }
+
+    /// Has the servers that were released, and run, serve with the others once more: these are about
+    /// to stop.
+    pub fn take_back(&mut self, host: &mut Host<'_>) {
+        for released in self.released.clone() {
+            let taken = Shared::find(released.pid, &self.config, &self.ours()).and_then(|mut shared| {
+                shared.share(&self.config)?;
+                self.adopt(&shared, &released.name, Vec::new(), host)
+            });
+            if let Err(error) = taken {
+                debug!("process {}, which was released: {error:#}", released.pid);
+            }
+        }
     }
 
     /// A server that was adopted, and is not to be started again, has ended.
@@ -457,20 +544,20 @@ impl Service {
 
 /// Gives a server its listeners back, once everybody else has left their groups.
 pub fn give_back(adopted: &Adopted) {
-    if record::process_since(adopted.pid, adopted.start_time).is_none() {
-        return;
-    }
-    let done = listener::find(&[adopted.pid]).map_err(anyhow::Error::from).and_then(|found| {
+    // Whoever has them now: its processes may be others than then.
+    let Some(holder) = foreign::holder(&adopted.cookies(), &[]) else { return };
+    let processes = foreign::family(holder, &[]);
+    let done = listener::find(&processes).map_err(anyhow::Error::from).and_then(|found| {
         found.iter().try_for_each(|listener| {
             match adopted.before.iter().find(|(cookie, _)| *cookie == listener.cookie) {
-                Some((_, before)) => released(listener.fd.as_fd(), before, &[adopted.pid]),
+                Some((_, before)) => released(listener.fd.as_fd(), before, &processes),
                 None => Ok(()),
             }
         })
     });
     match done {
-        Ok(()) => info!("process {}, which was adopted, has its address for itself again", adopted.pid),
-        Err(error) => warn!("process {}, which was adopted: {error:#}", adopted.pid),
+        Ok(()) => info!("process {holder}, which was adopted, has its address for itself again"),
+        Err(error) => warn!("process {holder}, which was adopted: {error:#}"),
     }
 }
 

@@ -350,7 +350,8 @@ impl Service {
             self.report(entry, Report::ListenerGone { address }, host);
         }
         if let Some(adopted) = &label.adopted {
-            let listeners = foreign::find(adopted.pid, &self.config.listen).map(|server| server.listeners);
+            let listeners =
+                foreign::find(adopted.pid, &self.config.listen, &self.ours()).map(|server| server.listeners);
             self.note_earlier(entry, &listeners.unwrap_or_default(), host);
         }
         if let Some(exit) = child.and_then(|child| child.exit) {

@@ -98,7 +98,7 @@ impl Service {
         if adopted.is_empty() {
             return None;
         }
-        let found = listener::find(&run.cgroup.members().ok()?).ok()?;
+        let found = listener::find(&self.processes_of(run).ok()?).ok()?;
         let lengths = found
             .iter()
             .filter(|found| adopted.contains(&found.cookie))

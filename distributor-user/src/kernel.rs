@@ -13,6 +13,7 @@ mod moving;
 mod pins;
 mod programs;
 mod syscall;
+mod trial;
 
 use std::{
     collections::HashSet,
@@ -51,7 +52,11 @@ use self::{
 };
 use crate::{address::ListenAddress, cgroup::Cgroup, room::Room, shared::Shared, watch::Watch};
 
-pub use self::{foreign::detach, ledger::Ledger, programs::trial};
+pub use self::{
+    foreign::detach,
+    ledger::Ledger,
+    trial::{Trial, trial},
+};
 
 mod object {
     include!(concat!(env!("OUT_DIR"), "/object.rs"));

@@ -130,7 +130,7 @@ async fn serve(
     );
     // Until we are gone, whatever happens below: there is no other.
     let _lock = DistributorLock::take(runtime_dir)?;
-    let place = Instance::find(runtime_dir)?;
+    let place = Instance::find(runtime_dir).map_err(error::unfit)?;
     // What an earlier run has left is not ours to end because we cannot start.
     let nothing_runs = inheritance.is_empty() && !place.is_populated();
     match Distributor::begin(&config, &place, log, link, inheritance).await {
@@ -236,7 +236,7 @@ impl<'a> Distributor<'a> {
         }
         let options = service::Options {
             log,
-            bell: bell::is_needed(&place.pins)?,
+            bell: bell::is_needed(&place.pins).map_err(error::unfit)?,
             audit: auditor::interval()?,
             in_use: false,
         };

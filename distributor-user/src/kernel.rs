@@ -50,7 +50,7 @@ use self::{
     pins::Held,
     programs::{Programs, Stamp},
 };
-use crate::{address::ListenAddress, cgroup::Cgroup, room::Room, shared::Shared, watch::Watch};
+use crate::{address::ListenAddress, cgroup::Cgroup, error, room::Room, shared::Shared, watch::Watch};
 
 pub use self::{
     foreign::detach,
@@ -168,7 +168,7 @@ impl Kernel {
             } else {
                 pins::check_shapes(pins, &shapes)?;
             }
-            programs::load(pins, groups, log, stamp)?;
+            programs::load(pins, groups, log, stamp).map_err(error::unfit)?;
         }
         if let Some(moving) = &mut moving {
             moving.copy()?;

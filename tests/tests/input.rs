@@ -482,7 +482,7 @@ fn without_cgroup_v2_it_says_so() {
     let file = host.write("dist-ctl.toml", &App::of(&host, 1).toml());
     elsewhere(|| {
         unmount_cgroups();
-        host.run(&["up", "-f", &file]).expect_refusal(1, &["cgroup v2", "mount"]);
+        host.run(&["up", "-f", &file]).expect_refusal(1, &["cgroup v2", "mount", "dist-ctl doctor"]);
     });
     assert_eq!(leftover::of_instance(&host.runtime("main")), []);
 }
@@ -528,7 +528,7 @@ fn where_no_bpffs_can_be_mounted_it_says_how() {
     elsewhere(|| {
         unmount_bpffs();
         renounce(&[CapabilitySet::SYS_ADMIN]);
-        let words = ["bpffs", "not permitted", "mount -t bpf bpf /sys/fs/bpf"];
+        let words = ["bpffs", "not permitted", "mount -t bpf bpf /sys/fs/bpf", "dist-ctl doctor"];
         host.run(&["up", "-f", &file]).expect_refusal(1, &words);
     });
     assert_eq!(leftover::of_instance(&host.runtime("main")), []);
@@ -547,7 +547,7 @@ fn root_that_may_not_load_programs_is_told_what_it_lacks() {
             let entries = || std::fs::read_dir(BPFFS).expect("read the bpffs").count();
             let before = entries();
             renounce(lacks);
-            host.run(&["up", "-f", &file]).expect_refusal(1, &["not permitted", words]);
+            host.run(&["up", "-f", &file]).expect_refusal(1, &["not permitted", words, "dist-ctl doctor"]);
             assert_eq!(entries(), before);
         });
         assert_eq!(leftover::of_instance(&host.runtime("main")), []);

@@ -808,7 +808,10 @@ mod tests {
         }
         assert_eq!(
             seen,
-            ["up", "status", "weight", "limit", "resume", "adopt", "release", "down", "upgrade", "check"]
+            [
+                "up", "status", "weight", "limit", "resume", "adopt", "release", "down", "upgrade", "check",
+                "doctor"
+            ]
         );
         EXAMPLE.lines().filter_map(|line| line.strip_prefix("  ")).for_each(assert_meant_for_people);
     }

@@ -69,8 +69,11 @@ pub fn run(runtime_dir: &Path) -> anyhow::Result<Report> {
         if stop.load(Ordering::Relaxed) {
             bail!("a signal came before everything was tried; nothing is left behind");
         }
-        let aside = matches!(check.how, How::Aside(_));
-        match report.obstacle(check).or(place.lost_at.filter(|_| aside)) {
+        let lost_at = match check.how {
+            How::Here(_) => None,
+            How::Upon(_) | How::Aside(_) => place.lost_at,
+        };
+        match report.obstacle(check).or(lost_at) {
             Some(obstacle) => report.skip(check, obstacle),
             None => report.note(check, place.attempt(check.name, check.how)),
         }
@@ -99,7 +102,7 @@ fn remove_what_is_left() {
 impl Place {
     fn attempt(&mut self, name: &'static str, how: How) -> Answer {
         match how {
-            How::Here(check) => check(self).map_err(|error| sentence(&error)),
+            How::Here(check) | How::Upon(check) => check(self).map_err(|error| sentence(&error)),
             How::Aside(_) => self.ask(name),
         }
     }
@@ -126,7 +129,7 @@ impl Drop for Place {
         // It must be gone before its cgroup is.
         self.examiner = None;
         if let Some(cgroup) = self.cgroup.take()
-            && let Err(error) = instance::kill_and_remove(&cgroup)
+            && let Err(error) = machine::remove(&cgroup)
         {
             logging::say(format_args!(
                 "dist-ctl doctor: {error:#}; remove it by hand: rmdir {}",

@@ -138,8 +138,7 @@ impl Instance {
     }
 }
 
-/// Kills what runs in a cgroup, and removes it.
-pub(crate) fn kill_and_remove(cgroup: &Cgroup) -> anyhow::Result<()> {
+fn kill_and_remove(cgroup: &Cgroup) -> anyhow::Result<()> {
     cgroup.kill()?;
     let deadline = Instant::now() + KILL_PATIENCE;
     while !cgroup.processes().is_empty() {

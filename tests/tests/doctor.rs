@@ -6,7 +6,7 @@ use std::{
     collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
-    process::Child,
+    process::{Child, Stdio},
 };
 
 use rustix::thread::{CapabilitySet, UnshareFlags};
@@ -150,7 +150,7 @@ fn doctor(host: &Host) -> Report {
 #[track_caller]
 fn begun(host: &Host) -> (Child, PathBuf) {
     let mut command = host.command(&["doctor", "--json"]);
-    let child = command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null()).spawn();
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
     let child = child.expect("start a doctor");
     let cgroup = leftover::cgroup_mount().expect("cgroup v2 is mounted");
     let cgroup = cgroup.join(format!("dist-ctl_doctor-{}", child.id()));
@@ -369,6 +369,22 @@ fn a_doctor_that_is_asked_to_stop_leaves_nothing() {
     let status = child.wait().expect("wait for the doctor");
     // It may just have been done.
     assert!(status.code().is_some_and(|code| code <= 1), "{status}");
+    assert!(!cgroup.exists());
+}
+
+#[test]
+fn a_check_whose_process_dies_has_failed_and_the_others_are_done() {
+    let host = Host::new();
+    let (child, cgroup) = begun(&host);
+    fs::write(cgroup.join("cgroup.kill"), "1").expect("kill its examiner");
+    let output = child.wait_with_output().expect("wait for the doctor");
+    assert_eq!(output.status.code(), Some(1));
+    let report = Report(serde_json::from_slice(&output.stdout).expect("a report"));
+    let checks = report.0["checks"].as_array().expect("a list of checks");
+    let died = |check: &&Value| check["why"].as_str().is_some_and(|why| why.contains("signal: 9"));
+    let over = checks.iter().find(died).and_then(|check| check["name"].as_str()).expect("one failed");
+    report.expect_untried(&["count", "migrate", "other-user", "pidfd-open", "cgroup-kill"], over);
+    report.expect_working(&["cgroup-remove", "open-files"]);
     assert!(!cgroup.exists());
 }
 

@@ -37,11 +37,13 @@ pub(super) enum About {
     Kernel,
 }
 
-/// Who does it. Both give what was found, in some words, or none.
+/// Who does it. All give what was found, in some words, or none.
 #[derive(Clone, Copy)]
 pub(super) enum How {
     /// The doctor.
     Here(fn(&mut Place) -> anyhow::Result<String>),
+    /// The doctor, with the examiner.
+    Upon(fn(&mut Place) -> anyhow::Result<String>),
     /// The examiner.
     Aside(fn(&mut Bench) -> anyhow::Result<String>),
 }
@@ -370,7 +372,7 @@ pub(super) const CHECKS: &[Check] = &[
         about: About::Kernel,
         needed: true,
         what: "a process can be held by a descriptor (pidfd_open)",
-        how: How::Here(machine::pidfd_opens),
+        how: How::Upon(machine::pidfd_opens),
         after: &[],
         then: "no server's listener can be adopted, so none becomes ready",
         to_do: "let seccomp pass pidfd_open()",
@@ -380,7 +382,7 @@ pub(super) const CHECKS: &[Check] = &[
         about: About::Kernel,
         needed: true,
         what: "a descriptor of another process can be duplicated (pidfd_getfd)",
-        how: How::Here(machine::pidfd_gets),
+        how: How::Upon(machine::pidfd_gets),
         after: &["root", "pidfd-open"],
         then: "no server's listener can be adopted, so none becomes ready",
         to_do: "give dist-ctl CAP_SYS_PTRACE, let seccomp pass pidfd_getfd(), and set kernel.yama.ptrace_scope below 3",
@@ -390,7 +392,7 @@ pub(super) const CHECKS: &[Check] = &[
         about: About::Kernel,
         needed: true,
         what: "all processes of a cgroup can be killed at once",
-        how: How::Here(machine::cgroup_kill),
+        how: How::Upon(machine::cgroup_kill),
         after: &["cgroup-enter"],
         then: "servers that do not end by themselves would run on",
         to_do: "use Linux 5.14 or later, and mount cgroup v2 writable",

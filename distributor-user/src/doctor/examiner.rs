@@ -78,10 +78,8 @@ impl Examiner {
 
     /// Whether it has ended within some seconds.
     pub(super) fn has_ended(&mut self) -> anyhow::Result<bool> {
-        Ok(self.speaks(END_PATIENCE)? && self.child.try_wait()?.is_some() || {
-            // Its output closes a moment before it can be waited for.
-            self.speaks(Timespec { tv_sec: 0, tv_nsec: 0 })? && self.child.wait().is_ok()
-        })
+        // Its output closes a moment before it can be waited for.
+        Ok(self.speaks(END_PATIENCE)? && self.child.wait().is_ok())
     }
 
     /// Waits until there is something to read, be it the end.

@@ -8,6 +8,8 @@ use std::{
     fs, io,
     os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
     path::Path,
+    thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, bail, ensure};
@@ -20,7 +22,7 @@ use rustix::{
 use super::{Place, name};
 use crate::{
     cgroup::{self, Cgroup},
-    instance, room,
+    room,
 };
 
 /// What dist-ctl uses, and what for is said where it fails. CAP_BPF and CAP_PERFMON are in
@@ -41,6 +43,9 @@ const USED: [(CapabilitySet, &str); 11] = [
 
 /// As many descriptors as a distributor may need in comfort: those of the rooms of four addresses.
 const OPEN_FILES: u64 = 4 * ROOMS as u64;
+
+/// How long a cgroup may be busy whose processes have ended.
+const REMOVE_PATIENCE: Duration = Duration::from_secs(10);
 
 pub(super) fn root(_: &mut Place) -> anyhow::Result<String> {
     let user = geteuid();
@@ -127,10 +132,21 @@ pub(super) fn cgroup_kill(place: &mut Place) -> anyhow::Result<String> {
 pub(super) fn cgroup_remove(place: &mut Place) -> anyhow::Result<String> {
     // It has to be empty.
     place.examiner = None;
-    let cgroup = place.cgroup.as_ref().context("there is no cgroup to try it with")?;
-    instance::kill_and_remove(cgroup)?;
+    remove(place.cgroup.as_ref().context("there is no cgroup to try it with")?)?;
     place.cgroup = None;
     Ok(String::new())
+}
+
+/// Removes a cgroup whose processes have ended. Nothing in it is killed: before Linux 5.14 that
+/// cannot be done, and it would stay.
+pub(super) fn remove(cgroup: &Cgroup) -> anyhow::Result<()> {
+    let deadline = Instant::now() + REMOVE_PATIENCE;
+    // A process that is just gone keeps its cgroup busy for a moment.
+    while let Err(error) = cgroup.remove() {
+        ensure!(Instant::now() < deadline, error);
+        thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
 }
 
 /// The monitor raises its limit as far as it may.

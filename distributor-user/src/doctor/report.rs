@@ -143,17 +143,19 @@ impl Report {
     }
 
     fn verdict(&self) -> String {
-        let failing = |needed: bool| {
-            let failing = self
-                .checks
-                .iter()
-                .filter(|checked| checked.needed == needed && checked.result == Outcome::Fails);
-            failing.map(|checked| checked.name).collect::<Vec<_>>().join(", ")
-        };
-        match (self.works, failing(false)) {
-            (false, _) => format!("dist-ctl does not work here, for want of: {}", failing(true)),
-            (true, without) if without.is_empty() => "dist-ctl works here".to_owned(),
-            (true, without) => format!("dist-ctl works here, as said above without: {without}"),
+        let mut lacking: Vec<&str> = Vec::new();
+        // Of what could not be tried, that because of which it could not.
+        let works = |checked: &&Checked| checked.result == Outcome::Works;
+        for checked in self.checks.iter().filter(|checked| checked.needed != self.works && !works(checked)) {
+            let cause = checked.because.unwrap_or(checked.name);
+            if !lacking.contains(&cause) {
+                lacking.push(cause);
+            }
+        }
+        match (self.works, lacking.join(", ")) {
+            (false, lacking) => format!("dist-ctl does not work here, for want of: {lacking}"),
+            (true, lacking) if lacking.is_empty() => "dist-ctl works here".to_owned(),
+            (true, lacking) => format!("dist-ctl works here, as said above without: {lacking}"),
         }
     }
 }
@@ -231,6 +233,17 @@ mod tests {
         let table = report.table();
         assert!(table.contains("untried  second-one  it does: not without first\n"), "{table}");
         assert!(table.ends_with("\ndist-ctl does not work here, for want of: first\n"), "{table}");
+    }
+
+    /// A process that dies over a check that is not needed takes those with it that are.
+    #[test]
+    fn the_verdict_names_the_cause_of_what_is_needed_and_untried() {
+        let mut report = report();
+        report.note(&LUXURY, Err("the process that tried it ended: signal: 9".into()));
+        report.skip(&FIRST, "luxury");
+        report.skip(&SECOND, "luxury");
+        let table = report.table();
+        assert!(table.ends_with("\ndist-ctl does not work here, for want of: luxury\n"), "{table}");
     }
 
     #[test]

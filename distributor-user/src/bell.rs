@@ -48,13 +48,25 @@ pub fn is_needed(pins: &Path) -> anyhow::Result<bool> {
     if let Some(wakes) = kernel::remembered_wakes(pins) {
         return Ok(!wakes);
     }
-    let wakes = wakes().context("find out whether a moved connection wakes its server")?;
+    let moves = moves().context("find out whether a moved connection wakes its server")?;
+    let wakes = moves == Moves::AndWakes;
     kernel::remember_wakes(pins, wakes)?;
     Ok(!wakes)
 }
 
+/// What a kernel does with the connections of a listener that closes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moves {
+    /// They are lost.
+    Not,
+    /// They go to another listener, of which nobody is told.
+    Silently,
+    /// They go to another listener, and who waits there is woken.
+    AndWakes,
+}
+
 /// Moves a connection between two listeners of our own, on a port of the kernel's choice.
-fn wakes() -> anyhow::Result<bool> {
+pub fn moves() -> anyhow::Result<Moves> {
     let listener = |address: SocketAddr| {
         let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
         socket.set_reuse_port(true)?;
@@ -76,7 +88,15 @@ fn wakes() -> anyhow::Result<bool> {
     old.shutdown(std::net::Shutdown::Read)?;
     let mut events = Vec::with_capacity(1);
     epoll::wait(&epoll, rustix::buffer::spare_capacity(&mut events), Some(&WAKES_WITHIN))?;
-    Ok(!events.is_empty())
+    if !events.is_empty() {
+        return Ok(Moves::AndWakes);
+    }
+    new.set_nonblocking(true)?;
+    match new.accept() {
+        Ok(_) => Ok(Moves::Silently),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Moves::Not),
+        Err(error) => Err(error).context("accept the connection that was moved"),
+    }
 }
 
 /// A bell that is not rung yet: its client address is known.

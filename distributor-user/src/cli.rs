@@ -51,6 +51,8 @@ pub enum Command {
     Upgrade(Option<PathBuf>),
     /// Read a configuration and say what was understood.
     Check(PathBuf),
+    /// Try what this machine can do.
+    Doctor(Form),
     /// Steer and supervise; the monitor starts this.
     Distributor(Source),
     /// Say whether this program could be that; the distributor before starts this.
@@ -59,6 +61,8 @@ pub enum Command {
     Launch,
     /// Keeps rooms, in this cgroup.
     Keep(PathBuf),
+    /// Do one check after the other, in this cgroup if one can be made; the doctor starts this.
+    Examine(Option<PathBuf>),
     /// Be a small server to try dist-ctl with.
     Demo {
         /// Where it listens. Empty: what its environment says.
@@ -77,7 +81,7 @@ pub enum Source {
     Command(CommandForm),
 }
 
-/// How status is shown.
+/// How something is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
     /// For people.
@@ -112,10 +116,12 @@ impl Invocation {
             Verb::Down => Command::Down,
             Verb::Upgrade { binary } => Command::Upgrade(binary),
             Verb::Check { file } => Command::Check(file),
+            Verb::Doctor { json } => Command::Doctor(if json { Form::Json } else { Form::Table }),
             Verb::Distributor(up) => Command::Distributor(Source::new(up)?),
             Verb::Trial(up) => Command::Trial(Source::new(up)?),
             Verb::Launch => Command::Launch,
             Verb::Keep { cgroup } => Command::Keep(cgroup),
+            Verb::Examine { cgroup } => Command::Examine(cgroup),
             Verb::Demo { listen, name } => Command::Demo { listen, name },
         };
         Ok(Self {
@@ -310,6 +316,13 @@ const CHECK_EXAMPLE: &str = "\
 Example: before the next start
   dist-ctl check /etc/dist-ctl/dist-ctl.toml";
 
+const DOCTOR_EXAMPLE: &str = "\
+Example: before the first start, or when dist-ctl up does not start
+  dist-ctl doctor
+
+It tries each thing with programs, sockets and a cgroup of its own, and touches nothing that runs.
+Exit status 0: dist-ctl works here. 1: it does not; the lines with FAILS say why, and what to do.";
+
 /// Options that every command has stand behind its own in the help.
 const LAST: usize = 100;
 
@@ -433,6 +446,14 @@ enum Verb {
         file: PathBuf,
     },
 
+    /// Try what dist-ctl needs of this machine, and say what does not work
+    #[command(after_help = DOCTOR_EXAMPLE)]
+    Doctor {
+        /// As JSON, for programs
+        #[arg(long)]
+        json: bool,
+    },
+
     #[command(hide = true)]
     Distributor(Up),
 
@@ -444,6 +465,9 @@ enum Verb {
 
     #[command(hide = true)]
     Keep { cgroup: PathBuf },
+
+    #[command(hide = true)]
+    Examine { cgroup: Option<PathBuf> },
 
     #[command(hide = true)]
     Demo {
@@ -631,6 +655,10 @@ mod tests {
             ("dist-ctl upgrade --binary /x", Command::Upgrade(Some(PathBuf::from("/x")))),
             ("dist-ctl trial --file=x", Command::Trial(Source::File(PathBuf::from("x")))),
             ("dist-ctl check x.toml", Command::Check(PathBuf::from("x.toml"))),
+            ("dist-ctl doctor", Command::Doctor(Form::Table)),
+            ("dist-ctl doctor --json", Command::Doctor(Form::Json)),
+            ("dist-ctl examine", Command::Examine(None)),
+            ("dist-ctl examine /a", Command::Examine(Some(PathBuf::from("/a")))),
             (
                 "dist-ctl weight shop/1 7",
                 Command::Change(control::Command::Weight { server: server(), weight: 7 }),
@@ -780,7 +808,10 @@ mod tests {
         }
         assert_eq!(
             seen,
-            ["up", "status", "weight", "limit", "resume", "adopt", "release", "down", "upgrade", "check"]
+            [
+                "up", "status", "weight", "limit", "resume", "adopt", "release", "down", "upgrade", "check",
+                "doctor"
+            ]
         );
         EXAMPLE.lines().filter_map(|line| line.strip_prefix("  ")).for_each(assert_meant_for_people);
     }

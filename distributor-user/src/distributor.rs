@@ -136,12 +136,12 @@ async fn serve(
         rustix::process::geteuid().is_root(),
         "start dist-ctl: it needs root to load programs into the kernel: run it with sudo"
     );
-    let cgroup = instance::cgroup(runtime_dir)?;
-    cgroup.create()?;
+    let cgroup = instance::cgroup(runtime_dir).map_err(error::unfit)?;
+    cgroup.create().map_err(error::unfit)?;
     // Before the other one, whose holder is killed if he does not exit.
     let found = lock_instance(&cgroup, &mut inheritance, &mut link).and_then(|()| {
         let lock = DistributorLock::take(runtime_dir)?;
-        Ok((lock, Instance::find(runtime_dir)?))
+        Ok((lock, Instance::find(runtime_dir).map_err(error::unfit)?))
     });
     // The lock until we are gone, whatever happens below: there is no other.
     let (_lock, place) = found.inspect_err(|_| {
@@ -280,7 +280,7 @@ impl<'a> Distributor<'a> {
         make_notify_dir(place)?;
         let options = service::Options {
             log,
-            bell: bell::is_needed(&place.pins)?,
+            bell: bell::is_needed(&place.pins).map_err(error::unfit)?,
             audit: auditor::interval()?,
             in_use: false,
         };

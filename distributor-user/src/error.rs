@@ -58,6 +58,16 @@ pub fn advised(text: String) -> String {
     }
 }
 
+/// What this machine does not let us do, with the advice to have everything tried. Where it has only
+/// run out of something, that would not help.
+pub fn unfit(error: anyhow::Error) -> anyhow::Error {
+    let text = format!("{error:#}");
+    match lack(&text, advice) {
+        Some(_) => error,
+        None => anyhow::anyhow!("{text}; dist-ctl doctor says what else this machine lacks"),
+    }
+}
+
 /// Why a process could not be started, with what to do added, if it is the machine that lacks
 /// something for it. `None`: it lacks nothing.
 pub fn lacking(text: &str) -> Option<String> {
@@ -154,6 +164,14 @@ mod tests {
         ] {
             assert_eq!(lacking(text), None, "{text}");
         }
+    }
+
+    #[test]
+    fn the_doctor_is_recommended_unless_something_has_run_out() {
+        let refused = unfit(anyhow::anyhow!("Operation not permitted").context("create maps"));
+        assert!(refused.to_string().starts_with("create maps: Operation not permitted; dist-ctl doctor "));
+        let full = std::io::Error::from_raw_os_error(libc::EMFILE);
+        assert!(!format!("{:#}", unfit(full.into())).contains("doctor"));
     }
 
     #[test]

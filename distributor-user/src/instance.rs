@@ -25,7 +25,7 @@ use crate::{
 };
 
 /// Where bpffs usually is mounted.
-const BPFFS: &str = "/sys/fs/bpf";
+pub(crate) const BPFFS: &str = "/sys/fs/bpf";
 /// BPF_FS_MAGIC (include/uapi/linux/magic.h)
 const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
 /// How long processes that were killed may take to be gone.
@@ -53,8 +53,8 @@ impl Instance {
         let runtime_dir = std::path::absolute(runtime_dir)?;
         let name = name(&runtime_dir);
         let cgroup = cgroup(&runtime_dir)?;
-        let (pins, own_bpffs) = if is_bpffs(Path::new(BPFFS)) {
-            (Path::new(BPFFS).join(&name), None)
+        let (pins, own_bpffs) = if let Some(bpffs) = bpffs() {
+            (bpffs.join(&name), None)
         } else {
             let own = runtime_dir.join("bpf");
             mount_bpffs(&own)?;
@@ -181,6 +181,11 @@ fn name(runtime_dir: &Path) -> String {
         }
     }
     name
+}
+
+/// The bpffs that the machine has at its usual place.
+pub(crate) fn bpffs() -> Option<&'static Path> {
+    Some(Path::new(BPFFS)).filter(|path| is_bpffs(path))
 }
 
 fn is_bpffs(path: &Path) -> bool {

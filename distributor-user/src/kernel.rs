@@ -13,6 +13,7 @@ mod moving;
 mod pins;
 mod programs;
 mod syscall;
+mod trial;
 
 use std::{
     collections::HashSet,
@@ -50,9 +51,13 @@ use self::{
     pins::Held,
     programs::{Programs, Stamp},
 };
-use crate::{address::ListenAddress, cgroup::Cgroup, room::Room, shared::Shared, watch::Watch};
+use crate::{address::ListenAddress, cgroup::Cgroup, error, room::Room, shared::Shared, watch::Watch};
 
-pub use self::{foreign::detach, ledger::Ledger, programs::trial};
+pub use self::{
+    foreign::detach,
+    ledger::Ledger,
+    trial::{Trial, trial},
+};
 
 mod object {
     include!(concat!(env!("OUT_DIR"), "/object.rs"));
@@ -164,7 +169,7 @@ impl Kernel {
             } else {
                 pins::check_shapes(pins, &shapes)?;
             }
-            programs::load(pins, groups, log, stamp)?;
+            programs::load(pins, groups, log, stamp).map_err(error::unfit)?;
         }
         if let Some(moving) = &mut moving {
             moving.copy()?;

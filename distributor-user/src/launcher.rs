@@ -357,7 +357,7 @@ fn set_cpus(cpus: &[usize]) -> Result<()> {
 }
 
 /// The bounding set first: it takes CAP_SETPCAP, which goes after it.
-fn drop_capabilities() -> Result<()> {
+pub(crate) fn drop_capabilities() -> Result<()> {
     let step = "drop capabilities";
     let dropped = |error| failed(step, reason(error));
     for number in 0..u64::BITS {
@@ -381,7 +381,7 @@ fn drop_capabilities() -> Result<()> {
 }
 
 /// Groups and gid first: they take rights that the uid does not have.
-fn become_user(user: &Identity) -> Result<()> {
+pub(crate) fn become_user(user: &Identity) -> Result<()> {
     let groups: Vec<_> = user.groups.iter().map(|&group| Gid::from_raw(group)).collect();
     let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
     rustix::thread::set_thread_groups(&groups)

@@ -17,6 +17,7 @@ pub mod corridor;
 pub mod demo;
 pub mod dismiss;
 pub mod distributor;
+pub mod doctor;
 pub mod drift;
 pub mod error;
 pub mod foreign;

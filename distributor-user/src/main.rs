@@ -2,7 +2,7 @@
 //!
 //! Which of its processes this one is, is in the arguments: the command line of an operator, the
 //! monitor (`up`), the distributor or one on trial, a launcher on its way to be a server, a keeper
-//! of rooms, or the demo server.
+//! of rooms, the doctor's examiner, or the demo server.
 #![forbid(unsafe_code)]
 
 use std::{
@@ -17,7 +17,7 @@ use distributor_user::{
     cli::{Command, Form, Invocation},
     config::Config,
     control::{self, ASK_TIMEOUT},
-    demo, distributor, error,
+    demo, distributor, doctor, error,
     instance::{self, Instance},
     keeper,
     kernel::ProgramLog,
@@ -99,6 +99,15 @@ fn perform(invocation: &Invocation) -> anyhow::Result<ExitCode> {
             let config = Config::read(file)?;
             print(&config.to_string())?;
         }
+        Command::Doctor(form) => {
+            let report = doctor::run(directory)?;
+            print(&match form {
+                Form::Json => serde_json::to_string_pretty(&report)? + "\n",
+                Form::Table => report.table(),
+            })?;
+            return Ok(if report.works() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+        Command::Examine(cgroup) => return Ok(doctor::examine(cgroup.as_deref())),
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -49,7 +49,7 @@ impl Room {
 
 /// As long as a room's accept queue may become: it matters where there is no other room, or
 /// while no distributor runs. The kernel caps it at net.core.somaxconn.
-const BACKLOG: i32 = 4096;
+pub(crate) const BACKLOG: i32 = 4096;
 
 impl AsRawFd for Room {
     fn as_raw_fd(&self) -> RawFd {

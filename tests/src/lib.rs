@@ -24,4 +24,5 @@ pub mod network;
 pub mod process;
 pub mod real;
 pub mod status;
+pub mod unfit;
 pub mod wait;

@@ -4,24 +4,21 @@
 
 use std::{
     io::{ErrorKind, Read, Write},
-    os::unix::{fs::PermissionsExt, net::UnixStream, process::CommandExt},
+    os::unix::{fs::PermissionsExt, net::UnixStream},
     path::Path,
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
-use rustix::{
-    mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount},
-    thread::{CapabilitySet, UnshareFlags, remove_capability_from_bounding_set},
-};
+use rustix::thread::CapabilitySet;
 use tests::{
     app::App,
     client::{self, Client},
-    command::{self, Ended},
-    host::{Host, V4, program},
+    command,
+    host::{Host, V4},
     leftover,
-    network::unshare,
     process::{Signal, signal_child},
+    unfit::{BPFFS, as_nobody, elsewhere, mount_bpffs, renounce, unmount_bpffs, unmount_cgroups},
     wait::{seconds, wait_for},
 };
 
@@ -464,16 +461,6 @@ fn connections_of_a_run_before_are_not_in_the_way_of_the_next() {
     drop(up);
 }
 
-/// Runs `dist-ctl up` as nobody, with everything it needs but the rights.
-fn as_nobody(host: &Host, words: &[&str]) -> Ended {
-    let runtime = host.open_directory("nobody");
-    let mut command = Command::new(host.copy_for_all(&program()));
-    command.args(words).env("DIST_CTL_RUNTIME_DIR", format!("{runtime}/run")).uid(65534).gid(65534);
-    let ended = command::run(&mut command, seconds(20.0));
-    assert_eq!(leftover::of_instance(format!("{runtime}/run").as_ref()), []);
-    ended
-}
-
 #[test]
 fn without_the_rights_it_says_which_are_missing() {
     let host = Host::new();
@@ -489,50 +476,13 @@ fn check_needs_no_rights() {
     assert!(ended.stdout.starts_with("app: [::]:8080, 3 servers"), "{ended}");
 }
 
-/// Does something where the mounts may be changed, in a thread that nothing else uses. The host's
-/// directories are the same there.
-fn elsewhere<T: Send>(work: impl FnOnce() -> T + Send) -> T {
-    std::thread::scope(|scope| {
-        let thread = scope.spawn(|| {
-            unshare(UnshareFlags::NEWNS | UnshareFlags::FS).expect("make a mount namespace");
-            mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
-                .expect("keep our mounts to ourselves");
-            work()
-        });
-        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    })
-}
-
-/// Where most machines have their bpffs.
-const BPFFS: &str = "/sys/fs/bpf";
-
-/// Takes it away from the calling thread's mounts.
-fn unmount_bpffs() {
-    while unmount(BPFFS, UnmountFlags::DETACH).is_ok() {}
-}
-
-/// Puts an empty one there.
-fn mount_bpffs() {
-    unmount_bpffs();
-    mount("bpf", BPFFS, "bpf", MountFlags::empty(), None).expect("mount a bpffs");
-}
-
-/// Root, but not all of it: programs that the calling thread starts lack these.
-fn renounce(capabilities: &[CapabilitySet]) {
-    for capability in capabilities {
-        remove_capability_from_bounding_set(*capability).expect("renounce a capability");
-    }
-}
-
 #[test]
 fn without_cgroup_v2_it_says_so() {
     let host = Host::new();
     let file = host.write("dist-ctl.toml", &App::of(&host, 1).toml());
     elsewhere(|| {
-        while let Some(mount) = leftover::cgroup_mount_of_thread() {
-            unmount(&mount, UnmountFlags::DETACH).expect("unmount cgroup v2");
-        }
-        host.run(&["up", "-f", &file]).expect_refusal(1, &["cgroup v2", "mount"]);
+        unmount_cgroups();
+        host.run(&["up", "-f", &file]).expect_refusal(1, &["cgroup v2", "mount", "dist-ctl doctor"]);
     });
     assert_eq!(leftover::of_instance(&host.runtime("main")), []);
 }
@@ -578,7 +528,7 @@ fn where_no_bpffs_can_be_mounted_it_says_how() {
     elsewhere(|| {
         unmount_bpffs();
         renounce(&[CapabilitySet::SYS_ADMIN]);
-        let words = ["bpffs", "not permitted", "mount -t bpf bpf /sys/fs/bpf"];
+        let words = ["bpffs", "not permitted", "mount -t bpf bpf /sys/fs/bpf", "dist-ctl doctor"];
         host.run(&["up", "-f", &file]).expect_refusal(1, &words);
     });
     assert_eq!(leftover::of_instance(&host.runtime("main")), []);
@@ -597,7 +547,7 @@ fn root_that_may_not_load_programs_is_told_what_it_lacks() {
             let entries = || std::fs::read_dir(BPFFS).expect("read the bpffs").count();
             let before = entries();
             renounce(lacks);
-            host.run(&["up", "-f", &file]).expect_refusal(1, &["not permitted", words]);
+            host.run(&["up", "-f", &file]).expect_refusal(1, &["not permitted", words, "dist-ctl doctor"]);
             assert_eq!(entries(), before);
         });
         assert_eq!(leftover::of_instance(&host.runtime("main")), []);

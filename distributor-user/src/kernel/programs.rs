@@ -166,21 +166,21 @@ pub(super) fn load(pins: &Path, groups: usize, log: ProgramLog, stamp: Stamp) ->
     Ok(())
 }
 
-fn load_select(object: &mut Ebpf) -> anyhow::Result<&mut SkReuseport> {
+pub(super) fn load_select(object: &mut Ebpf) -> anyhow::Result<&mut SkReuseport> {
     let select: &mut SkReuseport =
         object.program_mut("select").context("the eBPF object has no select program")?.try_into()?;
     select.load().map_err(said).context("load the select program")?;
     Ok(select)
 }
 
-fn load_track(object: &mut Ebpf) -> anyhow::Result<&mut SockOps> {
+pub(super) fn load_track(object: &mut Ebpf) -> anyhow::Result<&mut SockOps> {
     let track: &mut SockOps =
         object.program_mut("track").context("the eBPF object has no track program")?.try_into()?;
     track.load().map_err(said).context("load the track program")?;
     Ok(track)
 }
 
-fn load_bind<'a>(object: &'a mut Ebpf, name: &str) -> anyhow::Result<&'a mut CgroupSockAddr> {
+pub(super) fn load_bind<'a>(object: &'a mut Ebpf, name: &str) -> anyhow::Result<&'a mut CgroupSockAddr> {
     let bind: &mut CgroupSockAddr = object
         .program_mut(name)
         .with_context(|| format!("the eBPF object has no {name} program"))?
@@ -195,19 +195,6 @@ fn load_hooked(object: &mut Ebpf, pins: &Path, stamp: Stamp) -> anyhow::Result<(
     for name in ["bind4", "bind6"] {
         let pinned = load_bind(object, name)?.pin(stamp.pin(pins, name));
         pinned.with_context(|| format!("pin the {name} program"))?;
-    }
-    Ok(())
-}
-
-/// Has the kernel load every program, with maps that are gone with them: whether it takes them.
-pub fn trial() -> anyhow::Result<()> {
-    let mut loader = EbpfLoader::new();
-    loader.btf(None).override_global("GROUP", &0u32, true).override_global(aya_log::LEVEL, &0u8, true);
-    let mut object = loader.load(object::object()).map_err(said_of_maps).context("create the eBPF maps")?;
-    load_select(&mut object)?;
-    load_track(&mut object)?;
-    for name in ["bind4", "bind6"] {
-        load_bind(&mut object, name)?;
     }
     Ok(())
 }

@@ -1,0 +1,188 @@
+//! Which kernels dist-ctl works on: a table in Markdown of what `dist-ctl doctor --json` said on each.
+//!
+//! Pure. Takes the documents in the order of the columns, gives a table and below it what follows
+//! where something does not work. How a machine is set up is left out: that says nothing of its kernel.
+
+#![forbid(unsafe_code)]
+
+use std::fmt::Write as _;
+
+use anyhow::{Context as _, Result, ensure};
+use serde::Deserialize;
+
+/// What the doctor said on one kernel, as far as the table has it.
+#[derive(Deserialize)]
+struct Report {
+    kernel: String,
+    works: bool,
+    checks: Vec<Check>,
+}
+
+#[derive(Deserialize)]
+struct Check {
+    name: String,
+    what: String,
+    about: String,
+    needed: bool,
+    result: String,
+    then: Option<String>,
+    to_do: Option<String>,
+}
+
+/// The table of these documents.
+///
+/// # Errors
+/// There is none, or one is not what `dist-ctl doctor --json` prints.
+pub(crate) fn table(documents: &[impl AsRef<str>]) -> Result<String> {
+    ensure!(!documents.is_empty(), "there is no kernel to make a table of");
+    let reports = documents
+        .iter()
+        .zip(1..)
+        .map(|(document, number)| {
+            serde_json::from_str::<Report>(document.as_ref())
+                .with_context(|| format!("document {number} is not from dist-ctl doctor --json"))
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let mut text = String::from("| |");
+    // Writing to a text cannot fail.
+    for report in &reports {
+        let _ = write!(text, " {} |", escaped(&report.kernel));
+    }
+    text += "\n|---|";
+    text += &"---|".repeat(reports.len());
+    text += "\n| **dist-ctl works** |";
+    for report in &reports {
+        let _ = write!(text, " **{}** |", if report.works { "yes" } else { "no" });
+    }
+    text.push('\n');
+    let checks = checks(&reports);
+    for check in &checks {
+        let optional = if check.needed { "" } else { " (optional)" };
+        let _ = write!(text, "| `{}`: {}{optional} |", check.name, escaped(&check.what));
+        for report in &reports {
+            let found = report.checks.iter().find(|other| other.name == check.name);
+            let _ = write!(text, " {} |", found.map_or("", word));
+        }
+        text.push('\n');
+    }
+    for check in checks {
+        let failing = |report: &&Report| {
+            report.checks.iter().any(|other| other.name == check.name && other.result == "fails")
+        };
+        let on: Vec<&str> = reports.iter().filter(failing).map(|report| report.kernel.as_str()).collect();
+        let said = reports.iter().flat_map(|report| &report.checks).find_map(|other| {
+            (other.name == check.name).then_some(other.then.as_ref().zip(other.to_do.as_ref())).flatten()
+        });
+        if let Some((then, to_do)) = said {
+            let _ = write!(
+                text,
+                "\nWithout `{}` ({}): {then}. What to do: {to_do}.\n",
+                check.name,
+                on.join(", ")
+            );
+        }
+    }
+    Ok(text)
+}
+
+/// What is asked of a kernel, in the order of the doctor. An older one may not have asked for all of it.
+fn checks(reports: &[Report]) -> Vec<&Check> {
+    let mut checks: Vec<&Check> = Vec::new();
+    for check in reports.iter().flat_map(|report| &report.checks).filter(|check| check.about == "kernel") {
+        if !checks.iter().any(|other| other.name == check.name) {
+            checks.push(check);
+        }
+    }
+    checks
+}
+
+fn word(check: &Check) -> &'static str {
+    match check.result.as_str() {
+        "works" => "yes",
+        "fails" => "**no**",
+        _ => "untried",
+    }
+}
+
+/// What a cell of a table may hold.
+fn escaped(text: &str) -> String {
+    text.replace('|', "\\|")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(name: &str, about: &str, result: &str) -> serde_json::Value {
+        let said = (result == "fails").then_some(["it limps", "heal it"]);
+        serde_json::json!({
+            "name": name, "what": format!("{name} is there"), "about": about, "needed": name != "wake",
+            "result": result, "found": null, "why": null, "because": null,
+            "then": said.map(|said| said[0]), "to_do": said.map(|said| said[1]),
+        })
+    }
+
+    fn document(kernel: &str, works: bool, checks: &[serde_json::Value]) -> String {
+        let document = serde_json::json!({
+            "version": "0.1.0", "kernel": kernel, "architecture": "x86_64", "works": works, "checks": checks,
+        });
+        document.to_string()
+    }
+
+    #[test]
+    fn each_kernel_has_a_column_and_what_fails_is_explained_below() {
+        let old = document(
+            "5.10.0",
+            false,
+            &[
+                check("root", "machine", "fails"),
+                check("select", "kernel", "fails"),
+                check("wake", "kernel", "untried"),
+            ],
+        );
+        let silent = document(
+            "6.1.174",
+            true,
+            &[
+                check("root", "machine", "works"),
+                check("select", "kernel", "works"),
+                check("wake", "kernel", "fails"),
+            ],
+        );
+        let new = document(
+            "6.1.176",
+            true,
+            &[check("select", "kernel", "works"), check("wake", "kernel", "works")],
+        );
+        assert_eq!(
+            table(&[old, silent, new]).unwrap(),
+            "| | 5.10.0 | 6.1.174 | 6.1.176 |\n\
+             |---|---|---|---|\n\
+             | **dist-ctl works** | **no** | **yes** | **yes** |\n\
+             | `select`: select is there | **no** | yes | yes |\n\
+             | `wake`: wake is there (optional) | untried | **no** | yes |\n\
+             \n\
+             Without `select` (5.10.0): it limps. What to do: heal it.\n\
+             \n\
+             Without `wake` (6.1.174): it limps. What to do: heal it.\n"
+        );
+    }
+
+    #[test]
+    fn a_check_that_one_doctor_did_not_know_has_an_empty_cell() {
+        let before = document("6.1", true, &[check("select", "kernel", "works")]);
+        let after =
+            document("6.2|x", true, &[check("select", "kernel", "works"), check("more", "kernel", "works")]);
+        let table = table(&[before, after]).unwrap();
+        assert!(table.starts_with("| | 6.1 | 6.2\\|x |\n"), "{table}");
+        assert!(table.ends_with("| `more`: more is there |  | yes |\n"), "{table}");
+    }
+
+    #[test]
+    fn what_no_doctor_said_is_refused_by_its_number() {
+        let good = document("6.1", true, &[]);
+        let error = format!("{:#}", table(&[good.as_str(), "{}"]).unwrap_err());
+        assert!(error.starts_with("document 2 is not from dist-ctl doctor --json"), "{error}");
+        assert!(table(&[] as &[&str]).is_err());
+    }
+}

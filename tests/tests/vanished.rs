@@ -98,7 +98,9 @@ fn pins_that_are_removed_under_load_are_made_again_and_nothing_is_lost() {
     let served = under_load(|| {
         fs::remove_dir_all(&pins).expect("remove the pins");
         wait_until_eq("the pins", seconds(5.0), before.clone(), names);
-        assert!(up.log().contains("were gone and are there again"), "{}", up.log());
+        wait_for("it to be said", seconds(5.0), || {
+            up.log().contains("were gone and are there again").then_some(())
+        });
         // Which has everything.
         replace(&up);
     });
@@ -118,7 +120,9 @@ fn a_bpffs_of_our_own_that_is_unmounted_is_mounted_again() {
     let served = under_load(|| {
         unmount(up.runtime().join("bpf"), UnmountFlags::DETACH).expect("unmount the bpffs");
         wait_for("the pins", seconds(5.0), || pins.join("track_link").exists().then_some(()));
-        assert!(up.log().contains("were gone and are there again"), "{}", up.log());
+        wait_for("it to be said", seconds(5.0), || {
+            up.log().contains("were gone and are there again").then_some(())
+        });
         replace(&up);
     });
     assert_all_counted(&up, served);

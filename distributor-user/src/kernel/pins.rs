@@ -193,7 +193,7 @@ pub(super) fn check_shapes(pins: &Path, wanted: &HashMap<String, Shape>) -> anyh
         let (Some((found, _)), Some(wanted)) = (map(&pins.join(name))?, wanted.get(name)) else { continue };
         ensure!(
             found == *wanted,
-            "the map {name} is {found:?}, and {wanted:?} is needed, though its contract has our version: another              build of dist-ctl made it; stop with dist-ctl down, then start again"
+            "the map {name} is {found:?}, and {wanted:?} is needed, though its contract has our version: another build of dist-ctl made it; stop with dist-ctl down, then start again"
         );
     }
     Ok(())

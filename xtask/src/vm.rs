@@ -18,6 +18,7 @@ mod programs;
 use std::{
     fs,
     path::{Path, PathBuf},
+    slice,
     sync::{
         Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -37,15 +38,15 @@ use crate::{
 use archive::Archive;
 use kernels::{KNOWN, Kernel, Known};
 use machine::{Ended, Machine, Share, Verdict};
-use plan::{LIMIT, Layout, Run, Wanted};
+use plan::{Choice, LIMIT, Layout, Run, Wanted};
 use programs::Program;
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
     /// Which: 5.10, 5.15, 6.1, 6.12, 7, no-wake (one that moves connections without waking servers),
     /// all, or the path of one that can be booted or of unpacked packages
-    #[arg(long, value_name = "6.1|6.12|7|all|PATH", default_value = "all")]
-    kernel: String,
+    #[arg(long, value_name = "6.1|6.12|7|all|PATH", default_value = "all", value_parser = which)]
+    kernel: Which,
     /// Only tests that have this in PROGRAM::TEST, such as `waiting::` or `crash`
     #[arg(long, value_name = "FILTER", conflicts_with = "core")]
     test: Option<String>,
@@ -57,12 +58,34 @@ pub(crate) struct Arguments {
     cgroups: Option<Layout>,
 }
 
+/// Which kernels are meant.
+#[derive(Clone)]
+enum Which {
+    All,
+    One(&'static Known),
+    At(PathBuf),
+}
+
+/// A path is made absolute at once, because the directory is changed later.
+fn which(text: &str) -> Result<Which, String> {
+    if text == "all" {
+        return Ok(Which::All);
+    }
+    if let Some(known) = Known::named(text) {
+        return Ok(Which::One(known));
+    }
+    let names: Vec<_> = KNOWN.iter().map(|known| known.name).collect();
+    Path::new(text)
+        .canonicalize()
+        .map(Which::At)
+        .map_err(|error| format!("neither all nor one of {}, nor a path: {error}", names.join(", ")))
+}
+
 /// One guest to boot.
 struct Guest<'g> {
     kernel: &'g Kernel,
     layout: Layout,
-    runs: Vec<Run<'g>>,
-    left_out: Vec<String>,
+    choice: Choice<'g>,
 }
 
 /// A row of the table.
@@ -81,37 +104,30 @@ pub(crate) fn run(workspace: &Path, arguments: &Arguments) -> Result<()> {
         (None, true) => Wanted::Core,
         (None, false) => Wanted::All,
     };
-    let names: Vec<_> = if arguments.kernel == "all" {
-        KNOWN.iter().map(|known| known.name).collect()
-    } else {
-        vec![arguments.kernel.as_str()]
-    };
-    boot_all(workspace, &names, wanted, arguments.cgroups).map(drop)
+    boot_all(workspace, &arguments.kernel, wanted, arguments.cgroups).map(drop)
 }
 
 /// One kernel with the core tests, for CI; how many of them passed.
 pub(crate) fn core(workspace: &Path) -> Result<usize> {
-    boot_all(workspace, &["6.1"], Wanted::Core, Some(Layout::Unified))
+    let oldest = Known::named("6.1").context("it is one of those that are known")?;
+    boot_all(workspace, &Which::One(oldest), Wanted::Core, Some(Layout::Unified))
 }
 
-fn boot_all(workspace: &Path, names: &[&str], wanted: Wanted<'_>, layout: Option<Layout>) -> Result<usize> {
+fn boot_all(workspace: &Path, which: &Which, wanted: Wanted<'_>, layout: Option<Layout>) -> Result<usize> {
     install_qemu()?;
     interrupt::note();
     let directory = target()?.join("vm");
     fs::create_dir_all(&directory).with_context(|| format!("make {}", directory.display()))?;
     // So that nothing has to be built to learn that a kernel is not to be had.
-    let (kernels, skipped) = find_kernels(names, &directory)?;
+    let (kernels, skipped) = find_kernels(which, &directory)?;
     setup::run(workspace)?;
     let programs = programs::build()?;
 
     let guests = guests(&kernels, &programs, wanted, layout);
-    ensure!(guests.iter().any(|guest| !guest.runs.is_empty()), "no test is left that could be run");
-    let packed: Vec<&Program> = programs
-        .iter()
-        .filter(|program| {
-            guests.iter().flat_map(|guest| &guest.runs).any(|run| run.program.name == program.name)
-        })
-        .collect();
+    ensure!(!guests.is_empty(), "no test is left that could be run");
+    let runs = || guests.iter().flat_map(|guest| guest.choice.boots.iter().flatten());
+    let packed: Vec<&Program> =
+        programs.iter().filter(|program| runs().any(|run| run.program.name == program.name)).collect();
     let common = programs::pack(workspace, &directory, &packed)?.finish()?;
 
     let rows = boot_guests(&guests, &common, &directory)?;
@@ -143,15 +159,19 @@ fn install_qemu() -> Result<()> {
 }
 
 /// The kernels, and a line for each that is not to be had.
-fn find_kernels(names: &[&str], directory: &Path) -> Result<(Vec<Kernel>, Vec<String>)> {
+fn find_kernels(which: &Which, directory: &Path) -> Result<(Vec<Kernel>, Vec<String>)> {
+    let known = match which {
+        Which::At(path) => return Ok((vec![Kernel::at(path)?], Vec::new())),
+        Which::One(known) => slice::from_ref(*known),
+        Which::All => &KNOWN[..],
+    };
     let (mut kernels, mut skipped) = (Vec::new(), Vec::new());
-    for name in names {
-        match Known::named(name) {
-            Some(known) => match known.fetch(directory)? {
-                Some(kernel) => kernels.push(kernel),
-                None => skipped.push(format!("{name}: SKIPPED: Debian's archives do not offer it any more")),
-            },
-            None => kernels.push(Kernel::at(Path::new(name))?),
+    for known in known {
+        match known.fetch(directory)? {
+            Some(kernel) => kernels.push(kernel),
+            None => {
+                skipped.push(format!("{}: SKIPPED: Debian's archives do not offer it any more", known.name))
+            }
         }
     }
     for line in &skipped {
@@ -175,9 +195,9 @@ fn guests<'g>(
             if layout.is_some_and(|only| only != one) {
                 continue;
             }
-            let (runs, left_out) = plan::choose(programs, wanted, kernel.role);
-            if !runs.is_empty() {
-                guests.push(Guest { kernel, layout: one, runs, left_out });
+            let choice = plan::choose(programs, wanted, kernel.role, one);
+            if !choice.boots.is_empty() {
+                guests.push(Guest { kernel, layout: one, choice });
             }
         }
     }
@@ -221,52 +241,71 @@ fn at_once() -> Result<usize> {
     Ok(usize::try_from(guests).unwrap_or(usize::MAX).min(cpus / machine::CPUS as usize).max(1))
 }
 
+/// Boots it as often as its plan says, and adds up.
 fn boot_guest(guest: &Guest<'_>, common: &[u8], directory: &Path) -> Result<Row> {
-    let Guest { kernel, layout, runs, left_out } = guest;
+    let Guest { kernel, layout, choice } = guest;
     let name = format!("{} {layout}", kernel.name);
-    for line in left_out {
+    for line in &choice.left_out {
         say(&format!("{name}: LEFT OUT: {line}"));
     }
-    let log = directory.join(format!("{}-{layout}.log", kernel.name));
-    let initramfs = log.with_extension("cpio");
-    let shares = [Share { tag: "usr", source: PathBuf::from("/usr") }];
-    let (own, absent) = own_part(guest)?;
-    for module in absent {
-        say(&format!("{name}: {} has no module {module}", kernel.release));
+    let files = directory.join(format!("{}-{layout}", kernel.name));
+    let kept = files.with_extension("kept");
+    if kept.exists() {
+        fs::remove_dir_all(&kept).context("remove what the last run kept")?;
     }
-    fs::write(&initramfs, [common, &own].concat())
-        .with_context(|| format!("write {}", initramfs.display()))?;
-    let machine = Machine {
-        name: &name,
-        kernel: &kernel.image,
-        initramfs: &initramfs,
-        shares: &shares,
-        log: &log,
-        silence: LIMIT + Duration::from_secs(120),
+    fs::create_dir_all(&kept).context("make a directory for what boots have in common")?;
+    let shares = [
+        Share { tag: "usr", source: "/usr".into(), directory: "/usr", access: "ro" },
+        Share { tag: "kept", source: kept, directory: "/kept", access: "rw" },
+    ];
+    let mut row = Row {
+        name: name.clone(),
+        release: kernel.release.clone(),
+        verdict: Verdict::default(),
+        left_out: choice.left_out.len(),
+        took: Duration::ZERO,
+        failure: None,
     };
-    let Ended { verdict, problem, last_lines, took } = machine.run()?;
-    fs::remove_file(&initramfs).with_context(|| format!("remove {}", initramfs.display()))?;
-    let wanted: usize = runs.iter().map(|run| run.tests.len()).sum();
-    let failure = problem.or_else(|| judged(verdict, wanted));
-    if let Some(failure) = &failure {
-        say(&format!("{name}: FAILED: {failure}; its last lines, of {}:", log.display()));
-        for line in last_lines {
-            say(&format!("{name}: | {line}"));
+    for (number, runs) in choice.boots.iter().enumerate() {
+        let log = files.with_extension(format!("{}.log", number + 1));
+        let initramfs = log.with_extension("cpio");
+        let own = own_part(guest, &shares, runs)?;
+        fs::write(&initramfs, [common, &own].concat())
+            .with_context(|| format!("write {}", initramfs.display()))?;
+        let machine = Machine {
+            name: &name,
+            kernel: &kernel.image,
+            initramfs: &initramfs,
+            shares: &shares,
+            log: &log,
+            silence: LIMIT + Duration::from_secs(120),
+        };
+        let Ended { verdict, problem, last_lines, took } = machine.run()?;
+        fs::remove_file(&initramfs).with_context(|| format!("remove {}", initramfs.display()))?;
+        row.took += took;
+        if let Some(Verdict { passed, failed, missing }) = verdict {
+            row.verdict.passed += passed;
+            row.verdict.failed += failed;
+            row.verdict.missing += missing;
+        }
+        let wanted = runs.iter().map(|run| run.tests.len()).sum();
+        if let Some(failure) = problem.or_else(|| judged(verdict, wanted)) {
+            say(&format!("{name}: FAILED: {failure}; its last lines, of {}:", log.display()));
+            for line in last_lines {
+                say(&format!("{name}: | {line}"));
+            }
+            row.failure.get_or_insert(failure);
         }
     }
-    Ok(Row {
-        name,
-        release: kernel.release.clone(),
-        verdict: verdict.unwrap_or_default(),
-        left_out: left_out.len(),
-        took,
-        failure,
-    })
+    Ok(row)
 }
 
-/// What only this guest has: its modules and its plan. And the modules that its kernel has not.
-fn own_part(guest: &Guest<'_>) -> Result<(Vec<u8>, Vec<String>)> {
+/// What only this boot has: modules and a plan.
+fn own_part(guest: &Guest<'_>, shares: &[Share], runs: &[Run<'_>]) -> Result<Vec<u8>> {
     let (modules, absent) = guest.kernel.modules()?.in_order(&modules::WANTED)?;
+    for module in absent {
+        say(&format!("vm: {} has no module {module}, nor is it built in", guest.kernel.release));
+    }
     let mut archive = Archive::new()?;
     let mut files = Vec::new();
     for module in &modules {
@@ -274,9 +313,8 @@ fn own_part(guest: &Guest<'_>) -> Result<(Vec<u8>, Vec<String>)> {
         archive.bytes(Path::new(&file), 0o644, &module.bytes)?;
         files.push(file);
     }
-    let shares = [("usr", Path::new("/usr"), "ro")];
-    archive.text(Path::new("/plan"), &plan::text(guest.layout, &files, &shares, &guest.runs))?;
-    Ok((archive.finish()?, absent))
+    archive.text(Path::new("/plan"), &plan::text(guest.layout, &files, shares, runs))?;
+    archive.finish()
 }
 
 /// Why a verdict is not a success.

@@ -71,12 +71,8 @@ pub(crate) const KNOWN: [Known; 6] = [
         suites: &[Main("bullseye"), Security("bullseye-security")],
         package: Newest("5.10."),
     },
-    Known {
-        name: "5.15",
-        role: Role::NeverWakes,
-        suites: &[Main("bullseye-backports")],
-        package: Newest("5.15."),
-    },
+    // No suite that is still to be had is of its time; it is named so that its absence is said.
+    Known { name: "5.15", role: Role::NeverWakes, suites: &[], package: Newest("5.15.") },
     Known {
         name: "6.1",
         role: Role::Works,
@@ -127,7 +123,7 @@ impl Kernel {
         if path.is_dir() {
             return Self::unpacked(name, Role::Works, path);
         }
-        ensure!(path.is_file(), "{} is neither the name of a kernel nor a file", path.display());
+        ensure!(path.is_file(), "{} is neither a file nor a directory", path.display());
         let release = "a file, without modules".to_owned();
         Ok(Self { name, release, role: Role::Works, image: path.to_owned(), modules: None })
     }
@@ -145,6 +141,14 @@ impl Kernel {
             .find(|image| image.is_file())
             .with_context(|| format!("{} has no vmlinuz", root.display()))?;
         Ok(Self { name, release, role, image, modules: Some(modules) })
+    }
+}
+
+impl Suite {
+    fn name(&self) -> &'static str {
+        match self {
+            Main(name) | Security(name) => name,
+        }
     }
 }
 
@@ -247,8 +251,9 @@ impl Apt {
         let options = options.into_iter().flat_map(|option| ["-o".to_owned(), option]).collect();
         let apt = Self { options, directory };
         // A suite that is gone is no reason not to look into the others; who finds nothing says so.
-        if let Err(error) = apt.ask("apt-get", &["update", "-q"]) {
-            say(&format!("vm: not every list of packages could be fetched: {error}"));
+        if apt.ask("apt-get", &["update", "-q"]).is_err() {
+            let names: Vec<_> = suites.iter().map(Suite::name).collect();
+            say(&format!("vm: not every list of packages of {} could be fetched", names.join(", ")));
         }
         Ok(apt)
     }
@@ -301,11 +306,12 @@ fn sources_of(suites: &[Suite]) -> Result<String> {
     let key = if Path::new(KEY).exists() { format!("[signed-by={KEY}] ") } else { String::new() };
     let mut text = String::new();
     for suite in suites {
-        let (label, name) = match suite {
-            Main(name) => ("Label: Debian", name),
-            Security(name) => ("Label: Debian-Security", name),
+        let label = match suite {
+            Main(_) => "Label: Debian",
+            Security(_) => "Label: Debian-Security",
         };
-        writeln!(text, "deb {key}{} {name} main", address(label)?).context("a text can be written to")?;
+        writeln!(text, "deb {key}{} {} main", address(label)?, suite.name())
+            .context("a text can be written to")?;
     }
     Ok(text)
 }

@@ -47,6 +47,10 @@ const ENDS: [&str; 3] = ["Kernel panic - not syncing", "BUG: ", "Oops: "];
 pub(crate) struct Share {
     pub(crate) tag: &'static str,
     pub(crate) source: PathBuf,
+    /// Where the guest has it.
+    pub(crate) directory: &'static str,
+    /// `ro` or `rw`, as mount says it.
+    pub(crate) access: &'static str,
 }
 
 pub(crate) struct Machine<'m> {

@@ -32,15 +32,8 @@ const CONFIGURATION: [&str; 7] =
 pub(crate) struct Program {
     /// `waiting`, of `tests/tests/waiting.rs`.
     pub(crate) name: String,
-    pub(crate) tests: Vec<Test>,
+    pub(crate) tests: Vec<String>,
     file: PathBuf,
-}
-
-#[derive(Debug)]
-pub(crate) struct Test {
-    pub(crate) name: String,
-    /// Not run by `cargo test`, because it is for a machine of its own.
-    pub(crate) only_in_a_guest: bool,
 }
 
 /// Builds the programs of the tests, and asks each what is in it.
@@ -73,17 +66,19 @@ fn executable(line: &str) -> Option<(&str, &str)> {
     Some((source, file.strip_suffix(')')?))
 }
 
-fn tests_of(file: &Path) -> Result<Vec<Test>> {
-    let list = |words: &[&str]| -> Result<BTreeSet<String>> {
-        let listed = read(Command::new(file).args(["--list", "--format=terse"]).args(words))?;
-        Ok(listed.lines().filter_map(|line| line.strip_suffix(": test")).map(str::to_owned).collect())
-    };
-    let ignored = list(&["--ignored"])?;
-    let all = list(&[])?;
-    Ok(all.into_iter().map(|name| Test { only_in_a_guest: ignored.contains(&name), name }).collect())
+/// All its tests, in alphabetical order; also those that cargo test leaves out.
+fn tests_of(file: &Path) -> Result<Vec<String>> {
+    let listed = read(Command::new(file).args(["--list", "--format=terse"]))?;
+    let names: BTreeSet<_> = listed.lines().filter_map(|line| line.strip_suffix(": test")).collect();
+    Ok(names.into_iter().map(str::to_owned).collect())
 }
 
 impl Program {
+    #[cfg(test)]
+    pub(crate) fn new(name: &str, tests: Vec<String>) -> Self {
+        Self { name: name.to_owned(), tests, file: PathBuf::new() }
+    }
+
     /// Where the guest has it.
     pub(crate) fn path(&self) -> PathBuf {
         Path::new(TARGET).join("release/deps").join(&self.name)

@@ -16,7 +16,7 @@ mod plan;
 mod programs;
 
 use std::{
-    fs,
+    fs::{self, File},
     path::{Path, PathBuf},
     slice,
     sync::{
@@ -118,6 +118,9 @@ fn boot_all(workspace: &Path, which: &Which, wanted: Wanted<'_>, layout: Option<
     interrupt::note();
     let directory = target()?.join("vm");
     fs::create_dir_all(&directory).with_context(|| format!("make {}", directory.display()))?;
+    // Until we end. Two runs would write the same files.
+    let lock = File::create(directory.join("lock")).context("create a lock")?;
+    ensure!(lock.try_lock().is_ok(), "another cargo xtask vm is running in {}", directory.display());
     // So that nothing has to be built to learn that a kernel is not to be had.
     let (kernels, skipped) = find_kernels(which, &directory)?;
     setup::run(workspace)?;

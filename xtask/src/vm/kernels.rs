@@ -166,7 +166,7 @@ impl Known {
                 return Ok(None);
             };
             say(&format!("vm: fetching {image} for {}", self.name));
-            // Aside, then renamed: what is there is whole.
+            // Aside, then renamed: what is there later is whole.
             let aside = root.with_extension("part");
             if aside.exists() {
                 fs::remove_dir_all(&aside).context("remove what was fetched by half")?;
@@ -273,7 +273,7 @@ impl Apt {
     /// Unpacks an image, and what it is split into since 6.19.
     fn unpack(&self, image: &str, root: &Path) -> Result<()> {
         let mut packages = vec![image.to_owned()];
-        for prefix in ["linux-binary-", "linux-modules-"] {
+        for prefix in ["linux-base-", "linux-binary-", "linux-modules-"] {
             packages.extend(self.dependencies(image, prefix)?);
         }
         let debs = self.directory.join("debs");

@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use distributor_ebpf::contract;
 use rustix::event::{Timespec, epoll};
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
@@ -76,6 +76,14 @@ fn wakes() -> anyhow::Result<bool> {
     old.shutdown(std::net::Shutdown::Read)?;
     let mut events = Vec::with_capacity(1);
     epoll::wait(&epoll, rustix::buffer::spare_capacity(&mut events), Some(&WAKES_WITHIN))?;
+    if events.is_empty() {
+        new.set_nonblocking(true)?;
+        ensure!(
+            new.accept().is_ok(),
+            "this kernel does not move the connections of a listener that closes to another one: dist-ctl needs \
+             Linux 6.1 or later"
+        );
+    }
     Ok(!events.is_empty())
 }
 

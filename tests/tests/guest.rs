@@ -157,7 +157,7 @@ fn a_kernel_that_wakes_gets_no_bell() {
 fn a_kernel_that_is_too_old_is_refused_in_one_sentence() {
     let host = Host::new();
     let words = ["up", "--listen", "127.0.0.1:8080", "--servers", "1", "--", "/init", "--help"];
-    host.run(&words).expect_refusal(1, &["Linux 5.15"]);
+    host.run(&words).expect_refusal(1, &["Linux 6.1 or later"]);
     assert!(!host.runtime("main").exists(), "nothing is left");
     // What needs no kernel works.
     let mut version = Command::new(program());

@@ -210,7 +210,7 @@ fn guests<'g>(
 /// As many at a time as memory and CPUs allow.
 fn boot_guests(guests: &[Guest<'_>], common: &[u8], directory: &Path) -> Result<Vec<Row>> {
     let at_once = at_once()?.min(guests.len());
-    say(&format!("vm: {} guests, {at_once} at a time", guests.len()));
+    say(&format!("vm: guests: {}, of which {at_once} at a time", guests.len()));
     let next = AtomicUsize::new(0);
     let rows = Mutex::new(Vec::new());
     thread::scope(|scope| {
@@ -251,8 +251,8 @@ fn boot_guest(guest: &Guest<'_>, common: &[u8], directory: &Path) -> Result<Row>
     for line in &choice.left_out {
         say(&format!("{name}: LEFT OUT: {line}"));
     }
-    let files = directory.join(format!("{}-{layout}", kernel.name));
-    let kept = files.with_extension("kept");
+    let file = |end: &str| directory.join(format!("{}-{layout}.{end}", kernel.name));
+    let kept = file("kept");
     if kept.exists() {
         fs::remove_dir_all(&kept).context("remove what the last run kept")?;
     }
@@ -270,7 +270,7 @@ fn boot_guest(guest: &Guest<'_>, common: &[u8], directory: &Path) -> Result<Row>
         failure: None,
     };
     for (number, runs) in choice.boots.iter().enumerate() {
-        let log = files.with_extension(format!("{}.log", number + 1));
+        let log = file(&format!("{}.log", number + 1));
         let initramfs = log.with_extension("cpio");
         let own = own_part(guest, &shares, runs)?;
         fs::write(&initramfs, [common, &own].concat())

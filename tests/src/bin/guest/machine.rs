@@ -4,9 +4,14 @@
 
 #![forbid(unsafe_code)]
 
-use std::{fs, fs::File, os::unix::fs::symlink, path::Path};
+use std::{
+    ffi::CString,
+    fs::{self, File},
+    os::unix::fs::symlink,
+    path::Path,
+};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use rustix::{
     io::Errno,
     mount::{MountFlags, mount},
@@ -15,7 +20,10 @@ use rustix::{
 };
 use tests::netlink;
 
-use crate::plan::{Plan, Share};
+use crate::{
+    plan::{Plan, Share},
+    say,
+};
 
 /// As many descriptors as systemd lets a service have.
 const DESCRIPTORS: u64 = 524_288;
@@ -81,13 +89,22 @@ fn mount_unified_cgroups() -> Result<()> {
 fn mount_hybrid_cgroups() -> Result<()> {
     let base = Path::new("/sys/fs/cgroup");
     mount("tmpfs", base, "tmpfs", MountFlags::empty(), c"mode=755").context("mount a tmpfs for cgroups")?;
+    let mut mounted = 0;
     for controller in CONTROLLERS {
         let directory = base.join(controller);
         fs::create_dir(&directory).context("make a directory for a cgroup controller")?;
-        let options = std::ffi::CString::new(controller).context("a controller has a name")?;
-        mount("cgroup", &directory, "cgroup", MountFlags::empty(), options.as_c_str())
-            .with_context(|| format!("mount the cgroup controller {controller}"))?;
+        let options = CString::new(controller).context("a controller has a name")?;
+        match mount("cgroup", &directory, "cgroup", MountFlags::empty(), options.as_c_str()) {
+            Ok(()) => mounted += 1,
+            // Newer kernels have given up cgroup v1 one by one.
+            Err(Errno::INVAL) => {
+                say(&format!("this kernel has no cgroup v1 controller {controller}"));
+                fs::remove_dir(&directory).context("remove its directory")?;
+            }
+            Err(error) => return Err(error).context("mount a cgroup controller"),
+        }
     }
+    ensure!(mounted > 0, "this kernel has no cgroup v1");
     let directory = base.join("unified");
     fs::create_dir(&directory).context("make a directory for cgroup v2")?;
     mount("cgroup2", &directory, "cgroup2", MountFlags::empty(), None).context("mount cgroup v2")

@@ -7,8 +7,8 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    bit::{below, differ, either, negative, when},
-    contract::{BUCKETS, Plan, Policy, SLOTS, TURN},
+    bit::{below, differ, either, masked, negative, when},
+    contract::{BUCKETS, GROUPS, Plan, Policy, Run, SLOTS, TURN},
     word::{self, Place},
 };
 
@@ -131,6 +131,14 @@ pub fn bucket(source: [u32; 4], probe: u32) -> usize {
     hash = mix(hash ^ (u64::from(source[0]) << 32 | u64::from(source[1])));
     hash = mix(hash ^ (u64::from(source[2]) << 32 | u64::from(source[3])));
     hash as usize & (BUCKETS - 1)
+}
+
+/// A slot's listeners in a group.
+#[inline(always)]
+pub fn run(plan: &Plan, group: usize, slot: usize) -> Run {
+    const LAST: usize = GROUPS * SLOTS - 1;
+    // The second mask is for the bounds check, which the optimizer can leave out by it.
+    plan.runs[masked((group * SLOTS + slot) as u64, LAST as u64) as usize & LAST]
 }
 
 /// The finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): every input bit moves

@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use distributor_ebpf::contract;
 use rustix::event::{Timespec, epoll};
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
@@ -49,6 +49,11 @@ pub fn is_needed(pins: &Path) -> anyhow::Result<bool> {
         return Ok(!wakes);
     }
     let moves = moves().context("find out whether a moved connection wakes its server")?;
+    ensure!(
+        moves != Moves::Not,
+        "this kernel does not move the connections of a listener that closes to another one: dist-ctl needs \
+         Linux 6.1 or later"
+    );
     let wakes = moves == Moves::AndWakes;
     kernel::remember_wakes(pins, wakes)?;
     Ok(!wakes)

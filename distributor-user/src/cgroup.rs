@@ -136,7 +136,8 @@ impl Cgroup {
     /// Linux 5.14). One that does not exist holds none.
     pub fn kill(&self) -> anyhow::Result<()> {
         match fs::write(self.0.join("cgroup.kill"), "1") {
-            Err(error) if self.exists() => {
+            // An older kernel has no such file, and nothing of ours has begun to run there.
+            Err(error) if self.exists() && !self.members().is_ok_and(|members| members.is_empty()) => {
                 Err(error).with_context(|| format!("kill what runs in {}", self.0.display()))
             }
             _ => Ok(()),

@@ -7,7 +7,7 @@
 
 use std::fmt::Write as _;
 
-use crate::host::Host;
+use crate::{host::Host, wait::seconds};
 
 /// For [`App::waiting`]: no waiting list.
 pub const NOBODY_WAITS: &str = "capacity = 0";
@@ -108,9 +108,9 @@ impl App {
             line(format!("socket = {}", quoted(socket)));
         }
         // A test that stops servers on purpose says so; the others should not wait for them.
-        for (name, value) in [("stop_timeout", "3s"), ("drain_timeout", "3s")] {
+        for name in ["stop_timeout", "drain_timeout"] {
             if !self.server.contains(name) {
-                line(format!("{name} = {}", quoted(value)));
+                line(format!("{name} = \"{}s\"", seconds(3.0).as_secs()));
             }
         }
         line(self.server.clone());

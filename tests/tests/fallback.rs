@@ -163,7 +163,7 @@ fn the_next_best_server_takes_what_the_chosen_one_cannot() {
 fn connections_wait_when_no_server_can_be_selected() {
     let host = Host::new();
     let mut app = App::with(&host, 2, &["--listen", "[::]:8080", "--closable"]);
-    app.server = "start_timeout = \"1s\"".to_owned();
+    app.server = format!("start_timeout = \"{}s\"", seconds(1.0).as_secs());
     let up = host.up(&app);
     let servers = [up.process("app/1"), up.process("app/2")];
     let distributor = up.distributor();

@@ -1,7 +1,7 @@
 //! `cargo xtask ci`: what must hold before a change is taken, and nothing that may vary.
 //!
-//! Formatting, lints for the host and for the eBPF target, all tests, the documentation, and
-//! the demo once. Stops at the first step that fails.
+//! Formatting, lints for the host and for the eBPF target, all tests, the core of them on the oldest
+//! kernel that we promise, the documentation, and the demo once. Stops at the first step that fails.
 
 #![forbid(unsafe_code)]
 
@@ -15,6 +15,7 @@ use crate::{
     packages::{self, Package},
     setup, test,
     up::{self, Then},
+    vm,
 };
 
 pub(crate) fn run(workspace: &Path) -> Result<()> {
@@ -28,11 +29,16 @@ pub(crate) fn run(workspace: &Path) -> Result<()> {
     build_without_toolchain_says_so()?;
 
     let passed = test::run(workspace, &test::Arguments::all())?;
+    say("ci: the core of the tests on another kernel, in a virtual machine");
+    let booted = vm::core(workspace).context("the tests on another kernel")?;
 
     step(cargo().args(["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"))?;
     say("ci: the demo");
     up::show(&build_release()?, up::free_port()?, Then::Stop).context("the demo")?;
-    say(&format!("ci: all is well; {} unit tests and {} on the kernel passed", passed.unit, passed.kernel));
+    let test::Passed { unit, kernel } = passed;
+    say(&format!(
+        "ci: all is well; {unit} unit tests, {kernel} on the kernel and {booted} on another passed"
+    ));
     Ok(())
 }
 

@@ -19,6 +19,7 @@ mod packages;
 mod setup;
 mod test;
 mod up;
+mod vm;
 
 use std::{env, path::Path, process::ExitCode};
 
@@ -43,6 +44,8 @@ enum Verb {
     Up(up::Arguments),
     /// Run all tests, those that need the kernel as root
     Test(test::Arguments),
+    /// Run the tests on other kernels, each in a virtual machine
+    Vm(vm::Arguments),
     /// Measure what dist-ctl costs, with real servers; see docs/benchmarks.md
     Bench(bench::Arguments),
     /// Run everything that CI runs
@@ -66,6 +69,7 @@ fn run(arguments: Arguments) -> Result<()> {
         Verb::Setup => setup::run(workspace).map(drop),
         Verb::Up(arguments) => up::run(workspace, &arguments),
         Verb::Test(arguments) => test::run(workspace, &arguments).map(drop),
+        Verb::Vm(arguments) => vm::run(workspace, &arguments),
         Verb::Bench(arguments) => bench::run(workspace, &arguments),
         Verb::Ci => ci::run(workspace),
     }

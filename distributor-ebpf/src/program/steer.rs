@@ -625,7 +625,7 @@ fn select_listener(
     asks: Asks,
 ) -> bool {
     let slot = slot as usize & (SLOTS - 1);
-    let run = plan.runs[maps::group() * SLOTS + slot];
+    let run = select::run(plan, maps::group(), slot);
     if run.len == 0 {
         return false;
     }

@@ -262,14 +262,12 @@ pub(super) fn said_of_maps(error: EbpfError) -> anyhow::Error {
 
 /// What the kernel said, in a sentence, with what to do where that is known.
 pub(super) fn said(error: ProgramError) -> anyhow::Error {
-    let (io_error, last_line) = match &error {
-        ProgramError::LoadError { io_error, verifier_log } => {
-            (io_error, verifier_log.to_string().lines().last().map(str::to_owned).unwrap_or_default())
-        }
+    let (io_error, log) = match &error {
+        ProgramError::LoadError { io_error, verifier_log } => (io_error, verifier_log.to_string()),
         _ => return anyhow::Error::from(error),
     };
-    if !last_line.is_empty() {
-        return anyhow!("the kernel refused it: {io_error}: {last_line}");
+    if let Some(line) = verifiers_reason(&log) {
+        return anyhow!("the kernel refused it: {io_error}: {line}");
     }
     match why(io_error, "") {
         Some(sentence) => anyhow!(sentence),
@@ -278,6 +276,14 @@ pub(super) fn said(error: ProgramError) -> anyhow::Error {
         }
         None => anyhow!("the kernel refused it: {io_error}"),
     }
+}
+
+/// The last line of the verifier's log that says what was wrong. After it come counts of its own work.
+fn verifiers_reason(log: &str) -> Option<&str> {
+    let counts = |line: &&str| {
+        ["processed ", "verification time ", "stack depth "].iter().any(|count| line.starts_with(count))
+    };
+    log.lines().rev().map(str::trim).find(|line| !line.is_empty() && !counts(line))
 }
 
 /// Why the kernel made no map (by its name) or program, and what to do.
@@ -313,5 +319,15 @@ mod tests {
             );
         }
         assert_eq!(why(&io::Error::from_raw_os_error(libc::EBUSY), "PLAN"), None);
+    }
+
+    #[test]
+    fn the_verifiers_reason_stands_before_its_counts() {
+        let counts =
+            "verification time 91 usec\nstack depth 0\nprocessed 12 insns (limit 1000000) total_states 0\n";
+        let reason = "12: (85) call unknown#999\ninvalid func unknown#999\n";
+        assert_eq!(verifiers_reason(&format!("{reason}{counts}")), Some("invalid func unknown#999"));
+        assert_eq!(verifiers_reason(""), None);
+        assert_eq!(verifiers_reason("processed 12 insns (limit 1000000) total_states 0\n"), None);
     }
 }

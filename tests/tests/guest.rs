@@ -1,0 +1,166 @@
+//! What takes a machine of its own: a CPU that goes away, memory that runs out, and kernels that
+//! are not the one that runs here. Only `cargo xtask vm` runs these, each on the kernels it is about.
+
+#![forbid(unsafe_code)]
+
+use std::{
+    fs,
+    process::{Command, Stdio},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    thread,
+};
+
+use tests::{
+    app::App,
+    client::{self, Client, Line},
+    command,
+    host::{Host, Up, V4, program},
+    wait::{seconds, wait_for, wait_until_eq},
+};
+
+/// The second CPU. The first one cannot be taken away.
+const CPU: &str = "/sys/devices/system/cpu/cpu1/online";
+
+/// Clients that come one after the other, on two threads, for as long as something else happens.
+struct Load {
+    stop: AtomicBool,
+    served: AtomicU64,
+}
+
+impl Load {
+    /// Runs `work` meanwhile, and fails if any client was not served.
+    #[track_caller]
+    fn during(work: impl FnOnce(&Self)) {
+        let load = Self { stop: AtomicBool::new(false), served: AtomicU64::new(0) };
+        thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    while !load.stop.load(Ordering::Relaxed) {
+                        Client::open(V4).expect("served, whatever happens to the machine");
+                        load.served.fetch_add(1, Ordering::Relaxed);
+                    }
+                });
+            }
+            // Also when `work` panics, or the threads would not end.
+            let _stop = Stop(&load);
+            work(&load);
+        });
+    }
+
+    /// Waits until so many more were served.
+    #[track_caller]
+    fn serves(&self, more: u64) {
+        let wanted = self.served.load(Ordering::Relaxed) + more;
+        wait_for("more clients to be served", seconds(20.0), || {
+            (self.served.load(Ordering::Relaxed) >= wanted).then_some(())
+        });
+    }
+}
+
+struct Stop<'l>(&'l Load);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+#[test]
+#[ignore = "takes a CPU away from the machine; cargo xtask vm runs it"]
+fn a_cpu_that_goes_away_and_comes_back_fails_no_connection() {
+    let host = Host::new();
+    let pinned = [("first", "cpus = \"0\""), ("second", "cpus = \"1\"")];
+    let app = App::of(&host, 0).named(pinned.map(|(name, lines)| (name, lines.to_owned())));
+    let up = host.up(&app);
+    let servers = pinned.map(|(name, _)| up.process(&format!("app/{name}")));
+    let second = || up.process("app/second").fact("Cpus_allowed_list");
+    assert_eq!(second(), "1");
+    let mut held = client::hold(V4, 10);
+    Load::during(|load| {
+        load.serves(20);
+        fs::write(CPU, "0").expect("take the CPU away");
+        load.serves(20);
+        // The kernel has moved the server to where it can run.
+        assert!(second().starts_with('0'), "it may run on {}", second());
+        assert!(held.iter_mut().all(Client::is_served), "on the server without a CPU too");
+        fs::write(CPU, "1").expect("bring the CPU back");
+        load.serves(20);
+    });
+    assert_eq!(pinned.map(|(name, _)| up.process(&format!("app/{name}"))), servers, "nothing was restarted");
+    drop(held);
+    up.wait_connections(&[0, 0]);
+    // What the kernel has widened it does not narrow again. The next instance is pinned anew.
+    servers[1].kill(seconds(5.0));
+    wait_for("the next instance", seconds(20.0), || {
+        up.process_if_any("app/second").filter(|process| *process != servers[1])
+    });
+    up.wait_ready();
+    assert_eq!(second(), "1");
+    up.stop();
+}
+
+#[test]
+#[ignore = "has the kernel kill for want of memory; cargo xtask vm runs it"]
+fn memory_that_runs_out_fails_no_connection() {
+    let host = Host::new();
+    let up = host.up(&App::of(&host, 2));
+    let parts = || [up.monitor(), up.distributor(), up.process("app/1"), up.process("app/2")];
+    let before = parts();
+    Load::during(|load| {
+        load.serves(20);
+        // tail keeps the whole of what has no line end. It is to be the one that the kernel kills.
+        let mut hog = Command::new("sh");
+        hog.args(["-c", "echo 1000 >/proc/self/oom_score_adj; exec tail /dev/zero"]);
+        let ended = command::run(&mut hog, seconds(60.0));
+        assert_eq!(ended.code, None, "the kernel killed it: {ended}");
+        load.serves(20);
+    });
+    assert_eq!(parts(), before);
+    up.wait_connections(&[0, 0]);
+    assert_eq!(up.service().states(), ["ready", "ready"]);
+    up.stop();
+}
+
+/// Twenty that wait for one place, and get it one after the other.
+#[track_caller]
+fn twenty_wait(host: &Host) -> Up<'_> {
+    let up = host.up(&App { limit: Some(1), ..App::of(host, 1) });
+    let held = client::hold(V4, 1);
+    let mut line = Line::behind(held, client::stand(&[V4], 20)).expect("watch the line");
+    wait_until_eq("those who wait", seconds(10.0), 20, || up.service().waiting.now);
+    let order = line.turns(20).expect("those who wait are served");
+    assert!(order.is_sorted(), "first come, first served: {order:?}");
+    assert_eq!(up.service().outcome("handed_over"), 20);
+    up
+}
+
+#[test]
+#[ignore = "about kernels that move connections without waking servers; cargo xtask vm runs it"]
+fn a_kernel_that_does_not_wake_gets_the_bell() {
+    let host = Host::new();
+    let up = twenty_wait(&host);
+    assert!(up.service().outcome("bell") > 0, "{:?}", up.service().outcomes);
+    up.stop();
+}
+
+#[test]
+#[ignore = "about kernels that wake servers to which they move connections; cargo xtask vm runs it"]
+fn a_kernel_that_wakes_gets_no_bell() {
+    let host = Host::new();
+    let up = twenty_wait(&host);
+    assert_eq!(up.service().outcome("bell"), 0);
+    up.stop();
+}
+
+#[test]
+#[ignore = "about kernels that are too old; cargo xtask vm runs it"]
+fn a_kernel_that_is_too_old_is_refused_in_one_sentence() {
+    let host = Host::new();
+    let words = ["up", "--listen", "127.0.0.1:8080", "--servers", "1", "--", "/init", "--help"];
+    host.run(&words).expect_refusal(1, &["Linux 6.1 or later"]);
+    assert!(!host.runtime("main").exists(), "nothing is left");
+    // What needs no kernel works.
+    let mut version = Command::new(program());
+    let ended = command::run(version.arg("--version").stdin(Stdio::null()), seconds(20.0));
+    assert!(ended.expect_done().stdout.starts_with("dist-ctl "));
+}

@@ -1,0 +1,369 @@
+//! `cargo xtask vm`: the integration tests on other kernels, each in a virtual machine.
+//!
+//! Fetches kernels as Debian's packages without installing them, packs the tests' programs into an
+//! initramfs, boots each kernel under qemu, and gives a verdict for each. What it needs of the
+//! host is qemu, which it installs, and root, to share /usr with the guests.
+//!
+//! A guest that hangs, panics, or has not run each test that it was given has failed.
+
+#![forbid(unsafe_code)]
+
+mod archive;
+mod kernels;
+mod machine;
+mod modules;
+mod plan;
+mod programs;
+
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+    slice,
+    sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
+
+use crate::{
+    exec::{is_root, say, target},
+    interrupt,
+    packages::{self, Package},
+    setup,
+};
+use archive::Archive;
+use kernels::{KNOWN, Kernel, Known};
+use machine::{Ended, Machine, Share, Verdict};
+use plan::{Choice, LIMIT, Layout, Run, Wanted};
+use programs::Program;
+
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// Which: 5.10, 5.15, 6.1, 6.12, 7, no-wake (one that moves connections without waking servers),
+    /// all, or the path of one that can be booted or of unpacked packages
+    #[arg(long, value_name = "6.1|6.12|7|all|PATH", default_value = "all", value_parser = which)]
+    kernel: Which,
+    /// Only tests that have this in PROGRAM::TEST, such as `waiting::` or `crash`
+    #[arg(long, value_name = "FILTER", conflicts_with = "core")]
+    test: Option<String>,
+    /// Only the tests that tell in a few minutes whether a kernel will do
+    #[arg(long)]
+    core: bool,
+    /// Only with this layout of cgroups
+    #[arg(long, value_enum)]
+    cgroups: Option<Layout>,
+}
+
+/// Which kernels are meant.
+#[derive(Clone)]
+enum Which {
+    All,
+    One(&'static Known),
+    At(PathBuf),
+}
+
+/// A path is made absolute at once, because the directory is changed later.
+fn which(text: &str) -> Result<Which, String> {
+    if text == "all" {
+        return Ok(Which::All);
+    }
+    if let Some(known) = Known::named(text) {
+        return Ok(Which::One(known));
+    }
+    let names: Vec<_> = KNOWN.iter().map(|known| known.name).collect();
+    Path::new(text)
+        .canonicalize()
+        .map(Which::At)
+        .map_err(|error| format!("neither all nor one of {}, nor a path: {error}", names.join(", ")))
+}
+
+/// One guest to boot.
+struct Guest<'g> {
+    kernel: &'g Kernel,
+    layout: Layout,
+    choice: Choice<'g>,
+}
+
+/// A row of the table.
+struct Row {
+    name: String,
+    release: String,
+    verdict: Verdict,
+    left_out: usize,
+    took: Duration,
+    failure: Option<String>,
+}
+
+pub(crate) fn run(workspace: &Path, arguments: &Arguments) -> Result<()> {
+    let wanted = match (&arguments.test, arguments.core) {
+        (Some(filter), _) => Wanted::Containing(filter),
+        (None, true) => Wanted::Core,
+        (None, false) => Wanted::All,
+    };
+    boot_all(workspace, &arguments.kernel, wanted, arguments.cgroups).map(drop)
+}
+
+/// One kernel with the core tests, for CI; how many of them passed.
+pub(crate) fn core(workspace: &Path) -> Result<usize> {
+    let oldest = Known::named("6.1").context("it is one of those that are known")?;
+    boot_all(workspace, &Which::One(oldest), Wanted::Core, Some(Layout::Unified))
+}
+
+fn boot_all(workspace: &Path, which: &Which, wanted: Wanted<'_>, layout: Option<Layout>) -> Result<usize> {
+    install_qemu()?;
+    interrupt::note();
+    let directory = target()?.join("vm");
+    fs::create_dir_all(&directory).with_context(|| format!("make {}", directory.display()))?;
+    // Until we end. Two runs would write the same files.
+    let lock = File::create(directory.join("lock")).context("create a lock")?;
+    ensure!(lock.try_lock().is_ok(), "another cargo xtask vm is running in {}", directory.display());
+    // So that nothing has to be built to learn that a kernel is not to be had.
+    let (kernels, skipped) = find_kernels(which, &directory)?;
+    setup::run(workspace)?;
+    let programs = programs::build()?;
+
+    let guests = guests(&kernels, &programs, wanted, layout);
+    ensure!(!guests.is_empty(), "no test is left that could be run");
+    let runs = || guests.iter().flat_map(|guest| guest.choice.boots.iter().flatten());
+    let packed: Vec<&Program> =
+        programs.iter().filter(|program| runs().any(|run| run.program.name == program.name)).collect();
+    let common = programs::pack(workspace, &directory, &packed)?.finish()?;
+
+    let rows = boot_guests(&guests, &common, &directory)?;
+    show(&rows, &skipped);
+    let failed: Vec<_> =
+        rows.iter().filter(|row| row.failure.is_some()).map(|row| row.name.as_str()).collect();
+    ensure!(failed.is_empty(), "{} of {} guests failed: {}", failed.len(), rows.len(), failed.join(", "));
+    Ok(rows.iter().map(|row| row.verdict.passed).sum())
+}
+
+/// qemu and what shares directories with a guest, and nothing else.
+fn install_qemu() -> Result<()> {
+    if !machine::is_here() && packages::here() {
+        // Without which a package that holds the daemon alone is not asked for.
+        let why = "a guest runs in it";
+        packages::install("vm", vec![Package::new("qemu-system-x86", why)])?;
+        if machine::sharing().is_none() {
+            packages::install("vm", vec![Package::new("virtiofsd", "a guest sees the host's /usr by it")])?;
+        }
+    }
+    ensure!(
+        machine::is_here(),
+        "boot a kernel: there is no {} or no virtiofsd here, and no Debian package to install: install qemu and \
+         virtiofsd, then run this again",
+        machine::QEMU
+    );
+    ensure!(is_root()?, "boot a kernel: virtiofsd shares /usr with the guest as root only: run this as root");
+    Ok(())
+}
+
+/// The kernels, and a line for each that is not to be had.
+fn find_kernels(which: &Which, directory: &Path) -> Result<(Vec<Kernel>, Vec<String>)> {
+    let known = match which {
+        Which::At(path) => return Ok((vec![Kernel::at(path)?], Vec::new())),
+        Which::One(known) => slice::from_ref(*known),
+        Which::All => &KNOWN[..],
+    };
+    let (mut kernels, mut skipped) = (Vec::new(), Vec::new());
+    for known in known {
+        match known.fetch(directory)? {
+            Some(kernel) => kernels.push(kernel),
+            None => {
+                skipped.push(format!("{}: SKIPPED: Debian's archives do not offer it any more", known.name))
+            }
+        }
+    }
+    for line in &skipped {
+        say(&format!("vm: {line}"));
+    }
+    if kernels.is_empty() {
+        bail!("there is no kernel to boot: {}", skipped.join("; "));
+    }
+    Ok((kernels, skipped))
+}
+
+fn guests<'g>(
+    kernels: &'g [Kernel],
+    programs: &'g [Program],
+    wanted: Wanted<'_>,
+    layout: Option<Layout>,
+) -> Vec<Guest<'g>> {
+    let mut guests = Vec::new();
+    for kernel in kernels {
+        for one in [Layout::Unified, Layout::Hybrid] {
+            if layout.is_some_and(|only| only != one) {
+                continue;
+            }
+            let choice = plan::choose(programs, wanted, kernel.role, one);
+            if !choice.boots.is_empty() {
+                guests.push(Guest { kernel, layout: one, choice });
+            }
+        }
+    }
+    guests
+}
+
+/// As many at a time as memory and CPUs allow.
+fn boot_guests(guests: &[Guest<'_>], common: &[u8], directory: &Path) -> Result<Vec<Row>> {
+    let at_once = at_once()?.min(guests.len());
+    say(&format!("vm: guests: {}, of which {at_once} at a time", guests.len()));
+    let next = AtomicUsize::new(0);
+    let rows = Mutex::new(Vec::new());
+    thread::scope(|scope| {
+        for _ in 0..at_once {
+            scope.spawn(|| {
+                loop {
+                    let number = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(guest) = guests.get(number) else {
+                        break;
+                    };
+                    let row = boot_guest(guest, common, directory);
+                    rows.lock().expect("nobody panics with it").push((number, row));
+                }
+            });
+        }
+    });
+    let mut rows = rows.into_inner().expect("nobody panics with it");
+    rows.sort_by_key(|(number, _)| *number);
+    rows.into_iter().map(|(_, row)| row).collect()
+}
+
+fn at_once() -> Result<usize> {
+    let cpus = thread::available_parallelism().context("count the CPUs")?.get();
+    let memory = fs::read_to_string("/proc/meminfo").context("read /proc/meminfo")?;
+    let available = memory
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok())
+        .ok_or_else(|| anyhow!("/proc/meminfo does not say what is available"))?;
+    // Its initramfs is in memory twice.
+    let guests = available / 1024 / (machine::MEMORY + 512);
+    Ok(usize::try_from(guests).unwrap_or(usize::MAX).min(cpus / machine::CPUS as usize).max(1))
+}
+
+/// Boots it as often as its plan says, and adds up.
+fn boot_guest(guest: &Guest<'_>, common: &[u8], directory: &Path) -> Result<Row> {
+    let Guest { kernel, layout, choice } = guest;
+    let name = format!("{} {layout}", kernel.name);
+    for line in &choice.left_out {
+        say(&format!("{name}: LEFT OUT: {line}"));
+    }
+    let file = |end: &str| directory.join(format!("{}-{layout}.{end}", kernel.name));
+    let kept = file("kept");
+    if kept.exists() {
+        fs::remove_dir_all(&kept).context("remove what the last run kept")?;
+    }
+    fs::create_dir_all(&kept).context("make a directory for what boots have in common")?;
+    let shares = [
+        Share { tag: "usr", source: "/usr".into(), directory: "/usr", access: "ro" },
+        Share { tag: "kept", source: kept, directory: "/kept", access: "rw" },
+    ];
+    let mut row = Row {
+        name: name.clone(),
+        release: kernel.release.clone(),
+        verdict: Verdict::default(),
+        left_out: choice.left_out.len(),
+        took: Duration::ZERO,
+        failure: None,
+    };
+    for (number, runs) in choice.boots.iter().enumerate() {
+        let log = file(&format!("{}.log", number + 1));
+        let initramfs = log.with_extension("cpio");
+        let own = own_part(guest, &shares, runs)?;
+        fs::write(&initramfs, [common, &own].concat())
+            .with_context(|| format!("write {}", initramfs.display()))?;
+        let machine = Machine {
+            name: &name,
+            kernel: &kernel.image,
+            initramfs: &initramfs,
+            shares: &shares,
+            log: &log,
+            silence: LIMIT + Duration::from_secs(120),
+        };
+        let Ended { verdict, problem, last_lines, took } = machine.run()?;
+        fs::remove_file(&initramfs).with_context(|| format!("remove {}", initramfs.display()))?;
+        row.took += took;
+        if let Some(Verdict { passed, failed, missing }) = verdict {
+            row.verdict.passed += passed;
+            row.verdict.failed += failed;
+            row.verdict.missing += missing;
+        }
+        let wanted = runs.iter().map(|run| run.tests.len()).sum();
+        if let Some(failure) = problem.or_else(|| judged(verdict, wanted)) {
+            say(&format!("{name}: FAILED: {failure}; its last lines, of {}:", log.display()));
+            for line in last_lines {
+                say(&format!("{name}: | {line}"));
+            }
+            row.failure.get_or_insert(failure);
+        }
+    }
+    Ok(row)
+}
+
+/// What only this boot has: modules and a plan.
+fn own_part(guest: &Guest<'_>, shares: &[Share], runs: &[Run<'_>]) -> Result<Vec<u8>> {
+    let (modules, absent) = guest.kernel.modules()?.in_order(&modules::WANTED)?;
+    for module in absent {
+        say(&format!("vm: {} has no module {module}, nor is it built in", guest.kernel.release));
+    }
+    let mut archive = Archive::new()?;
+    let mut files = Vec::new();
+    for module in &modules {
+        let file = format!("/modules/{}.ko", module.name);
+        archive.bytes(Path::new(&file), 0o644, &module.bytes)?;
+        files.push(file);
+    }
+    archive.text(Path::new("/plan"), &plan::text(guest.layout, &files, shares, runs))?;
+    archive.finish()
+}
+
+/// Why a verdict is not a success.
+fn judged(verdict: Option<Verdict>, wanted: usize) -> Option<String> {
+    match verdict {
+        None => Some("it ended without a verdict".to_owned()),
+        Some(Verdict { passed, failed: 0, missing: 0 }) if passed == wanted => None,
+        Some(Verdict { passed, failed, missing }) => Some(format!(
+            "of {wanted} tests {passed} passed, {failed} failed and {missing} were not heard of"
+        )),
+    }
+}
+
+fn show(rows: &[Row], skipped: &[String]) {
+    say("");
+    say(&format!(
+        "{:16} {:26} {:>6} {:>6} {:>7} {:>8} {:>7}",
+        "guest", "kernel", "passed", "failed", "missing", "left out", "seconds"
+    ));
+    for Row { name, release, verdict: Verdict { passed, failed, missing }, left_out, took, failure } in rows {
+        let seconds = took.as_secs();
+        let failure = failure.as_ref().map_or("ok".to_owned(), |failure| format!("FAILED: {failure}"));
+        say(&format!(
+            "{name:16} {release:26} {passed:6} {failed:6} {missing:7} {left_out:8} {seconds:7} {failure}"
+        ));
+    }
+    for line in skipped {
+        say(line);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_all_tests_passing_is_a_success() {
+        let verdict = |passed, failed, missing| Some(Verdict { passed, failed, missing });
+        for (row, verdict, success) in [
+            ("all passed", verdict(3, 0, 0), true),
+            ("one failed", verdict(2, 1, 0), false),
+            ("one is missing", verdict(2, 0, 1), false),
+            ("fewer than wanted", verdict(2, 0, 0), false),
+            ("no verdict", None, false),
+        ] {
+            assert_eq!(judged(verdict, 3).is_none(), success, "{row}");
+        }
+    }
+}

@@ -1,0 +1,337 @@
+//! Which kernels there are, and fetching one: Debian's packages, unpacked and never installed.
+//!
+//! apt is given directories and a list of sources of our own below `target/vm`, so that it leaves the
+//! machine's alone. Where Debian's archives are to be had is asked of the machine's own sources;
+//! only the suite is another.
+
+#![forbid(unsafe_code)]
+
+use std::{
+    fmt::Write as _,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use xtask::toolchain::Version;
+
+use super::modules::Modules;
+use crate::exec::{exec, find, read, say};
+
+/// The package that depends on the newest kernel of its suite. Cloud kernels are small, and boot
+/// without modules.
+const NEWEST: &str = "linux-image-cloud-amd64";
+
+/// The key by which Debian's archives are signed, of every suite.
+const KEY: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+
+/// What dist-ctl is to do on a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// Everything.
+    Works,
+    /// Everything, and to wake servers itself: the kernel does not when it moves a connection.
+    NeverWakes,
+    /// To refuse it in one sentence.
+    Refused,
+}
+
+/// A kernel by the name that one types.
+#[derive(Debug)]
+pub(crate) struct Known {
+    pub(crate) name: &'static str,
+    pub(crate) role: Role,
+    suites: &'static [Suite],
+    package: Package,
+}
+
+/// A suite of one of Debian's archives.
+#[derive(Debug)]
+enum Suite {
+    Main(&'static str),
+    Security(&'static str),
+}
+
+#[derive(Debug)]
+enum Package {
+    /// The newest whose version begins so.
+    Newest(&'static str),
+    /// The first of these that is still offered.
+    Image(&'static [&'static str]),
+}
+
+use Package::{Image, Newest};
+use Suite::{Main, Security};
+
+pub(crate) const KNOWN: [Known; 6] = [
+    Known {
+        name: "5.10",
+        role: Role::Refused,
+        suites: &[Main("bullseye"), Security("bullseye-security")],
+        package: Newest("5.10."),
+    },
+    // No suite that is still to be had is of its time; it is named so that its absence is said.
+    Known { name: "5.15", role: Role::NeverWakes, suites: &[], package: Newest("5.15.") },
+    Known {
+        name: "6.1",
+        role: Role::Works,
+        suites: &[Main("bookworm"), Security("bookworm-security")],
+        package: Newest("6.1."),
+    },
+    Known {
+        name: "6.12",
+        role: Role::Works,
+        suites: &[Main("trixie"), Security("trixie-security"), Main("bookworm-backports")],
+        package: Newest("6.12."),
+    },
+    // These went out of support before the fix came, or were released before it.
+    Known {
+        name: "no-wake",
+        role: Role::NeverWakes,
+        suites: &[Main("trixie-backports"), Main("bookworm-backports")],
+        package: Image(&["6.18.15+deb13", "6.16.12+deb13", "6.17.13+deb13", "6.12.85+deb12"]),
+    },
+    Known {
+        name: "7",
+        role: Role::Works,
+        suites: &[Main("trixie-backports"), Main("forky"), Main("sid")],
+        package: Newest("7."),
+    },
+];
+
+/// A kernel that can be booted.
+#[derive(Debug)]
+pub(crate) struct Kernel {
+    /// What was typed: `6.1`, or the path's last part.
+    pub(crate) name: String,
+    /// `6.1.0-56-cloud-amd64`, or what is known of it.
+    pub(crate) release: String,
+    pub(crate) role: Role,
+    pub(crate) image: PathBuf,
+    modules: Option<PathBuf>,
+}
+
+impl Kernel {
+    pub(crate) fn modules(&self) -> Result<Modules> {
+        self.modules.as_deref().map_or_else(|| Ok(Modules::none()), Modules::find)
+    }
+
+    /// A file that one can boot, or a directory into which a kernel's packages were unpacked.
+    pub(crate) fn at(path: &Path) -> Result<Self> {
+        let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+        if path.is_dir() {
+            return Self::unpacked(name, Role::Works, path);
+        }
+        ensure!(path.is_file(), "{} is neither a file nor a directory", path.display());
+        let release = "a file, without modules".to_owned();
+        Ok(Self { name, release, role: Role::Works, image: path.to_owned(), modules: None })
+    }
+
+    fn unpacked(name: String, role: Role, root: &Path) -> Result<Self> {
+        let modules = ["lib/modules", "usr/lib/modules"]
+            .into_iter()
+            .find_map(|directory| fs::read_dir(root.join(directory)).ok()?.next()?.ok())
+            .with_context(|| format!("{} has no lib/modules", root.display()))?
+            .path();
+        let release = modules.file_name().context("a release has a name")?.to_string_lossy().into_owned();
+        // Since 7.2 it lies with its modules.
+        let image = [root.join("boot").join(format!("vmlinuz-{release}")), modules.join("vmlinuz")]
+            .into_iter()
+            .find(|image| image.is_file())
+            .with_context(|| format!("{} has no vmlinuz", root.display()))?;
+        Ok(Self { name, release, role, image, modules: Some(modules) })
+    }
+}
+
+impl Suite {
+    fn name(&self) -> &'static str {
+        match self {
+            Main(name) | Security(name) => name,
+        }
+    }
+}
+
+impl Known {
+    pub(crate) fn named(name: &str) -> Option<&'static Self> {
+        KNOWN.iter().find(|known| known.name == name)
+    }
+
+    /// The kernel; `None` if Debian does not offer it any more.
+    pub(crate) fn fetch(&self, directory: &Path) -> Result<Option<Kernel>> {
+        let root = directory.join("kernels").join(self.name);
+        if !root.is_dir() {
+            let apt = Apt::new(&directory.join("apt").join(self.name), self.suites)?;
+            let Some(image) = self.choose(&apt)? else {
+                return Ok(None);
+            };
+            say(&format!("vm: fetching {image} for {}", self.name));
+            // Aside, then renamed: what is there later is whole.
+            let aside = root.with_extension("part");
+            if aside.exists() {
+                fs::remove_dir_all(&aside).context("remove what was fetched by half")?;
+            }
+            fs::create_dir_all(&aside).context("make a directory for a kernel")?;
+            apt.unpack(&image, &aside)?;
+            fs::rename(&aside, &root).context("put the kernel in place")?;
+        }
+        Kernel::unpacked(self.name.to_owned(), self.role, &root).map(Some)
+    }
+
+    fn choose(&self, apt: &Apt) -> Result<Option<String>> {
+        match self.package {
+            Newest(prefix) => {
+                let listed = apt.ask("apt-cache", &["madison", NEWEST])?;
+                let Some(version) = newest(&listed, prefix) else {
+                    return Ok(None);
+                };
+                let wanted = format!("{NEWEST}={version}");
+                let images = apt.dependencies(&wanted, "linux-image-")?;
+                Ok(Some(images.into_iter().next().with_context(|| format!("{wanted} names no image"))?))
+            }
+            Image(versions) => {
+                for version in versions {
+                    let image = format!("linux-image-{version}-cloud-amd64");
+                    // Nothing is printed of a package that is not offered.
+                    if !apt.ask("apt-cache", &["madison", &image])?.trim().is_empty() {
+                        return Ok(Some(image));
+                    }
+                }
+                Ok(None)
+            }
+        }
+    }
+}
+
+/// The newest version in `package | version | source` lines that begins with `prefix`.
+fn newest(listed: &str, prefix: &str) -> Option<String> {
+    let versions = listed.lines().filter_map(|line| line.split('|').nth(1)).map(str::trim);
+    versions
+        .filter(|version| version.starts_with(prefix))
+        .max_by_key(|version| Version::parse(version))
+        .map(str::to_owned)
+}
+
+/// apt with directories of its own.
+struct Apt {
+    options: Vec<String>,
+    directory: PathBuf,
+}
+
+impl Apt {
+    /// Has fetched the lists of these suites, as far as they are to be had.
+    fn new(directory: &Path, suites: &[Suite]) -> Result<Self> {
+        for program in ["apt-get", "apt-cache", "dpkg"] {
+            ensure!(
+                find(program).is_some(),
+                "fetch a kernel: it is a package of Debian's, and there is no {program} here: give the path of \
+                 a kernel instead (--kernel PATH)"
+            );
+        }
+        for part in ["lists/partial", "cache/archives/partial"] {
+            fs::create_dir_all(directory.join(part)).context("make directories for apt")?;
+        }
+        let directory = directory.canonicalize().context("find the directory for apt")?;
+        let sources = directory.join("sources.list");
+        fs::write(&sources, sources_of(suites)?).context("write a list of sources for apt")?;
+        let [lists, cache] = ["lists", "cache"].map(|part| directory.join(part));
+        let options = [
+            format!("Dir::Etc::sourcelist={}", sources.display()),
+            "Dir::Etc::sourceparts=/dev/null".to_owned(),
+            format!("Dir::State::lists={}", lists.display()),
+            format!("Dir::Cache={}", cache.display()),
+            "Dir::Cache::pkgcache=".to_owned(),
+            "Dir::Cache::srcpkgcache=".to_owned(),
+            "Debug::NoLocking=1".to_owned(),
+            "Acquire::Languages=none".to_owned(),
+            "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false".to_owned(),
+            // "Download is performed unsandboxed as root as file ... couldn't be accessed by user '_apt'."
+            "APT::Sandbox::User=root".to_owned(),
+        ];
+        let options = options.into_iter().flat_map(|option| ["-o".to_owned(), option]).collect();
+        let apt = Self { options, directory };
+        // A suite that is gone is no reason not to look into the others; who finds nothing says so.
+        if apt.ask("apt-get", &["update", "-q"]).is_err() {
+            let names: Vec<_> = suites.iter().map(Suite::name).collect();
+            say(&format!("vm: not every list of packages of {} could be fetched", names.join(", ")));
+        }
+        Ok(apt)
+    }
+
+    fn ask(&self, program: &str, words: &[&str]) -> Result<String> {
+        read(Command::new(program).args(&self.options).args(words).env("LC_ALL", "C"))
+    }
+
+    /// The dependencies of a package that begin so, without their versions.
+    fn dependencies(&self, package: &str, prefix: &str) -> Result<Vec<String>> {
+        let about = self.ask("apt-cache", &["show", package])?;
+        let line = about.lines().find_map(|line| line.strip_prefix("Depends: ")).unwrap_or_default();
+        let names = line.split([',', '|']).filter_map(|one| one.split_whitespace().next());
+        Ok(names.filter(|name| name.starts_with(prefix)).map(str::to_owned).collect())
+    }
+
+    /// Unpacks an image, and what it is split into since 6.19.
+    fn unpack(&self, image: &str, root: &Path) -> Result<()> {
+        let mut packages = vec![image.to_owned()];
+        for prefix in ["linux-base-", "linux-binary-", "linux-modules-"] {
+            packages.extend(self.dependencies(image, prefix)?);
+        }
+        let debs = self.directory.join("debs");
+        fs::create_dir_all(&debs).context("make a directory for packages")?;
+        let mut download = Command::new("apt-get");
+        download.args(&self.options).args(["download", "-q"]).args(&packages).current_dir(&debs);
+        read(&mut download).with_context(|| format!("fetch {}", packages.join(", ")))?;
+        for deb in fs::read_dir(&debs).context("read the packages")? {
+            let deb = deb.context("read the packages")?.path();
+            exec(Command::new("dpkg").arg("-x").arg(&deb).arg(root))?;
+        }
+        fs::remove_dir_all(&debs).context("remove the packages")
+    }
+}
+
+/// Lines for apt's list of sources, with the machine's own addresses of Debian's archives.
+fn sources_of(suites: &[Suite]) -> Result<String> {
+    let address = |label: &str| -> Result<String> {
+        let words = ["indextargets", "--format", "$(REPO_URI)", "Origin: Debian", label];
+        let found = read(Command::new("apt-get").args(words).env("LC_ALL", "C"))?;
+        let Some(first) = found.lines().next() else {
+            bail!(
+                "fetch a kernel: this machine's sources of packages have no archive of Debian's with \
+                 \"{label}\": run apt-get update, or give the path of a kernel instead (--kernel PATH)"
+            );
+        };
+        Ok(first.to_owned())
+    };
+    // Other keys than Debian's may be trusted for other archives.
+    let key = if Path::new(KEY).exists() { format!("[signed-by={KEY}] ") } else { String::new() };
+    let mut text = String::new();
+    for suite in suites {
+        let label = match suite {
+            Main(_) => "Label: Debian",
+            Security(_) => "Label: Debian-Security",
+        };
+        writeln!(text, "deb {key}{} {} main", address(label)?, suite.name())
+            .context("a text can be written to")?;
+    }
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_version_of_a_series_is_found_in_any_suite() {
+        let listed = "\
+linux-image-cloud-amd64 | 7.2.13-1 | http://x sid/main amd64 Packages
+linux-image-cloud-amd64 | 7.3.4-1~bpo13+1 | http://x trixie-backports/main amd64 Packages
+linux-image-cloud-amd64 | 6.12.118-1 | http://x trixie-security/main amd64 Packages
+linux-image-cloud-amd64 |  6.12.95-1~bpo12+1 | http://x bookworm-backports/main amd64 Packages
+";
+        for (prefix, version) in
+            [("7.", Some("7.3.4-1~bpo13+1")), ("6.12.", Some("6.12.118-1")), ("6.1.", None), ("5.15.", None)]
+        {
+            assert_eq!(newest(listed, prefix).as_deref(), version, "{prefix}");
+        }
+    }
+}

@@ -1,0 +1,250 @@
+//! What a guest is to do: which tests, on which kernel, with which cgroups; and which not, and why.
+//!
+//! Written as the file that `tests/src/bin/guest/plan.rs` reads.
+
+#![forbid(unsafe_code)]
+
+use std::{fmt, fmt::Write as _, time::Duration};
+
+use clap::ValueEnum;
+
+use super::{kernels::Role, machine::Share, programs::Program};
+
+/// How many times slower than this machine a guest may be.
+const PATIENCE: u32 = 10;
+
+/// How long one program of tests may take.
+pub(crate) const LIMIT: Duration = Duration::from_secs(1800);
+
+/// How the cgroup controllers are laid out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Layout {
+    /// All in one tree of cgroup v2.
+    Unified,
+    /// In trees of cgroup v1, with a v2 without controllers beside them.
+    Hybrid,
+}
+
+/// Which of the tests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wanted<'w> {
+    All,
+    /// Those that tell in a few minutes whether a kernel will do.
+    Core,
+    /// Those that have this in `PROGRAM::TEST`.
+    Containing(&'w str),
+}
+
+/// How the names of the core's tests begin.
+const CORE: [&str; 3] = ["fallback::", "guest::a_cpu", "guest::a_kernel"];
+
+/// The programs to whose tests it may matter how cgroups are laid out.
+const CGROUPS: [&str; 7] =
+    ["adopt", "adoption", "exhaustion", "fallback", "foreign", "privileges", "supervision"];
+
+/// Its tests take one boot each, in this order, with a directory in common.
+const REBOOT: &str = "reboot";
+
+/// A test that is not run in a guest.
+struct LeftOut {
+    program: &'static str,
+    /// All of them if there is none.
+    test: Option<&'static str>,
+    on: fn(Role) -> bool,
+    why: &'static str,
+}
+
+const LEFT_OUT: [LeftOut; 8] = [
+    LeftOut {
+        program: "guest",
+        test: Some("a_cpu_that_goes_away_and_comes_back_fails_no_connection"),
+        on: |role| role == Role::Refused,
+        why: "dist-ctl refuses this kernel",
+    },
+    LeftOut {
+        program: "guest",
+        test: Some("memory_that_runs_out_fails_no_connection"),
+        on: |role| role == Role::Refused,
+        why: "dist-ctl refuses this kernel",
+    },
+    LeftOut {
+        program: "docs",
+        test: None,
+        on: |_| true,
+        why: "it reads the repository, and is the same on every kernel",
+    },
+    LeftOut {
+        program: "guest",
+        test: Some("a_kernel_that_is_too_old_is_refused_in_one_sentence"),
+        on: |role| role != Role::Refused,
+        why: "this kernel is not too old",
+    },
+    LeftOut {
+        program: "guest",
+        test: Some("a_kernel_that_does_not_wake_gets_the_bell"),
+        on: |role| role != Role::NeverWakes,
+        why: "this kernel wakes",
+    },
+    LeftOut {
+        program: "guest",
+        test: Some("a_kernel_that_wakes_gets_no_bell"),
+        on: |role| role != Role::Works,
+        why: "this kernel does not wake",
+    },
+    LeftOut {
+        program: "waiting",
+        test: Some("the_bell_wakes_servers_and_counts_nowhere"),
+        on: |role| role != Role::Works,
+        why: "it also switches the bell off, without which this kernel wakes nobody",
+    },
+    LeftOut {
+        program: "keeper",
+        test: Some("a_bell_that_cannot_be_rung_is_rung_later"),
+        on: |role| role != Role::Works,
+        why: "it is about a kernel that wakes, to show that nothing else does",
+    },
+];
+
+/// The tests of one program that are run.
+pub(crate) struct Run<'p> {
+    pub(crate) program: &'p Program,
+    pub(crate) tests: Vec<&'p str>,
+}
+
+/// What a guest is to run, and what not.
+#[derive(Default)]
+pub(crate) struct Choice<'p> {
+    /// What each boot runs.
+    pub(crate) boots: Vec<Vec<Run<'p>>>,
+    /// A line for each test that was wanted and is not run.
+    pub(crate) left_out: Vec<String>,
+}
+
+pub(crate) fn choose<'p>(
+    programs: &'p [Program],
+    wanted: Wanted<'_>,
+    role: Role,
+    layout: Layout,
+) -> Choice<'p> {
+    let (mut choice, mut together) = (Choice::default(), Vec::new());
+    for program in programs {
+        let name = program.name.as_str();
+        let mut run = Run { program, tests: Vec::new() };
+        for test in &program.tests {
+            let full = format!("{name}::{}", test);
+            let is_wanted = match wanted {
+                Wanted::All => layout == Layout::Unified || CGROUPS.contains(&name),
+                Wanted::Core => CORE.iter().any(|start| full.starts_with(start)),
+                Wanted::Containing(part) => full.contains(part),
+            };
+            if is_wanted {
+                match why_not(name, &test, role) {
+                    None => run.tests.push(&test),
+                    Some(why) => choice.left_out.push(format!("{full}: {why}")),
+                }
+            }
+        }
+        if name == REBOOT {
+            choice.boots.extend(run.tests.into_iter().map(|test| vec![Run { program, tests: vec![test] }]));
+        } else if !run.tests.is_empty() {
+            together.push(run);
+        }
+    }
+    if !together.is_empty() {
+        choice.boots.insert(0, together);
+    }
+    choice
+}
+
+/// Why a test is not run on such a kernel.
+fn why_not(program: &str, test: &str, role: Role) -> Option<&'static str> {
+    if role == Role::Refused && program != "guest" {
+        return Some("dist-ctl refuses this kernel");
+    }
+    let listed = LEFT_OUT.iter().find(|left_out| {
+        left_out.program == program && left_out.test.is_none_or(|name| name == test) && (left_out.on)(role)
+    });
+    listed.map(|left_out| left_out.why)
+}
+
+/// The file.
+pub(crate) fn text(layout: Layout, modules: &[String], shares: &[Share], runs: &[Run<'_>]) -> String {
+    let mut text = String::new();
+    let mut line = |line: fmt::Arguments<'_>| {
+        // A text can always be written to.
+        let _ = writeln!(text, "{line}");
+    };
+    if layout == Layout::Hybrid {
+        line(format_args!("hybrid"));
+    }
+    for module in modules {
+        line(format_args!("module {module}"));
+    }
+    for Share { tag, directory, access, .. } in shares {
+        line(format_args!("share {tag} {directory} {access}"));
+    }
+    for (name, value) in [
+        ("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"),
+        ("HOME", "/root"),
+        ("LANG", "C.UTF-8"),
+        ("RUST_BACKTRACE", "0"),
+        ("TESTS_PATIENCE", &PATIENCE.to_string()),
+    ] {
+        line(format_args!("environment {name}={value}"));
+    }
+    line(format_args!("limit {}", LIMIT.as_secs()));
+    for Run { program, tests } in runs {
+        line(format_args!("run {} {}", program.path().display(), tests.join(" ")));
+    }
+    text
+}
+
+impl fmt::Display for Layout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Unified => "unified",
+            Self::Hybrid => "hybrid",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn programs() -> Vec<Program> {
+        let tests = |tests: &[&str]| tests.iter().map(|&test| test.to_owned()).collect();
+        vec![
+            Program::new("docs", tests(&["every_link_leads_to_a_file"])),
+            Program::new("fallback", tests(&["the_next_best_server_takes_it"])),
+            Program::new("guest", tests(&["a_kernel_that_is_too_old_is_refused_in_one_sentence"])),
+            Program::new("reboot", tests(&["a_first_boot", "a_second_boot"])),
+        ]
+    }
+
+    fn chosen(wanted: Wanted<'_>, role: Role, layout: Layout) -> (Vec<Vec<String>>, usize) {
+        let programs = programs();
+        let Choice { boots, left_out } = choose(&programs, wanted, role, layout);
+        let name = |run: &Run<'_>| format!("{} {}", run.program.name, run.tests.len());
+        (boots.iter().map(|runs| runs.iter().map(name).collect()).collect(), left_out.len())
+    }
+
+    #[test]
+    fn each_kernel_gets_the_tests_that_are_about_it() {
+        use Layout::{Hybrid, Unified};
+        let strings = |boots: &[&[&str]]| -> Vec<Vec<String>> {
+            boots.iter().map(|boot| boot.iter().map(|&run| run.to_owned()).collect()).collect()
+        };
+        let everything: &[&[&str]] = &[&["fallback 1"], &["reboot 1"], &["reboot 1"]];
+        for (row, wanted, role, layout, boots, left_out) in [
+            ("all", Wanted::All, Role::Works, Unified, everything, 2),
+            ("what is about cgroups", Wanted::All, Role::Works, Hybrid, &[&["fallback 1"]], 0),
+            ("the core", Wanted::Core, Role::Works, Unified, &[&["fallback 1"]], 1),
+            ("by name", Wanted::Containing("second"), Role::Works, Unified, &[&["reboot 1"]], 0),
+            ("too old", Wanted::All, Role::Refused, Unified, &[&["guest 1"]], 4),
+            ("nothing", Wanted::Containing("no such test"), Role::Works, Unified, &[], 0),
+        ] {
+            assert_eq!(chosen(wanted, role, layout), (strings(boots), left_out), "{row}");
+        }
+    }
+}

@@ -7,13 +7,6 @@ mod bench;
 mod ci;
 mod exec;
 mod interrupt;
-#[cfg_attr(
-    not(test),
-    expect(
-        dead_code,
-        reason = "for whoever boots kernels and asks the doctor on each, which nothing does yet"
-    )
-)]
 mod kernels;
 mod packages;
 mod setup;

@@ -56,6 +56,9 @@ pub(crate) struct Arguments {
     /// Only with this layout of cgroups
     #[arg(long, value_enum)]
     cgroups: Option<Layout>,
+    /// Write docs/kernels.md: what dist-ctl doctor says on each of these kernels
+    #[arg(long)]
+    write: bool,
 }
 
 /// Which kernels are meant.
@@ -93,6 +96,8 @@ struct Row {
     name: String,
     release: String,
     verdict: Verdict,
+    /// What `dist-ctl doctor --json` said.
+    doctor: Option<String>,
     left_out: usize,
     took: Duration,
     failure: Option<String>,
@@ -104,16 +109,39 @@ pub(crate) fn run(workspace: &Path, arguments: &Arguments) -> Result<()> {
         (None, true) => Wanted::Core,
         (None, false) => Wanted::All,
     };
-    boot_all(workspace, &arguments.kernel, wanted, arguments.cgroups).map(drop)
+    let rows = boot_all(workspace, &arguments.kernel, wanted, arguments.cgroups)?;
+    if arguments.write {
+        let file = workspace.join("docs/kernels.md");
+        fs::write(&file, kernels_page(&rows)?).with_context(|| format!("write {}", file.display()))?;
+    }
+    succeeded(&rows).map(drop)
+}
+
+/// docs/kernels.md. Of each kernel one guest is enough: its cgroups make no difference to the doctor.
+fn kernels_page(rows: &[Row]) -> Result<String> {
+    let mut documents = Vec::new();
+    let mut releases = Vec::new();
+    for row in rows.iter().filter(|row| !row.release.is_empty()) {
+        if !releases.contains(&&row.release) {
+            releases.push(&row.release);
+            documents
+                .push(row.doctor.as_ref().with_context(|| format!("{}: its doctor said nothing", row.name))?);
+        }
+    }
+    Ok(format!(
+        "# Kernels\n\nWhat [`dist-ctl doctor`](doctor.md) says on Debian's kernels, each in a virtual machine: written by \
+         `cargo xtask vm --core --write`.\n\n{}",
+        crate::kernels::table(&documents)?
+    ))
 }
 
 /// One kernel with the core tests, for CI; how many of them passed.
 pub(crate) fn core(workspace: &Path) -> Result<usize> {
     let oldest = Known::named("6.1").context("it is one of those that are known")?;
-    boot_all(workspace, &Which::One(oldest), Wanted::Core, Some(Layout::Unified))
+    succeeded(&boot_all(workspace, &Which::One(oldest), Wanted::Core, Some(Layout::Unified))?)
 }
 
-fn boot_all(workspace: &Path, which: &Which, wanted: Wanted<'_>, layout: Option<Layout>) -> Result<usize> {
+fn boot_all(workspace: &Path, which: &Which, wanted: Wanted<'_>, layout: Option<Layout>) -> Result<Vec<Row>> {
     install_qemu()?;
     interrupt::note();
     let directory = target()?.join("vm");
@@ -135,6 +163,11 @@ fn boot_all(workspace: &Path, which: &Which, wanted: Wanted<'_>, layout: Option<
 
     let rows = boot_guests(&guests, &common, &directory)?;
     show(&rows, &skipped);
+    Ok(rows)
+}
+
+/// How many tests passed, if all did.
+fn succeeded(rows: &[Row]) -> Result<usize> {
     let failed: Vec<_> =
         rows.iter().filter(|row| row.failure.is_some()).map(|row| row.name.as_str()).collect();
     ensure!(failed.is_empty(), "{} of {} guests failed: {}", failed.len(), rows.len(), failed.join(", "));
@@ -265,6 +298,7 @@ fn boot_guest(guest: &Guest<'_>, common: &[u8], directory: &Path) -> Result<Row>
         name: name.clone(),
         release: kernel.release.clone(),
         verdict: Verdict::default(),
+        doctor: None,
         left_out: choice.left_out.len(),
         took: Duration::ZERO,
         failure: None,
@@ -283,9 +317,10 @@ fn boot_guest(guest: &Guest<'_>, common: &[u8], directory: &Path) -> Result<Row>
             log: &log,
             silence: LIMIT + Duration::from_secs(120),
         };
-        let Ended { verdict, problem, last_lines, took } = machine.run()?;
+        let Ended { verdict, doctor, problem, last_lines, took } = machine.run()?;
         fs::remove_file(&initramfs).with_context(|| format!("remove {}", initramfs.display()))?;
         row.took += took;
+        row.doctor = row.doctor.or(doctor);
         if let Some(Verdict { passed, failed, missing }) = verdict {
             row.verdict.passed += passed;
             row.verdict.failed += failed;
@@ -337,7 +372,10 @@ fn show(rows: &[Row], skipped: &[String]) {
         "{:16} {:26} {:>6} {:>6} {:>7} {:>8} {:>7}",
         "guest", "kernel", "passed", "failed", "missing", "left out", "seconds"
     ));
-    for Row { name, release, verdict: Verdict { passed, failed, missing }, left_out, took, failure } in rows {
+    for row in rows {
+        let Row {
+            name, release, verdict: Verdict { passed, failed, missing }, left_out, took, failure, ..
+        } = row;
         let seconds = took.as_secs();
         let failure = failure.as_ref().map_or("ok".to_owned(), |failure| format!("FAILED: {failure}"));
         say(&format!(

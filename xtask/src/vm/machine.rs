@@ -76,6 +76,8 @@ pub(crate) struct Verdict {
 /// What became of a guest.
 pub(crate) struct Ended {
     pub(crate) verdict: Option<Verdict>,
+    /// What `dist-ctl doctor --json` said.
+    pub(crate) doctor: Option<String>,
     /// Why it failed whatever its verdict is.
     pub(crate) problem: Option<String>,
     pub(crate) last_lines: Vec<String>,
@@ -151,14 +153,19 @@ impl Machine<'_> {
                 }
             }
         });
-        let (mut verdict, mut problem, mut last_lines) = (None, None, VecDeque::new());
+        let (mut verdict, mut doctor) = (None, None);
+        let (mut problem, mut last_lines) = (None, VecDeque::new());
         let mut heard = start;
         loop {
             match lines.recv_timeout(Duration::from_millis(200)) {
                 Ok(line) => {
                     writeln!(log, "{line}").with_context(|| format!("write {}", self.log.display()))?;
-                    say(&format!("{} {:4} s: {line}", self.name, start.elapsed().as_secs()));
                     heard = Instant::now();
+                    if let Some(document) = line.strip_prefix("guest: doctor: ") {
+                        doctor = Some(document.to_owned());
+                        continue;
+                    }
+                    say(&format!("{} {:4} s: {line}", self.name, start.elapsed().as_secs()));
                     verdict = Verdict::parse(&line).or(verdict);
                     if ENDS.iter().any(|words| line.contains(words)) {
                         problem.get_or_insert(format!("its kernel said: {line}"));
@@ -183,7 +190,7 @@ impl Machine<'_> {
         if !status.success() {
             problem.get_or_insert(format!("{QEMU} ended with {status}"));
         }
-        Ok(Ended { verdict, problem, last_lines: last_lines.into(), took: start.elapsed() })
+        Ok(Ended { verdict, doctor, problem, last_lines: last_lines.into(), took: start.elapsed() })
     }
 
     fn socket(&self, share: &Share) -> PathBuf {

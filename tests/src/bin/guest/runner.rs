@@ -35,6 +35,7 @@ struct Tally {
 }
 
 pub(crate) fn run(plan: &Plan) -> Result<()> {
+    ask_doctor(plan)?;
     let mut all = Tally::default();
     for run in &plan.runs {
         let start = Instant::now();
@@ -50,6 +51,17 @@ pub(crate) fn run(plan: &Plan) -> Result<()> {
     }
     let Tally { passed, failed, missing } = all;
     say(&format!("verdict: {passed} passed, {failed} failed, {missing} missing"));
+    Ok(())
+}
+
+/// What `dist-ctl doctor` says of this kernel, on one line.
+fn ask_doctor(plan: &Plan) -> Result<()> {
+    let program = plan.environment.iter().find(|(name, _)| name == "DIST_CTL_BIN");
+    let (_, program) = program.context("the plan says where dist-ctl is")?;
+    let asked = Command::new(program).args(["doctor", "--json"]).stdin(Stdio::null()).output();
+    let said = String::from_utf8(asked.context("run dist-ctl doctor")?.stdout)?;
+    // No text in JSON goes over the end of a line.
+    say(&format!("doctor: {}", said.lines().map(str::trim).collect::<String>()));
     Ok(())
 }
 

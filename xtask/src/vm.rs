@@ -248,7 +248,7 @@ fn at_once() -> Result<usize> {
 fn boot_guest(guest: &Guest<'_>, common: &[u8], directory: &Path) -> Result<Row> {
     let Guest { kernel, layout, choice } = guest;
     let name = format!("{} {layout}", kernel.name);
-    for line in &choice.left_out {
+    for line in &choice.reasons {
         say(&format!("{name}: LEFT OUT: {line}"));
     }
     let file = |end: &str| directory.join(format!("{}-{layout}.{end}", kernel.name));
@@ -265,7 +265,7 @@ fn boot_guest(guest: &Guest<'_>, common: &[u8], directory: &Path) -> Result<Row>
         name: name.clone(),
         release: kernel.release.clone(),
         verdict: Verdict::default(),
-        left_out: choice.left_out.len(),
+        left_out: choice.left_out,
         took: Duration::ZERO,
         failure: None,
     };

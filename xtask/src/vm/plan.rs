@@ -116,8 +116,10 @@ pub(crate) struct Run<'p> {
 pub(crate) struct Choice<'p> {
     /// What each boot runs.
     pub(crate) boots: Vec<Vec<Run<'p>>>,
-    /// A line for each test that was wanted and is not run.
-    pub(crate) left_out: Vec<String>,
+    /// How many tests were wanted and are not run.
+    pub(crate) left_out: usize,
+    /// Which, and why: a line for each, or one for a whole program.
+    pub(crate) reasons: Vec<String>,
 }
 
 pub(crate) fn choose<'p>(
@@ -129,7 +131,7 @@ pub(crate) fn choose<'p>(
     let (mut choice, mut together) = (Choice::default(), Vec::new());
     for program in programs {
         let name = program.name.as_str();
-        let mut run = Run { program, tests: Vec::new() };
+        let (mut run, mut reasons) = (Run { program, tests: Vec::new() }, Vec::new());
         for test in &program.tests {
             let full = format!("{name}::{}", test);
             let is_wanted = match wanted {
@@ -140,9 +142,16 @@ pub(crate) fn choose<'p>(
             if is_wanted {
                 match why_not(name, &test, role) {
                     None => run.tests.push(&test),
-                    Some(why) => choice.left_out.push(format!("{full}: {why}")),
+                    Some(why) => reasons.push((full, why)),
                 }
             }
+        }
+        choice.left_out += reasons.len();
+        match &reasons[..] {
+            [(_, why), more @ ..] if run.tests.is_empty() && more.iter().all(|(_, other)| other == why) => {
+                choice.reasons.push(format!("{name} ({} tests): {why}", reasons.len()));
+            }
+            _ => choice.reasons.extend(reasons.iter().map(|(full, why)| format!("{full}: {why}"))),
         }
         if name == REBOOT {
             choice.boots.extend(run.tests.into_iter().map(|test| vec![Run { program, tests: vec![test] }]));
@@ -224,9 +233,9 @@ mod tests {
 
     fn chosen(wanted: Wanted<'_>, role: Role, layout: Layout) -> (Vec<Vec<String>>, usize) {
         let programs = programs();
-        let Choice { boots, left_out } = choose(&programs, wanted, role, layout);
+        let Choice { boots, left_out, .. } = choose(&programs, wanted, role, layout);
         let name = |run: &Run<'_>| format!("{} {}", run.program.name, run.tests.len());
-        (boots.iter().map(|runs| runs.iter().map(name).collect()).collect(), left_out.len())
+        (boots.iter().map(|runs| runs.iter().map(name).collect()).collect(), left_out)
     }
 
     #[test]

@@ -140,8 +140,8 @@ pub(crate) fn choose<'p>(
                 Wanted::Containing(part) => full.contains(part),
             };
             if is_wanted {
-                match why_not(name, &test, role) {
-                    None => run.tests.push(&test),
+                match why_not(name, test, role) {
+                    None => run.tests.push(test),
                     Some(why) => reasons.push((full, why)),
                 }
             }

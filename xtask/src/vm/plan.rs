@@ -4,7 +4,11 @@
 
 #![forbid(unsafe_code)]
 
-use std::{fmt, fmt::Write as _, time::Duration};
+use std::{
+    fmt::{self, Write as _},
+    path::Path,
+    time::Duration,
+};
 
 use clap::ValueEnum;
 
@@ -54,19 +58,7 @@ struct LeftOut {
     why: &'static str,
 }
 
-const LEFT_OUT: [LeftOut; 8] = [
-    LeftOut {
-        program: "guest",
-        test: Some("a_cpu_that_goes_away_and_comes_back_fails_no_connection"),
-        on: |role| role == Role::Refused,
-        why: "dist-ctl refuses this kernel",
-    },
-    LeftOut {
-        program: "guest",
-        test: Some("memory_that_runs_out_fails_no_connection"),
-        on: |role| role == Role::Refused,
-        why: "dist-ctl refuses this kernel",
-    },
+const LEFT_OUT: [LeftOut; 6] = [
     LeftOut {
         program: "docs",
         test: None,
@@ -75,7 +67,7 @@ const LEFT_OUT: [LeftOut; 8] = [
     },
     LeftOut {
         program: "guest",
-        test: Some("a_kernel_that_is_too_old_is_refused_in_one_sentence"),
+        test: Some(REFUSED),
         on: |role| role != Role::Refused,
         why: "this kernel is not too old",
     },
@@ -103,6 +95,20 @@ const LEFT_OUT: [LeftOut; 8] = [
         on: |role| role != Role::Works,
         why: "it is about a kernel that wakes, to show that nothing else does",
     },
+];
+
+/// The one test for a kernel that dist-ctl refuses.
+const REFUSED: &str = "a_kernel_that_is_too_old_is_refused_in_one_sentence";
+
+/// The real servers, by a word in the names of their tests, and the file of this machine that the guest
+/// has to see for each.
+const SERVERS: [(&str, &str); 6] = [
+    ("gunicorn", "/usr/bin/gunicorn"),
+    ("java", "/usr/bin/javac"),
+    ("nginx", "/usr/sbin/nginx"),
+    ("node", "/usr/bin/node"),
+    ("python", "/usr/bin/python3"),
+    ("tomcat", "/usr/share/tomcat10/bin/catalina.sh"),
 ];
 
 /// The tests of one program that are run.
@@ -165,15 +171,21 @@ pub(crate) fn choose<'p>(
     choice
 }
 
-/// Why a test is not run on such a kernel.
-fn why_not(program: &str, test: &str, role: Role) -> Option<&'static str> {
-    if role == Role::Refused && program != "guest" {
-        return Some("dist-ctl refuses this kernel");
+/// Why a test is not run on such a kernel, or from this machine.
+fn why_not(program: &str, test: &str, role: Role) -> Option<String> {
+    if role == Role::Refused && test != REFUSED {
+        return Some("dist-ctl refuses this kernel".to_owned());
+    }
+    if program == "servers"
+        && let Some((_, file)) = SERVERS.iter().find(|(server, _)| test.contains(server))
+        && !Path::new(file).exists()
+    {
+        return Some(format!("there is no {file} on this machine: cargo xtask test installs it"));
     }
     let listed = LEFT_OUT.iter().find(|left_out| {
         left_out.program == program && left_out.test.is_none_or(|name| name == test) && (left_out.on)(role)
     });
-    listed.map(|left_out| left_out.why)
+    listed.map(|left_out| left_out.why.to_owned())
 }
 
 /// The file.

@@ -17,6 +17,7 @@ mod programs;
 
 use std::{
     fs::{self, File},
+    num::NonZeroUsize,
     path::{Path, PathBuf},
     slice,
     sync::{
@@ -56,6 +57,9 @@ pub(crate) struct Arguments {
     /// Only with this layout of cgroups
     #[arg(long, value_enum)]
     cgroups: Option<Layout>,
+    /// How many guests at a time [default: as CPUs and memory allow]
+    #[arg(long, value_name = "NUMBER")]
+    jobs: Option<NonZeroUsize>,
 }
 
 /// Which kernels are meant.
@@ -104,16 +108,22 @@ pub(crate) fn run(workspace: &Path, arguments: &Arguments) -> Result<()> {
         (None, true) => Wanted::Core,
         (None, false) => Wanted::All,
     };
-    boot_all(workspace, &arguments.kernel, wanted, arguments.cgroups).map(drop)
+    boot_all(workspace, &arguments.kernel, wanted, arguments.cgroups, arguments.jobs).map(drop)
 }
 
 /// One kernel with the core tests, for CI; how many of them passed.
 pub(crate) fn core(workspace: &Path) -> Result<usize> {
     let oldest = Known::named("6.1").context("it is one of those that are known")?;
-    boot_all(workspace, &Which::One(oldest), Wanted::Core, Some(Layout::Unified))
+    boot_all(workspace, &Which::One(oldest), Wanted::Core, Some(Layout::Unified), None)
 }
 
-fn boot_all(workspace: &Path, which: &Which, wanted: Wanted<'_>, layout: Option<Layout>) -> Result<usize> {
+fn boot_all(
+    workspace: &Path,
+    which: &Which,
+    wanted: Wanted<'_>,
+    layout: Option<Layout>,
+    jobs: Option<NonZeroUsize>,
+) -> Result<usize> {
     install_qemu()?;
     interrupt::note();
     let directory = target()?.join("vm");
@@ -133,7 +143,8 @@ fn boot_all(workspace: &Path, which: &Which, wanted: Wanted<'_>, layout: Option<
         programs.iter().filter(|program| runs().any(|run| run.program.name == program.name)).collect();
     let common = programs::pack(workspace, &directory, &packed)?.finish()?;
 
-    let rows = boot_guests(&guests, &common, &directory)?;
+    let at_once = jobs.map_or_else(at_once, |jobs| Ok(jobs.get()))?;
+    let rows = boot_guests(&guests, &common, &directory, at_once.min(guests.len()))?;
     show(&rows, &skipped);
     let failed: Vec<_> =
         rows.iter().filter(|row| row.failure.is_some()).map(|row| row.name.as_str()).collect();
@@ -207,9 +218,7 @@ fn guests<'g>(
     guests
 }
 
-/// As many at a time as memory and CPUs allow.
-fn boot_guests(guests: &[Guest<'_>], common: &[u8], directory: &Path) -> Result<Vec<Row>> {
-    let at_once = at_once()?.min(guests.len());
+fn boot_guests(guests: &[Guest<'_>], common: &[u8], directory: &Path, at_once: usize) -> Result<Vec<Row>> {
     say(&format!("vm: guests: {}, of which {at_once} at a time", guests.len()));
     let next = AtomicUsize::new(0);
     let rows = Mutex::new(Vec::new());
@@ -232,6 +241,7 @@ fn boot_guests(guests: &[Guest<'_>], common: &[u8], directory: &Path) -> Result<
     rows.into_iter().map(|(_, row)| row).collect()
 }
 
+/// As many as memory and CPUs allow.
 fn at_once() -> Result<usize> {
     let cpus = thread::available_parallelism().context("count the CPUs")?.get();
     let memory = fs::read_to_string("/proc/meminfo").context("read /proc/meminfo")?;

@@ -17,6 +17,7 @@ mod programs;
 
 use std::{
     fs::{self, File},
+    num::NonZeroUsize,
     path::{Path, PathBuf},
     slice,
     sync::{
@@ -59,6 +60,9 @@ pub(crate) struct Arguments {
     /// Write docs/kernels.md: what dist-ctl doctor says on each of these kernels
     #[arg(long)]
     write: bool,
+    /// How many guests at a time [default: as CPUs and memory allow]
+    #[arg(long, value_name = "NUMBER")]
+    jobs: Option<NonZeroUsize>,
 }
 
 /// Which kernels are meant.
@@ -109,7 +113,7 @@ pub(crate) fn run(workspace: &Path, arguments: &Arguments) -> Result<()> {
         (None, true) => Wanted::Core,
         (None, false) => Wanted::All,
     };
-    let rows = boot_all(workspace, &arguments.kernel, wanted, arguments.cgroups)?;
+    let rows = boot_all(workspace, &arguments.kernel, wanted, arguments.cgroups, arguments.jobs)?;
     if arguments.write {
         let file = workspace.join("docs/kernels.md");
         fs::write(&file, kernels_page(&rows)?).with_context(|| format!("write {}", file.display()))?;
@@ -138,10 +142,16 @@ fn kernels_page(rows: &[Row]) -> Result<String> {
 /// One kernel with the core tests, for CI; how many of them passed.
 pub(crate) fn core(workspace: &Path) -> Result<usize> {
     let oldest = Known::named("6.1").context("it is one of those that are known")?;
-    succeeded(&boot_all(workspace, &Which::One(oldest), Wanted::Core, Some(Layout::Unified))?)
+    succeeded(&boot_all(workspace, &Which::One(oldest), Wanted::Core, Some(Layout::Unified), None)?)
 }
 
-fn boot_all(workspace: &Path, which: &Which, wanted: Wanted<'_>, layout: Option<Layout>) -> Result<Vec<Row>> {
+fn boot_all(
+    workspace: &Path,
+    which: &Which,
+    wanted: Wanted<'_>,
+    layout: Option<Layout>,
+    jobs: Option<NonZeroUsize>,
+) -> Result<Vec<Row>> {
     install_qemu()?;
     interrupt::note();
     let directory = target()?.join("vm");
@@ -161,7 +171,8 @@ fn boot_all(workspace: &Path, which: &Which, wanted: Wanted<'_>, layout: Option<
         programs.iter().filter(|program| runs().any(|run| run.program.name == program.name)).collect();
     let common = programs::pack(workspace, &directory, &packed)?.finish()?;
 
-    let rows = boot_guests(&guests, &common, &directory)?;
+    let at_once = jobs.map_or_else(at_once, |jobs| Ok(jobs.get()))?;
+    let rows = boot_guests(&guests, &common, &directory, at_once.min(guests.len()))?;
     show(&rows, &skipped);
     Ok(rows)
 }
@@ -240,9 +251,7 @@ fn guests<'g>(
     guests
 }
 
-/// As many at a time as memory and CPUs allow.
-fn boot_guests(guests: &[Guest<'_>], common: &[u8], directory: &Path) -> Result<Vec<Row>> {
-    let at_once = at_once()?.min(guests.len());
+fn boot_guests(guests: &[Guest<'_>], common: &[u8], directory: &Path, at_once: usize) -> Result<Vec<Row>> {
     say(&format!("vm: guests: {}, of which {at_once} at a time", guests.len()));
     let next = AtomicUsize::new(0);
     let rows = Mutex::new(Vec::new());
@@ -265,6 +274,7 @@ fn boot_guests(guests: &[Guest<'_>], common: &[u8], directory: &Path) -> Result<
     rows.into_iter().map(|(_, row)| row).collect()
 }
 
+/// As many as memory and CPUs allow.
 fn at_once() -> Result<usize> {
     let cpus = thread::available_parallelism().context("count the CPUs")?.get();
     let memory = fs::read_to_string("/proc/meminfo").context("read /proc/meminfo")?;
@@ -281,7 +291,7 @@ fn at_once() -> Result<usize> {
 fn boot_guest(guest: &Guest<'_>, common: &[u8], directory: &Path) -> Result<Row> {
     let Guest { kernel, layout, choice } = guest;
     let name = format!("{} {layout}", kernel.name);
-    for line in &choice.left_out {
+    for line in &choice.reasons {
         say(&format!("{name}: LEFT OUT: {line}"));
     }
     let file = |end: &str| directory.join(format!("{}-{layout}.{end}", kernel.name));
@@ -299,7 +309,7 @@ fn boot_guest(guest: &Guest<'_>, common: &[u8], directory: &Path) -> Result<Row>
         release: kernel.release.clone(),
         verdict: Verdict::default(),
         doctor: None,
-        left_out: choice.left_out.len(),
+        left_out: choice.left_out,
         took: Duration::ZERO,
         failure: None,
     };

@@ -104,6 +104,26 @@ pub fn connect_from(source: IpAddr, address: SocketAddr) -> io::Result<TcpStream
     Ok(stream)
 }
 
+/// Says something long that the server is to send back, at once and whether or not somebody
+/// serves the connection yet, and reads the greeting and the answer.
+pub fn echo(stream: TcpStream, said: &[u8]) -> io::Result<Client> {
+    let (mut writer, mut line) = (stream.try_clone()?, format!("echo {}\n", said.len()).into_bytes());
+    thread::scope(|scope| {
+        let saying = scope.spawn(move || {
+            line.extend(said);
+            writer.write_all(&line)
+        });
+        let mut client = Client::greeted(stream)?;
+        let mut heard = vec![0; said.len()];
+        client.stream.read_exact(&mut heard)?;
+        saying.join().expect("writing does not panic")?;
+        match said.iter().zip(&heard).position(|(said, heard)| said != heard) {
+            Some(at) => Err(io::Error::other(format!("byte {at} of {} came back changed", said.len()))),
+            None => Ok(client),
+        }
+    })
+}
+
 /// Closes a connection by a reset.
 pub fn reset(stream: TcpStream) -> io::Result<()> {
     Socket::from(stream).set_linger(Some(Duration::ZERO))
@@ -307,25 +327,32 @@ pub mod flag {
 
 /// Sends one TCP segment that belongs to no connection, from 127.0.0.1.
 pub fn send_segment(source_port: u16, target: SocketAddrV4, flags: u8) -> io::Result<()> {
-    let segment = segment(SocketAddrV4::new(Ipv4Addr::LOCALHOST, source_port), target, flags);
+    let source = SocketAddrV4::new(Ipv4Addr::LOCALHOST, source_port);
+    let segment = segment(source.into(), target.into(), flags);
     let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::TCP))?;
     socket.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into())?;
     socket.send_to(&segment, &SocketAddr::from(target).into()).map(drop)
 }
 
-/// A TCP segment without data.
-pub fn segment(source: SocketAddrV4, target: SocketAddrV4, flags: u8) -> [u8; 20] {
+/// A TCP segment without data, between two addresses of one family.
+pub fn segment(source: SocketAddr, target: SocketAddr, flags: u8) -> [u8; 20] {
     const WORDS_OF_HEADER: u8 = 5;
-    let (mut segment, mut pseudo) = ([0u8; 20], [0u8; 12]);
+    const TCP: u8 = 6;
+    let mut segment = [0u8; 20];
     segment[0..2].copy_from_slice(&source.port().to_be_bytes());
     segment[2..4].copy_from_slice(&target.port().to_be_bytes());
     segment[4..12].copy_from_slice(b"seq.ack.");
     segment[12] = WORDS_OF_HEADER << 4;
     segment[13] = flags;
-    pseudo[0..4].copy_from_slice(&source.ip().octets());
-    pseudo[4..8].copy_from_slice(&target.ip().octets());
-    pseudo[9] = 6;
-    pseudo[11] = segment.len() as u8;
+    // The sum is over the addresses, the protocol and the length as well. Where the last two
+    // stand among the words makes no difference to it.
+    let mut pseudo = vec![0, TCP, 0, segment.len() as u8];
+    for address in [source.ip(), target.ip()] {
+        match address {
+            IpAddr::V4(address) => pseudo.extend(address.octets()),
+            IpAddr::V6(address) => pseudo.extend(address.octets()),
+        }
+    }
     let words = pseudo.chunks(2).chain(segment.chunks(2));
     let sum: u32 = words.map(|word| u32::from(u16::from_be_bytes([word[0], word[1]]))).sum();
     // Fewer than 2^16 words, so what is carried over is carried over once more at most.

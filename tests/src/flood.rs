@@ -9,7 +9,7 @@
 use std::{
     collections::VecDeque,
     fs, io,
-    net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4},
+    net::SocketAddr,
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
@@ -48,17 +48,22 @@ impl Flood {
         Ok(Self { clients })
     }
 
-    /// Sends SYNs to this port, each from another address and port, until it is over. Gives how
-    /// many.
+    /// Sends SYNs to this port over IPv4, each from another address and port, until it is over.
+    /// Gives how many.
     pub fn run(&self, port: u16, per_second: u32, over: &AtomicBool) -> io::Result<u64> {
+        self.run_to(SocketAddr::new(self.clients.server_v4(), port), per_second, over)
+    }
+
+    /// The same to an address of either family, which may be behind the other end of the wire.
+    pub fn run_to(&self, target: SocketAddr, per_second: u32, over: &AtomicBool) -> io::Result<u64> {
         self.clients.network.run(|| {
-            let addresses: Vec<Ipv4Addr> =
-                (0..Clients::ADDRESSES).map(|it| v4(self.clients.v4(it))).collect();
-            let target = SocketAddrV4::new(v4(self.clients.server_v4()), port);
-            let to = SockAddr::from(SocketAddr::from(target));
-            let sources = addresses.into_iter().map(|address| {
-                let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::TCP))?;
-                socket.bind(&SocketAddr::from((address, 0)).into())?;
+            let address = if target.is_ipv4() { Clients::v4 } else { Clients::v6 };
+            // The port of a raw address is a protocol, or none.
+            let to = SockAddr::from(SocketAddr::new(target.ip(), 0));
+            let sources = (0..Clients::ADDRESSES).map(|client| {
+                let address = address(&self.clients, client);
+                let socket = Socket::new(Domain::for_address(target), Type::RAW, Some(Protocol::TCP))?;
+                socket.bind(&SocketAddr::new(address, 0).into())?;
                 Ok((address, socket))
             });
             let sources = sources.collect::<io::Result<Vec<_>>>()?;
@@ -69,7 +74,7 @@ impl Flood {
                 for number in sent..due {
                     let (address, socket) = &sources[number as usize % sources.len()];
                     let port = 1024 + (number / sources.len() as u64 % 60_000) as u16;
-                    let segment = client::segment(SocketAddrV4::new(*address, port), target, flag::SYN);
+                    let segment = client::segment(SocketAddr::new(*address, port), target, flag::SYN);
                     socket.send_to(&segment, &to)?;
                 }
                 sent = due.max(sent);
@@ -77,6 +82,16 @@ impl Flood {
             }
             Ok(sent)
         })
+    }
+}
+
+/// Ends the flood with the scope that runs it, also by a panic.
+#[derive(Debug)]
+pub struct Ends<'a>(pub &'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 
@@ -117,12 +132,5 @@ impl Serial {
             held.push_back(client);
         }
         Ok(taken)
-    }
-}
-
-fn v4(address: IpAddr) -> Ipv4Addr {
-    match address {
-        IpAddr::V4(address) => address,
-        IpAddr::V6(address) => unreachable!("{address} is the address of a client over IPv4"),
     }
 }

@@ -32,7 +32,7 @@ use crate::{
     inside::Inside,
     leftover, netlink,
     network::{Network, unshare},
-    process::{Process, Signal, namespace_inode, signal_child},
+    process::{Process, Signal, signal_child},
     status::{Service, Status},
     wait::{seconds, try_for, wait_for, wait_until_eq},
 };
@@ -50,7 +50,7 @@ pub const V6: SocketAddr = SocketAddr::new(std::net::IpAddr::V6(Ipv6Addr::LOCALH
 #[derive(Debug)]
 pub struct Host {
     directory: PathBuf,
-    network: u64,
+    network: Network,
     /// The namespace the thread came from and goes back to.
     home: Network,
     ups: AtomicU32,
@@ -91,8 +91,22 @@ impl Host {
         netlink::bring_up("lo").expect("bring the loopback up");
         // /proc/sys/net is that of the thread's namespace. Tests use many ports.
         fs::write("/proc/sys/net/ipv4/ip_local_port_range", "10000 65000").expect("widen the range of ports");
-        let network = namespace_inode("/proc/thread-self/ns/net").expect("read our namespace");
+        let network = Network::current().expect("open the host's network namespace");
         Self { directory, network, home, ups: AtomicU32::new(0) }
+    }
+
+    /// A new one that the calling thread has left again, for a test with several hosts. What is
+    /// to happen in it is run in its [`network`](Self::network).
+    #[track_caller]
+    pub fn apart() -> Self {
+        let host = Self::new();
+        host.home.enter().expect("go back to the first namespace");
+        host
+    }
+
+    /// Its network namespace.
+    pub fn network(&self) -> &Network {
+        &self.network
     }
 
     /// A path in the host's own directory, which every user may enter.
@@ -265,13 +279,15 @@ impl Default for Host {
 
 impl Drop for Host {
     fn drop(&mut self) {
-        let left = leftover::in_network(self.network);
+        let inode = self.network.inode();
+        let left = inode.as_ref().map(|inode| leftover::in_network(*inode)).unwrap_or_default();
         leftover::remove(&left);
         let back = self.home.enter();
         let removed = fs::remove_dir_all(&self.directory);
         if thread::panicking() {
             return;
         }
+        inode.expect("read the number of the host's network namespace");
         assert!(left.is_empty(), "the test left: {}", listed(&left));
         back.expect("go back to the first namespace");
         removed.expect("remove the host's directory");

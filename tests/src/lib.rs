@@ -23,6 +23,8 @@ pub mod netlink;
 pub mod network;
 pub mod process;
 pub mod real;
+pub mod site;
 pub mod status;
 pub mod unfit;
 pub mod wait;
+pub mod wire;

@@ -8,12 +8,12 @@
 use std::{
     fs, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     thread,
 };
 
 use rustix::{
-    fs::{Mode, OFlags, open},
+    fs::{Mode, OFlags, fstat, open},
     thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe},
 };
 
@@ -40,11 +40,21 @@ impl Network {
         made.expect("making a namespace does not panic")
     }
 
+    /// The descriptor by which others may be joined to it.
+    pub fn descriptor(&self) -> BorrowedFd<'_> {
+        self.descriptor.as_fd()
+    }
+
     /// The namespace of the calling thread.
     pub fn current() -> io::Result<Self> {
         let flags = OFlags::RDONLY | OFlags::CLOEXEC;
         let descriptor = open("/proc/thread-self/ns/net", flags, Mode::empty())?;
         Ok(Self { descriptor })
+    }
+
+    /// The number by which the kernel knows it.
+    pub fn inode(&self) -> io::Result<u64> {
+        Ok(fstat(&self.descriptor)?.st_ino)
     }
 
     /// Moves the calling thread there.
@@ -104,7 +114,12 @@ impl Clients {
                 netlink::add_address("server", clients.v6(client), 64)?;
             }
             netlink::set_neighbour("server", clients.server_v4(), Self::SERVER)?;
-            netlink::set_neighbour("server", clients.server_v6(), Self::SERVER)
+            netlink::set_neighbour("server", clients.server_v6(), Self::SERVER)?;
+            // Whatever is behind the servers' end of the wire is reached as well.
+            for gateway in [clients.server_v4(), clients.server_v6()] {
+                netlink::add_default_route("server", gateway)?;
+            }
+            Ok::<_, io::Error>(())
         })?;
         for client in 0..Self::ADDRESSES {
             clients.mend(client)?;
@@ -152,11 +167,29 @@ impl Clients {
 /// How many SYNs had to be sent again in the calling thread's namespace.
 #[track_caller]
 pub fn syns_sent_again() -> u64 {
-    let text = fs::read_to_string("/proc/thread-self/net/netstat").expect("read the network's counters");
-    let mut lines = text.lines().filter_map(|line| line.strip_prefix("TcpExt: "));
+    counter("netstat", "TcpExt", "TCPSynRetrans")
+}
+
+/// How often the calling thread's namespace was told over IPv4 and IPv6 that a packet does not
+/// reach its destination; over IPv6, that it is too big.
+#[track_caller]
+pub fn told_of_the_mtu() -> [u64; 2] {
+    let text = fs::read_to_string("/proc/thread-self/net/snmp6").expect("read the counters of IPv6");
+    let v6 = text.lines().find_map(|line| line.strip_prefix("Icmp6InPktTooBigs"));
+    let v6 = v6.expect("a counter of packets that are too big").trim().parse().expect("a number");
+    [counter("snmp", "Icmp", "InDestUnreachs"), v6]
+}
+
+/// A counter of a file that has a line of names for each line of numbers.
+#[track_caller]
+fn counter(file: &str, protocol: &str, name: &str) -> u64 {
+    let path = format!("/proc/thread-self/net/{file}");
+    let text = fs::read_to_string(path).expect("read the network's counters");
+    let mut lines = text.lines().filter_map(|line| line.strip_prefix(protocol)?.strip_prefix(": "));
     let names = lines.next().expect("a line of names").split(' ');
     let mut counters = names.zip(lines.next().expect("a line of numbers").split(' '));
-    let (_, counter) = counters.find(|(name, _)| *name == "TCPSynRetrans").expect("a counter of SYNs");
+    let (_, counter) =
+        counters.find(|(its, _)| *its == name).unwrap_or_else(|| panic!("{file} has no counter {name}"));
     counter.parse().expect("a number")
 }
 

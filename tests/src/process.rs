@@ -199,7 +199,7 @@ pub fn signal_child(child: &std::process::Child, signal: Signal) {
 }
 
 /// The inode of a namespace file; two processes share a namespace if it is the same.
-pub fn namespace_inode(path: &str) -> Option<u64> {
+fn namespace_inode(path: &str) -> Option<u64> {
     let link = fs::read_link(path).ok()?;
     let name = link.to_str()?;
     name.split_once('[')?.1.strip_suffix(']')?.parse().ok()

@@ -5,7 +5,7 @@
 #![forbid(unsafe_code)]
 
 use std::{
-    sync::atomic::{AtomicBool, Ordering},
+    sync::atomic::AtomicBool,
     thread,
     time::{Duration, Instant},
 };
@@ -13,7 +13,7 @@ use std::{
 use tests::{
     app::App,
     client::{self, Client},
-    flood::{Flood, PER_SECOND, Serial, set_syncookies},
+    flood::{Ends, Flood, PER_SECOND, Serial, set_syncookies},
     host::{Host, V4, V6, heavy},
     wait::{seconds, wait_until_eq},
 };
@@ -28,15 +28,6 @@ const PLACES: usize = SERVERS * LIMIT as usize;
 enum Places {
     Free,
     Taken,
-}
-
-/// Ends the flood with the scope that runs it, also by a panic.
-struct Ends<'a>(&'a AtomicBool);
-
-impl Drop for Ends<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
 }
 
 #[track_caller]

@@ -2,7 +2,8 @@
 //!
 //! It greets each connection with `NAME PID CLIENT`, and obeys these words of a client:
 //! `who` (greet again), `close`, `reset`, `half` (close its own direction only), `unread`
-//! (close with the rest of the line unread), `exit CODE` (the whole process).
+//! (close with the rest of the line unread), `exit CODE` (the whole process), `echo BYTES` (send
+//! back so many that follow the line, and do nothing else until then).
 //! It also misbehaves on request: it may never listen, listen late, close its listener and
 //! live on, use another protocol or address, ignore SIGTERM, or exit at once.
 
@@ -411,14 +412,15 @@ impl Server {
 /// Reads what a client said, and does it.
 fn obey(mut connection: &Socket, greeting: &str) -> Then {
     // Shorter than an `unread` line, which so stays unread in part.
-    let mut words = [0; 64];
-    let said = match connection.read(&mut words) {
+    let mut said = [0; 64];
+    let said = match connection.read(&mut said) {
         Ok(0) => return Then::Closes,
-        Ok(length) => String::from_utf8_lossy(&words[..length]).into_owned(),
+        Ok(length) => &said[..length],
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Then::Stays,
         Err(_) => return Then::Closes,
     };
-    let mut words = said.split_whitespace();
+    let text = String::from_utf8_lossy(said);
+    let mut words = text.split_whitespace();
     match words.next() {
         Some("close" | "unread") => Then::Closes,
         Some("reset") => match connection.set_linger(Some(Duration::ZERO)) {
@@ -430,6 +432,15 @@ fn obey(mut connection: &Socket, greeting: &str) -> Then {
             let _ = connection.shutdown(Shutdown::Write);
             Then::Stays
         }
+        Some("echo") => {
+            let bytes = words.next().and_then(|bytes| bytes.parse().ok()).unwrap_or(0);
+            let begun = said.iter().position(|byte| *byte == b'\n').map_or(&[][..], |end| &said[end + 1..]);
+            // Likewise.
+            match echo(connection, begun, bytes) {
+                Ok(()) => Then::Stays,
+                Err(_) => Then::Closes,
+            }
+        }
         Some("exit") => Then::Exit(words.next().and_then(|code| code.parse().ok()).unwrap_or(0)),
         _ => {
             // Likewise.
@@ -437,6 +448,16 @@ fn obey(mut connection: &Socket, greeting: &str) -> Then {
             Then::Stays
         }
     }
+}
+
+/// Sends back so many bytes, the first of which have been read already.
+fn echo(mut connection: &Socket, begun: &[u8], bytes: u64) -> io::Result<()> {
+    connection.set_nonblocking(false)?;
+    connection.write_all(begun)?;
+    let left = bytes.saturating_sub(begun.len() as u64);
+    let echoed = io::copy(&mut connection.take(left), &mut &*connection)?;
+    connection.set_nonblocking(true)?;
+    if echoed == left { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
 }
 
 /// Takes one signal out of its pipe.

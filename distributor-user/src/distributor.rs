@@ -51,9 +51,9 @@ use crate::{
     lock::{self, DistributorLock},
     message::{FromMonitor, ToMonitor},
     notify,
-    record::{self, Record, Recorder},
+    record::{self, Adopting, Record, Recorder},
     room, server,
-    service::{self, Found, Host, Label, Left, Service, Shared, Succession},
+    service::{self, Adopted, Found, Host, Label, Left, Service, Shared, Succession},
     status::{ServiceStatus, Status, Trouble},
     trouble::Troubles,
     upgrade::{self, Candidate},
@@ -240,6 +240,8 @@ struct Distributor<'a> {
     /// The services that were announced on standard output.
     announced: Vec<bool>,
     recorder: Recorder,
+    /// A server that is being adopted.
+    adopting: Option<Adopting>,
     /// What is wrong with the machine, beside what its services know of.
     troubles: Troubles,
     /// Serves the control socket, if there is one.
@@ -287,9 +289,11 @@ impl<'a> Distributor<'a> {
         if options.bell {
             info!("this kernel moves a connection without waking its new server; a bell is rung for that");
         }
+        let interrupted = record.as_mut().and_then(|record| record.adopting.take());
         let (mut services, mut vacant) = (Vec::new(), Vec::new());
         for service in &config.services {
-            if let Some(waits) = Vacancy::of(service, place) {
+            let adopting = interrupted.as_ref().filter(|adopting| adopting.service == service.name);
+            if let Some(waits) = Vacancy::of(service, place, adopting, &children) {
                 info!("service {}: {}", service.name, waits.why);
                 vacant.push(waits);
                 continue;
@@ -313,6 +317,7 @@ impl<'a> Distributor<'a> {
             not_upgraded,
             announced,
             recorder,
+            adopting: None,
             troubles: Troubles::default(),
             control: None,
             spare,
@@ -323,6 +328,9 @@ impl<'a> Distributor<'a> {
         services.iter_mut().for_each(Service::begin);
         if !stop {
             services.iter_mut().for_each(|service| service.start(&mut host));
+        }
+        if let Some(adopting) = interrupted {
+            distributor.finish_adoption(&adopting);
         }
         distributor.write_down();
         match distributor.open_control(config) {
@@ -425,7 +433,18 @@ impl<'a> Distributor<'a> {
         if !changed && !self.troubles.has(RECORD) && self.recorder.has_written() {
             return;
         }
-        let record = Record::new(self.services.iter().map(Service::record).collect());
+        self.write_record();
+        // Or the next distributor, which finds the older record and no child, would take who has
+        // ended for running.
+        if !self.troubles.has(RECORD) {
+            let (services, mut host) = self.split();
+            services.iter_mut().for_each(|service| service.forget_ended(&mut host));
+        }
+    }
+
+    fn write_record(&mut self) {
+        let services = self.services.iter().map(Service::record).collect();
+        let record = Record::new(services, self.adopting.clone());
         let unwritten = record.and_then(|record| self.recorder.write(&record)).err().map(|error| {
             format!(
                 "the record is not written: {}; if everything was killed now, the next dist-ctl up would know an \
@@ -434,12 +453,6 @@ impl<'a> Distributor<'a> {
             )
         });
         self.troubles.note(RECORD, unwritten, SystemTime::now());
-        // Or the next distributor, which finds the older record and no child, would take who has
-        // ended for running.
-        if !self.troubles.has(RECORD) {
-            let (services, mut host) = self.split();
-            services.iter_mut().for_each(|service| service.forget_ended(&mut host));
-        }
     }
 
     fn split(&mut self) -> (&mut Vec<Service>, Host<'_>) {
@@ -594,7 +607,14 @@ impl<'a> Distributor<'a> {
         Ok(())
     }
 
-    fn adopt(&mut self, service: &str, pid: u32, name: &str, command: Vec<String>) -> Response {
+    fn adopt(
+        &mut self,
+        service: &str,
+        pid: u32,
+        name: &str,
+        command: Vec<String>,
+        interrupted: Option<&Adopted>,
+    ) -> Response {
         let vacant = self.vacant.iter().position(|vacancy| vacancy.config.name == service);
         let open = self.services.iter().position(|its| its.name() == service);
         let config = match (vacant, open) {
@@ -634,11 +654,29 @@ impl<'a> Distributor<'a> {
             Ok(shared) => shared,
             Err(error) => return Response::input(format!("{error:#}")),
         };
+        if let Some(interrupted) = interrupted {
+            shared.resume(interrupted);
+        }
         if let Some(open) = open
             && self.services[open].has(&shared)
         {
             return Response::input(format!(
                 "adopt process {pid}: it belongs to a server of {service} already"
+            ));
+        }
+        let intent = match shared.intent(name, &command) {
+            Ok(intent) => intent,
+            Err(error) => return Response::failure(format!("adopt process {pid}: {error:#}")),
+        };
+        // Before anything is changed: whoever follows us finishes it, and knows what it was like.
+        let is_vacant = vacant.is_some();
+        self.adopting = Some(Adopting { service: service.to_owned(), is_vacant, server: intent });
+        self.write_record();
+        if self.troubles.has(RECORD) {
+            self.adopting = None;
+            return Response::failure(format!(
+                "adopt process {pid}: it could not be written down what it is like now, to give it back so: see \
+                 dist-ctl status"
             ));
         }
         let adopted = match (shared.share(&config), vacant, open) {
@@ -658,11 +696,33 @@ impl<'a> Distributor<'a> {
                 service.adopt(&shared, name, command, &mut host)
             }
         };
-        match adopted {
+        let response = match adopted {
             Ok(()) => Response::Done,
             Err(error) => {
                 shared.undo();
                 Response::failure(format!("adopt process {pid}: {error:#}"))
+            }
+        };
+        self.adopting = None;
+        self.write_record();
+        response
+    }
+
+    /// The distributor before us was killed while it adopted a server.
+    fn finish_adoption(&mut self, adopting: &Adopting) {
+        let Adopting { service, server, .. } = adopting;
+        let full_name = format!("{service}/{}", server.name);
+        let is_done = |its: &Service| its.name() == service && its.find(&full_name).is_some();
+        if self.stopping || self.services.iter().any(is_done) {
+            return;
+        }
+        info!("server {full_name} was being adopted: goes on with that");
+        let answer = self.adopt(service, server.pid, &server.name, server.command.clone(), Some(server));
+        if let Response::Refused { error, .. } = answer {
+            warn!("{error}");
+            let begun: Vec<&str> = self.services.iter().map(Service::name).collect();
+            if let Err(error) = self.place.clean_leftovers(&begun) {
+                error!("service {service}: {error:#}");
             }
         }
     }
@@ -814,7 +874,7 @@ impl<'a> Distributor<'a> {
                 }
                 self.of_server(&server, |service, entry, _| service.set_limit(entry, limit))
             }
-            Command::Adopt { service, pid, name, command } => self.adopt(&service, pid, &name, command),
+            Command::Adopt { service, pid, name, command } => self.adopt(&service, pid, &name, command, None),
             Command::Release { server } => {
                 self.of_server(&server, |service, entry, host| match service.release(entry, host) {
                     Ok(()) => Response::Done,
@@ -825,6 +885,8 @@ impl<'a> Distributor<'a> {
                 self.of_server(&server, |service, entry, host| service.resume(entry, host))
             }
             Command::Down => {
+                // If the monitor cannot hear it, it is gone.
+                let _ = self.link.send(&ToMonitor::Stopping, None);
                 self.stop();
                 Response::Done
             }
@@ -968,18 +1030,32 @@ struct Vacancy {
 }
 
 impl Vacancy {
-    /// `None`: it can begin, or has begun.
-    fn of(service: &config::Service, place: &Instance) -> Option<Self> {
-        let has_begun = || {
-            let pins = kernel::pins(&place.pins, &service.name);
-            // It may serve by an adopted server alone.
-            !place.cgroup.child(&service.name).processes().is_empty()
-                || kernel::addresses(&pins).is_ok_and(|addresses| addresses.is_some())
-        };
-        if service.occupied == Occupied::Refuse || has_begun() || service.listen.iter().all(room::is_free) {
+    /// `None`: it can begin, or has begun. `adopting` was interrupted, and is gone on with.
+    fn of(
+        service: &config::Service,
+        place: &Instance,
+        adopting: Option<&Adopting>,
+        children: &[Child],
+    ) -> Option<Self> {
+        if service.occupied == Occupied::Refuse {
             return None;
         }
-        let taken = service.listen.iter().find_map(|address| room::check_free(address).err())?;
+        let cgroup = place.cgroup.child(&service.name);
+        let is_its = |label: Label| label.service == service.name;
+        let serves = children.iter().any(|child| serde_json::from_slice(&child.label).is_ok_and(is_its))
+            || cgroup.processes().len() > cgroup.child("rooms").processes().len();
+        let has_begun = || {
+            // It may serve by an adopted server alone.
+            let pins = kernel::pins(&place.pins, &service.name);
+            !cgroup.processes().is_empty()
+                || kernel::addresses(&pins).is_ok_and(|addresses| addresses.is_some())
+        };
+        let goes_on = adopting.is_some_and(|adopting| adopting.is_vacant) && !serves;
+        if !goes_on && (has_begun() || service.listen.iter().all(room::is_free)) {
+            return None;
+        }
+        let taken = service.listen.iter().find_map(|address| room::check_free(address).err());
+        let taken = taken.unwrap_or_else(|| anyhow::anyhow!("a server is being adopted"));
         let why = format!(
             "{taken:#}; or make it one of the service's servers: dist-ctl adopt {} --pid PID",
             service.name

@@ -90,6 +90,14 @@ pub fn find(process: u32, listen: &[ListenAddress], ours: &[u32]) -> anyhow::Res
         processes = descendants(&processes, ours);
         (steerable, elsewhere) = sorted(&processes, listen, &described)?;
     }
+    if steerable.is_empty()
+        && let Some(parent) = parent(process).filter(|parent| *parent > 1 && !ours.contains(parent))
+        && let Ok(found) = find(parent, listen, ours)
+        && found.main == parent
+    {
+        // Its parent listens, and passes connections on to it.
+        return Ok(found);
+    }
     if steerable.is_empty() {
         let wanted: Vec<String> = listen.iter().map(ToString::to_string).collect();
         let wanted = wanted.join(" and ");
@@ -152,12 +160,7 @@ fn sorted(
 /// SO_REUSEADDR when it came, nobody can bind until it was accepted and this was done again; and
 /// what is left of such a connection after its end stands in the way for a minute (TIME_WAIT).
 pub fn share(listener: BorrowedFd<'_>, uid: u32, processes: &[u32]) -> anyhow::Result<Before> {
-    let mut before = Before {
-        reuse_address: sockopt::socket_reuseaddr(listener).context("read SO_REUSEADDR")?,
-        reuse_port: sockopt::socket_reuseport(listener).context("read SO_REUSEPORT")?,
-        uid: rustix::fs::fstat(listener).context("read the owner of a socket")?.st_uid,
-        connections: BTreeSet::new(),
-    };
+    let mut before = look(listener)?;
     // First, so that connections that come from now on have both.
     sockopt::set_socket_reuseaddr(listener, true).context("set SO_REUSEADDR")?;
     sockopt::set_socket_reuseport(listener, true).context("set SO_REUSEPORT")?;
@@ -170,6 +173,16 @@ pub fn share(listener: BorrowedFd<'_>, uid: u32, processes: &[u32]) -> anyhow::R
         }
     })?;
     Ok(before)
+}
+
+/// What a listener is like, without its connections.
+pub fn look(listener: BorrowedFd<'_>) -> anyhow::Result<Before> {
+    Ok(Before {
+        reuse_address: sockopt::socket_reuseaddr(listener).context("read SO_REUSEADDR")?,
+        reuse_port: sockopt::socket_reuseport(listener).context("read SO_REUSEPORT")?,
+        uid: rustix::fs::fstat(listener).context("read the owner of a socket")?.st_uid,
+        connections: BTreeSet::new(),
+    })
 }
 
 impl Before {

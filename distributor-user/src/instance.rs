@@ -103,6 +103,11 @@ impl Instance {
         remove_pins(&self.pins, kept)
     }
 
+    /// Kills what runs of it.
+    pub fn end_processes(&self) -> anyhow::Result<()> {
+        kill_and_remove(&self.cgroup)
+    }
+
     /// Removes everything outside of this process: processes, cgroups, pins, sockets, mounts.
     pub fn remove(&self) -> anyhow::Result<()> {
         self.remove_kernel_objects()?;

@@ -80,9 +80,13 @@ fn perform(invocation: &Invocation) -> anyhow::Result<ExitCode> {
                 let _distributor = DistributorLock::take(directory)?;
                 // Without one, or one that can be read, nobody is known who was adopted.
                 let record = Record::read(directory).ok().flatten();
-                Instance::find(directory)?.remove()?;
+                let instance = Instance::find(directory)?;
+                // Whoever was adopted has the address for himself before anything else is removed, or it would
+                // go on by a plan and counts that nobody keeps.
+                instance.end_processes()?;
                 let services = record.iter().flat_map(|record| &record.services);
                 services.flat_map(record::Service::guests).for_each(service::give_back);
+                instance.remove()?;
             }
             answer => {
                 answer?.into_result()?;

@@ -61,6 +61,8 @@ pub enum ToMonitor {
     /// behind the descriptor, with the same arguments. Its first distributor has to say
     /// `Ready`: if it ends before, the program before goes on, and is told `NotReplaced`.
     Replace,
+    /// Somebody has asked the distributor to stop: whoever follows it is to go on with that.
+    Stopping,
 }
 
 /// What the monitor tells the distributor.
@@ -138,6 +140,7 @@ impl Message for ToMonitor {
             Self::Ready => Packet::new(7).end(),
             Self::Finished { code } => Packet::new(8).u8(*code).end(),
             Self::Replace => Packet::new(10).end(),
+            Self::Stopping => Packet::new(11).end(),
             Self::Watch { id, pid, label } => Packet::new(9).u64(*id).u32(*pid).label(label),
         }
     }
@@ -155,6 +158,7 @@ impl Message for ToMonitor {
             8 => Self::Finished { code: fields.u8()? },
             9 => Self::Watch { id: fields.u64()?, pid: fields.u32()?, label: fields.label()? },
             10 => Self::Replace,
+            11 => Self::Stopping,
             _ => return Err(fields.unknown("the distributor")),
         };
         fields.end()?;
@@ -486,6 +490,7 @@ mod tests {
             any::<u8>().prop_map(|code| Finished { code }),
             (any::<u64>(), any::<u32>(), label()).prop_map(|(id, pid, label)| Watch { id, pid, label }),
             Just(Replace),
+            Just(Stopping),
         ]
     }
 

@@ -33,6 +33,18 @@ pub struct Record {
     /// The boot that it is of (/proc/sys/kernel/random/boot_id).
     boot: String,
     pub services: Vec<Service>,
+    /// A server that is being adopted: if nobody lives to finish that, the next distributor does.
+    #[serde(default)]
+    pub adopting: Option<Adopting>,
+}
+
+/// An adoption that has begun.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Adopting {
+    pub service: String,
+    /// The service had not begun.
+    pub is_vacant: bool,
+    pub server: Adopted,
 }
 
 /// One service.
@@ -60,8 +72,8 @@ pub struct Server {
 }
 
 impl Record {
-    pub fn new(services: Vec<Service>) -> anyhow::Result<Self> {
-        Ok(Self { format: FORMAT, boot: boot()?, services })
+    pub fn new(services: Vec<Service>, adopting: Option<Adopting>) -> anyhow::Result<Self> {
+        Ok(Self { format: FORMAT, boot: boot()?, services, adopting })
     }
 
     /// The record in a runtime directory. `None` if there is none of this boot.
@@ -212,7 +224,7 @@ mod tests {
             released: vec![],
             drift: Drift::default(),
         }];
-        Record::new(services).unwrap()
+        Record::new(services, None).unwrap()
     }
 
     #[test]

@@ -537,3 +537,63 @@ fn whoever_is_adopted_twice_is_in_the_end_as_before_the_first_time() {
     assert!(opened > 50, "only {opened} clients");
     assert!(own.runs() && !is_shared(own.0.id() as i32));
 }
+
+#[test]
+fn an_adoption_that_is_interrupted_is_finished_and_nobody_waits_for_ever() {
+    let host = Host::new();
+    for delay in [0.0, 0.03, 0.06, 0.09, 0.12, 0.15, 0.2, 0.3] {
+        let own = Own::start(&host);
+        let up = waiting(&host, App { limit: Some(4), ..App::of(&host, 1) });
+        let old = up.distributor();
+        let (_, opened) = under_load(|| {
+            thread::scope(|scope| {
+                let asked = scope.spawn(|| up.run(&["adopt", "app", "--pid", &own.pid(), "--name", "old"]));
+                thread::sleep(seconds(delay));
+                old.kill(seconds(5.0));
+                wait_for("the next distributor", seconds(10.0), || (up.distributor() != old).then_some(()));
+                up.wait_answering();
+                let ended = asked.join().expect("it ends");
+                // The command may have come to nobody; then nothing was begun.
+                if up.service().servers.iter().all(|server| server.name != "app/old") {
+                    assert_ne!(ended.code, Some(0), "{ended}");
+                    up.run(&["adopt", "app", "--pid", &own.pid(), "--name", "old"]).expect_done();
+                }
+            });
+            up.wait_ready();
+            thread::sleep(seconds(0.2));
+        });
+        assert!(opened > 10, "only {opened} clients");
+        wait_until_eq("waiting", seconds(10.0), 0, || up.service().waiting.now);
+        up.wait_connections(&[0, 0]);
+        assert_eq!(client::by_name(&client::hold(V4, 6))["old"], 3);
+        up.stop();
+        assert!(own.runs() && !is_shared(own.0.id() as i32), "after {delay} s");
+    }
+}
+
+/// A node primary that passes connections on to its workers.
+const CLUSTER: &str = "\
+const cluster = require('cluster'), net = require('net');
+if (cluster.isPrimary) { cluster.fork(); cluster.fork(); }
+else net.createServer(socket => { socket.on('error', () => {}); socket.write(`node ${process.pid}\\n`); }).listen(8080);
+";
+
+#[test]
+fn a_server_whose_workers_have_no_listener_is_adopted_through_one() {
+    let host = Host::new();
+    let own = python(&host, &["node"], CLUSTER);
+    let primary = Process::find(own.0.id() as i32).expect("it runs");
+    let worker = wait_for("a worker", seconds(10.0), || primary.children().first().copied());
+    let up = waiting(&host, App::of(&host, 1));
+    up.run(&["adopt", "app", "--pid", &worker.pid.to_string(), "--name", "old"]).expect_done();
+    up.wait_ready();
+    assert_eq!(up.service().server("app/old").pid, Some(primary.pid));
+    let clients: Vec<_> = (0..6).map(|_| client::connect(V4).expect("connect")).collect();
+    wait_until_eq("connections", seconds(5.0), [3, 3].to_vec(), || up.connections());
+    drop(clients);
+    let workers = primary.children();
+    up.stop();
+    assert!(!is_shared(primary.pid));
+    primary.kill(seconds(5.0));
+    workers.into_iter().for_each(|worker| worker.kill(seconds(5.0)));
+}

@@ -20,7 +20,7 @@ use std::{
 use rustix::process::setpriority_process;
 use serde_json::{Value, json};
 use tests::{
-    app::{list, quoted},
+    app::{App, list, quoted},
     client::{self, Client, Line},
     host::{Host, Up, V4, heavy},
     network::Clients,
@@ -411,4 +411,21 @@ fn kill_servers(run: &Run<'_>, mut random: Random) -> io::Result<()> {
         });
     }
     Ok(())
+}
+
+#[test]
+fn a_stop_that_was_asked_for_goes_on_whoever_is_killed() {
+    let host = Host::new();
+    let app = App { server: "drain_timeout = \"1s\"\n".into(), ..App::of(&host, 2) };
+    let up = host.up(&app);
+    let held = client::hold(V4, 4);
+    let ended = std::thread::scope(|scope| {
+        let down = scope.spawn(|| up.run(&["down"]));
+        wait_for("the stop", seconds(10.0), || up.log().contains("stops: ").then_some(()));
+        up.distributor().kill(seconds(5.0));
+        down.join().expect("it ends")
+    });
+    ended.expect_done();
+    assert!(up.has_stopped().success());
+    drop(held);
 }

@@ -336,3 +336,27 @@ fn a_runtime_directory_that_is_removed_is_made_again_and_lets_no_second_one_in()
     assert_eq!(["app/1", "app/2"].map(|server| up.process(server)), servers);
     up.stop();
 }
+
+#[test]
+fn who_waited_when_the_pins_were_lost_takes_no_place_for_ever() {
+    let host = Host::new();
+    let up = host.up(&App { limit: Some(2), ..App::of(&host, 2) });
+    let pins = pins(&up);
+    let served = client::hold(V4, 4);
+    let waiting = client::stand(&[V4], 6);
+    wait_until_eq("waiting", seconds(5.0), 6, || up.service().waiting.now);
+    let old = up.distributor();
+    old.freeze(seconds(5.0));
+    fs::remove_dir_all(&pins).expect("remove the pins");
+    old.kill(seconds(5.0));
+    wait_for("the next distributor", seconds(10.0), || (up.distributor() != old).then_some(()));
+    up.wait_answering();
+    up.wait_ready();
+    drop(served);
+    drop(waiting);
+    // Within some seconds, and not when the counts are compared.
+    wait_for("all places", seconds(5.0), || {
+        let held: Vec<_> = (0..4).map_while(|_| Client::open(V4).ok()).collect();
+        (client::by_process(&held).into_values().collect::<Vec<_>>() == [2, 2]).then_some(())
+    });
+}

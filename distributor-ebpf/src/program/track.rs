@@ -130,7 +130,16 @@ fn closed(ctx: &SockOpsContext) {
         return;
     };
     if tag.is_null() {
-        count(Outcome::Untagged);
+        // It never had one; or that went with maps that somebody removed, and then it is counted if it was
+        // handed over or moved since.
+        let cookie = cookie(ctx);
+        match maps::owner(cookie) {
+            Some(owner) if loads.owned() > 0 => {
+                maps::forget(loads, cookie);
+                leave(loads, owner.owner, false);
+            }
+            _ => count(Outcome::Untagged),
+        }
         return;
     }
     let at = tag;
@@ -148,16 +157,22 @@ fn closed(ctx: &SockOpsContext) {
     // SAFETY: as above.
     unsafe { (*at).counted = GONE };
     let owner = if loads.owned() == 0 { owner_by(&tag) } else { last_owner(ctx, loads, &tag) };
+    leave(loads, owner, tag.slot == DISMISSED);
+    debug!(ctx, "slot {} has a connection less", owner);
+}
+
+/// A connection is gone, from a server or from a room.
+#[inline(always)]
+fn leave(loads: Loads, owner: u32, is_dismissed: bool) {
     if let Some(index) = room_of(owner) {
         leave_room(loads, index);
-        count(if tag.slot == DISMISSED { Outcome::Dismissed } else { Outcome::ClosedWaiting });
+        count(if is_dismissed { Outcome::Dismissed } else { Outcome::ClosedWaiting });
         return;
     }
     maps::change(owner, Change::Close);
     #[cfg(feature = "next-contract")]
     loads.add(Sum::Closed, 1);
     count(Outcome::Closed);
-    debug!(ctx, "slot {} has a connection less", owner);
     if loads.waiting() > 0 {
         maps::wake();
     }

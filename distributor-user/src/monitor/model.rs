@@ -1002,7 +1002,7 @@ impl World {
         if full {
             return Ok(());
         }
-        self.record = Some(serde_json::to_vec(&Record::new(vec![service]).unwrap()).unwrap());
+        self.record = Some(serde_json::to_vec(&Record::new(vec![service], None).unwrap()).unwrap());
         for server in 0..SERVERS {
             self.truth[server].weights = BTreeSet::from([self.entry(server)?.weight]);
         }

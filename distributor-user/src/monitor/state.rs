@@ -343,6 +343,12 @@ impl<F> State<F> {
                 self.not_replaced = Some(Exit::Unknown);
                 vec![Action::Say("the other program got lost on the way: too many files are open".into())]
             }
+            (ToMonitor::Stopping, _) => {
+                if self.wish == Wish::Run {
+                    self.wish = Wish::Stop;
+                }
+                vec![]
+            }
             (ToMonitor::Finished { code }, _) => {
                 let leaving = match self.distributor {
                     Distributor::Running { pid, .. } => Some(pid),
@@ -618,6 +624,16 @@ mod tests {
         assert_eq!(state.step(Event::Time, now + Duration::from_millis(99)), []);
         let due = now + Duration::from_millis(100);
         assert_eq!(state.step(Event::Time, due), [Action::StartDistributor]);
+    }
+
+    #[test]
+    fn what_a_distributor_was_asked_the_next_one_is_told() {
+        let now = Instant::now();
+        let mut state = ready(now);
+        assert_eq!(state.step(Event::Asked(ToMonitor::Stopping, None), now), []);
+        dies(&mut state, 1, now);
+        let told = state.step(Event::DistributorStarted(Ok(2)), now);
+        assert_eq!(told, [Action::Tell(FromMonitor::Begin), Action::Tell(FromMonitor::Stop)]);
     }
 
     #[test]

@@ -99,6 +99,8 @@ pub struct Shared {
     pidfd: OwnedFd,
     server: foreign::Server,
     before: Vec<Before>,
+    /// What they were like before an adoption that was interrupted.
+    first: Vec<(u64, Before)>,
 }
 
 impl Shared {
@@ -117,15 +119,42 @@ impl Shared {
         let watched =
             start_time.and_then(|start_time| Some((start_time, record::process_since(pid, start_time)?)));
         let (start_time, pidfd) = watched.with_context(|| format!("adopt process {pid}: it is gone"))?;
-        Ok(Self { pid, start_time, pidfd, server, before: Vec::new() })
+        Ok(Self { pid, start_time, pidfd, server, before: Vec::new(), first: Vec::new() })
+    }
+
+    /// What is to be known of it before anything is changed.
+    pub fn intent(&self, name: &str, command: &[String]) -> anyhow::Result<Adopted> {
+        let mut before = self.first.clone();
+        if before.is_empty() {
+            for listener in &self.server.listeners {
+                before.push((listener.cookie, foreign::look(listener.fd.as_fd())?));
+            }
+        }
+        Ok(Adopted {
+            pid: self.pid,
+            start_time: self.start_time,
+            command: command.to_vec(),
+            before,
+            counted_in: 0,
+            name: name.to_owned(),
+        })
+    }
+
+    /// It was being adopted before, and that was not finished.
+    pub fn resume(&mut self, interrupted: &Adopted) {
+        self.first.clone_from(&interrupted.before);
     }
 
     /// Makes the listeners fit for the service's group. No connection is distributed by that yet.
     /// [`Shared::undo`] takes it back, also what was done before it failed.
     pub fn share(&mut self, config: &config::Service) -> anyhow::Result<()> {
         for listener in &self.server.listeners {
-            let made = foreign::share(listener.fd.as_fd(), super::uid(config), &self.server.processes);
-            self.before.push(made?);
+            let made = foreign::share(listener.fd.as_fd(), super::uid(config), &self.server.processes)?;
+            let first = self.first.iter().find(|(cookie, _)| *cookie == listener.cookie);
+            self.before.push(match first {
+                Some((_, first)) => first.clone().and(&made),
+                None => made,
+            });
         }
         Ok(())
     }

@@ -339,6 +339,34 @@ fn a_limit_is_exact_when_those_who_wait_are_200_milliseconds_away() {
     expect_within(&up, LIMIT);
 }
 
+#[test]
+fn nobody_is_reset_who_comes_from_afar_while_others_are_handed_over() {
+    const CAME: usize = 60;
+    const LIMIT: u32 = 10;
+    let (site, _wire) = Site::far(1, Duration::from_millis(20));
+    let host = &site.hosts[0];
+    let up = up(host, &App { limit: Some(LIMIT), ..App::of(host, 2) });
+    for (round, address) in (1..=8).zip(site.service(1).into_iter().cycle()) {
+        // Half of the places can be reserved, and all others come to a room together. The first of
+        // them are handed over when they have completed their handshakes, and the last have not.
+        let begun = site.clients.run(|| client::begin(address, None, CAME)).expect("send the SYNs");
+        let came = begun.finish().into_iter().collect::<Result<Vec<TcpStream>, _>>();
+        let mut came = came.expect("all of them complete their handshake");
+        while !came.is_empty() {
+            wait_until_eq("somebody who was greeted", seconds(10.0), true, || {
+                came.iter().any(client::is_greeted)
+            });
+            let (greeted, wait): (Vec<_>, Vec<_>) = came.into_iter().partition(client::is_greeted);
+            greeted.into_iter().for_each(|stream| drop(Client::greeted(stream).expect("a greeting")));
+            came = wait;
+        }
+        up.wait_connections(&[0; 2]);
+        assert_eq!(up.service().totals().iter().sum::<u64>(), round * CAME as u64);
+    }
+    assert!(up.service().outcome("handed_over") > 0);
+    expect_within(&up, LIMIT);
+}
+
 /// Each server had as many connections at once as it may, by the kernel's count and by its own,
 /// and never more.
 #[track_caller]

@@ -67,8 +67,11 @@ const NO_DESCRIPTORS: &str = "no descriptors are left: raise the limit of open f
 /// What the trouble is called that there is no keeper.
 const KEEPER_NAME: &str = "keeper";
 
-/// As long as handshakes on the same machine take, in nanoseconds: see `await_handshakes`.
+/// As long as handshakes on the same machine take, and the next one of those that come together
+/// from another, in nanoseconds: see `await_handshakes`.
 const UNDER_WAY: u64 = 300_000;
+/// As long as all that come together may take, in nanoseconds.
+const TOGETHER: u64 = 10_000_000;
 
 /// The bound of a room that is emptied out of turn: everybody in it comes behind that.
 const NOBODY: u64 = 0;
@@ -612,14 +615,22 @@ impl Attendant {
         true
     }
 
-    /// Lets handshakes that are under way in a room be completed, if they soon are. The kernel resets
-    /// a connection whose listener closes in the very microseconds in which it is made
-    /// (`inet_csk_reqsk_queue_add`, Linux 6.18: by then it is too late to choose another listener).
+    /// Lets handshakes that are under way in a room be completed, if they soon are, and as long as one
+    /// follows the other: those whose SYNs came together are completed together as well, a round trip
+    /// later. The kernel resets a connection whose listener closes in the very microseconds in which it
+    /// is made (`inet_csk_reqsk_queue_add`, Linux 6.18: by then it is too late to choose another
+    /// listener).
     fn await_handshakes(&self, index: u32) {
-        let until = now() + UNDER_WAY;
+        let start = now();
+        let (mut completed, mut since) = (0, start);
         loop {
             let state = self.desk.state(index);
-            if state.completed >= state.offered || self.desk.has_cookies() || now() >= until {
+            let now = now();
+            if state.completed != completed {
+                (completed, since) = (state.completed, now);
+            }
+            let is_over = now.saturating_sub(since) >= UNDER_WAY || now.saturating_sub(start) >= TOGETHER;
+            if state.completed >= state.offered || self.desk.has_cookies() || is_over {
                 return;
             }
             thread::sleep(Duration::from_micros(20));

@@ -126,12 +126,11 @@ fn carry(taps: &[File; 2], ended: &io::PipeReader, delay: Duration, loses: &Mute
         if !wanted[2].revents().is_empty() {
             return Ok(());
         }
-        for from in 0..taps.len() {
-            let to = 1 - from;
-            while let Some(length) = receive(&taps[from], &mut buffer)? {
+        for (to, from) in [(1, &taps[0]), (0, &taps[1])] {
+            while let Some(length) = receive(from, &mut buffer)? {
                 let frame = &buffer[..length];
                 let mut loses = loses.lock().unwrap_or_else(PoisonError::into_inner);
-                if !Segment::read(frame).is_some_and(|segment| loses(segment)) {
+                if !Segment::read(frame).is_some_and(&mut *loses) {
                     under_way.push_back((Instant::now() + delay, to, frame.to_vec()));
                 }
             }

@@ -219,8 +219,7 @@ fn first_with(flags: u8, lost: &Arc<AtomicU64>) -> impl FnMut(Segment) -> bool +
 
 /// Comes while places are free, as many as there are, or while all are taken.
 ///
-/// Nobody comes here while others are handed over: a room that is closed in the very moment in
-/// which a handshake is completed in it costs that client its connection (the kernel resets it).
+/// Nobody comes here while others are handed over; that is another test's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Places {
     Free,

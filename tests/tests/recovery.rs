@@ -419,7 +419,7 @@ fn a_stop_that_was_asked_for_goes_on_whoever_is_killed() {
     let app = App { server: "drain_timeout = \"1s\"\n".into(), ..App::of(&host, 2) };
     let up = host.up(&app);
     let held = client::hold(V4, 4);
-    let ended = std::thread::scope(|scope| {
+    let ended = thread::scope(|scope| {
         let down = scope.spawn(|| up.run(&["down"]));
         wait_for("the stop", seconds(10.0), || up.log().contains("stops: ").then_some(()));
         up.distributor().kill(seconds(5.0));

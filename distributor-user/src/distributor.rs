@@ -184,7 +184,7 @@ fn lock_instance(cgroup: &Cgroup, inheritance: &mut Inheritance, link: &mut Link
     let is_lock = |held: &mut Held| held.label == INSTANCE;
     let locks: Vec<Held> = inheritance.held.extract_if(.., is_lock).collect();
     let (there, gone): (Vec<_>, Vec<_>) =
-        locks.into_iter().partition(|held| lock::is_of(&held.fd, cgroup.path()));
+        locks.into_iter().partition(|held| instance::is_of(&held.fd, cgroup.path()));
     for held in gone {
         // Of a cgroup that somebody has removed.
         link.send(&ToMonitor::Drop { key: held.key }, None)?;
@@ -192,7 +192,7 @@ fn lock_instance(cgroup: &Cgroup, inheritance: &mut Inheritance, link: &mut Link
     if !there.is_empty() {
         return Ok(());
     }
-    let locked = lock::of_cgroup(cgroup.path())?;
+    let locked = instance::lock(cgroup.path())?;
     let hold = ToMonitor::Hold { key: link.number(), label: INSTANCE.to_vec() };
     link.send(&hold, Some(locked.as_fd()))
 }
@@ -538,8 +538,9 @@ impl<'a> Distributor<'a> {
             if now - looked_around >= LOOK_AROUND {
                 looked_around = now;
                 self.look_around();
-                if let Err(error) = self.stay_reachable(config) {
-                    self.cannot_be_asked(&error);
+                match self.stay_reachable(config) {
+                    Ok(()) => self.troubles.note("control", None, SystemTime::now()),
+                    Err(error) => self.cannot_be_asked(&error),
                 }
             }
             self.write_down();

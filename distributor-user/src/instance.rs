@@ -7,27 +7,36 @@
 
 use std::{
     ffi::OsStr,
-    fs::{self, DirBuilder},
+    fs::{self, DirBuilder, File},
     io,
-    os::unix::fs::DirBuilderExt as _,
+    os::{fd::OwnedFd, unix::fs::DirBuilderExt as _},
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, anyhow, ensure};
-use rustix::mount::{MountFlags, UnmountFlags};
+use rustix::{
+    fs::FlockOperation,
+    mount::{MountFlags, UnmountFlags},
+};
 use tracing::info;
 
 use crate::{
     cgroup::{self, Cgroup},
-    keeper, record,
+    keeper,
+    lock::is_still,
+    record,
 };
 
 /// Where bpffs usually is mounted.
 pub(crate) const BPFFS: &str = "/sys/fs/bpf";
 /// BPF_FS_MAGIC (include/uapi/linux/magic.h)
 const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
+/// How long the lock's holder may take to exit by himself.
+const LEAVING: Duration = Duration::from_secs(2);
+/// How often it is tried again meanwhile.
+const POLL: Duration = Duration::from_millis(3);
 /// How long processes that were killed may take to be gone.
 const KILL_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -147,6 +156,37 @@ impl Instance {
 /// There is no cgroup v2.
 pub fn cgroup(runtime_dir: &Path) -> anyhow::Result<Cgroup> {
     Ok(Cgroup::at(cgroup::mount_point()?.join(name(&std::path::absolute(runtime_dir)?))))
+}
+
+/// The lock on an instance's cgroup, held for as long as any duplicate of the descriptor is open.
+/// Whoever is about to exit is waited for.
+///
+/// # Errors
+/// Another instance of this name has it.
+pub fn lock(directory: &Path) -> anyhow::Result<OwnedFd> {
+    let shown = directory.display();
+    let give_up_at = Instant::now() + LEAVING;
+    loop {
+        let file = File::open(directory).with_context(|| format!("open {shown}"))?;
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            // Whoever had it may have removed the cgroup.
+            Ok(()) if is_still(&file, directory) => return Ok(file.into()),
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => ensure!(
+                Instant::now() < give_up_at,
+                "another dist-ctl runs on this runtime directory, though somebody has removed its files \
+                 there: it makes them again within a second; stop it then with dist-ctl down, or choose \
+                 another --runtime-dir"
+            ),
+            Err(error) => return Err(error).with_context(|| format!("lock {shown}")),
+        }
+        thread::sleep(POLL);
+    }
+}
+
+/// True if this descriptor is of the file or directory that has this name now.
+pub fn is_of(fd: &OwnedFd, path: &Path) -> bool {
+    fd.try_clone().is_ok_and(|fd| is_still(&File::from(fd), path))
 }
 
 fn kill_and_remove(cgroup: &Cgroup) -> anyhow::Result<()> {

@@ -9,9 +9,8 @@
 //! exits by itself, unless it hangs or is stopped. The next one waits for it, and ends it if it
 //! must: two that change the same maps would undo each other's work.
 //!
-//! Both are files, and whoever removes them removes the locks. [`of_cgroup`] is one more, on
-//! something that nobody can remove while servers run; and [`remake`] makes the monitor's file
-//! again.
+//! Both are files, and whoever removes them removes the locks: [`remake`] makes the monitor's file
+//! again. instance.rs has one more, on something that nobody can remove while servers run.
 #![forbid(unsafe_code)]
 
 use std::{
@@ -143,8 +142,12 @@ impl Drop for Lock {
 /// Makes the runtime directory and the monitor's file in it again, if somebody has removed them.
 /// The descriptor has the lock, and is for the monitor to hold. `None`: the file is there.
 pub fn remake(directory: &Path, monitor: u32) -> anyhow::Result<Option<OwnedFd>> {
-    make(directory)?;
     let path = directory.join(MONITOR);
+    // Seen without a descriptor, of which there may be none.
+    if path.exists() {
+        return Ok(None);
+    }
+    make(directory)?;
     let made = File::options().write(true).create_new(true).mode(0o644).open(&path);
     let file = match made {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(None),
@@ -165,37 +168,6 @@ fn sign(file: &File, monitor: u32, directory_is_ours: bool) -> io::Result<()> {
     // In this order: on a full disk there still is room for what is replaced.
     file.write_all_at(text.as_bytes(), 0)?;
     file.set_len(text.len() as u64)
-}
-
-/// The lock on an instance's cgroup, held for as long as any duplicate of the descriptor is open.
-/// Whoever is about to exit is waited for.
-///
-/// # Errors
-/// Another instance of this name has it.
-pub fn of_cgroup(directory: &Path) -> anyhow::Result<OwnedFd> {
-    let shown = directory.display();
-    let give_up_at = Instant::now() + 2 * LEAVING;
-    loop {
-        let file = File::open(directory).with_context(|| format!("open {shown}"))?;
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            // Whoever had it may have removed the cgroup.
-            Ok(()) if is_still(&file, directory) => return Ok(file.into()),
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => ensure!(
-                Instant::now() < give_up_at,
-                "another dist-ctl runs on this runtime directory, though somebody has removed its files \
-                 there: it makes them again within a second; stop it then with dist-ctl down, or choose \
-                 another --runtime-dir"
-            ),
-            Err(error) => return Err(error).with_context(|| format!("lock {shown}")),
-        }
-        thread::sleep(POLL);
-    }
-}
-
-/// True if this descriptor is of the file or directory that has this name now.
-pub fn is_of(fd: &OwnedFd, path: &Path) -> bool {
-    fd.try_clone().is_ok_and(|fd| is_still(&File::from(fd), path))
 }
 
 /// Held for as long as the process lives. The monitor removes its file, with its own.
@@ -313,7 +285,7 @@ fn whole_file() -> libc::flock {
 }
 
 /// True if this open file is the one that is there under its name.
-fn is_still(file: &File, path: &Path) -> bool {
+pub fn is_still(file: &File, path: &Path) -> bool {
     let inode = file.metadata().map(|file| (file.dev(), file.ino())).ok();
     inode.is_some() && fs::metadata(path).map(|there| (there.dev(), there.ino())).ok() == inode
 }

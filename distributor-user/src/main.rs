@@ -22,7 +22,7 @@ use distributor_user::{
     keeper,
     kernel::ProgramLog,
     launch,
-    lock::{self, DistributorLock, Lock},
+    lock::{DistributorLock, Lock},
     logging::{self, Verbosity},
     monitor,
     record::{self, Record},
@@ -76,7 +76,7 @@ fn perform(invocation: &Invocation) -> anyhow::Result<ExitCode> {
         Command::Down => match control::down(directory, DOWN_TIMEOUT) {
             Err(_) if !control::is_up(directory) && Instance::is_abandoned(directory) => {
                 let _lock = Lock::take(directory)?;
-                let _instance = lock::of_cgroup(instance::cgroup(directory)?.path())?;
+                let _instance = instance::lock(instance::cgroup(directory)?.path())?;
                 let _distributor = DistributorLock::take(directory)?;
                 // Without one, or one that can be read, nobody is known who was adopted.
                 let record = Record::read(directory).ok().flatten();

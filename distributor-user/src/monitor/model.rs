@@ -1008,6 +1008,10 @@ impl World {
             return Ok(());
         }
         self.record = Some(serde_json::to_vec(&Record::new(vec![service], None).unwrap()).unwrap());
+        if self.monitor.is_none() {
+            // Of whoever has ended since it heard the last of the monitor it knows nothing.
+            self.excuse_daemons();
+        }
         for server in 0..SERVERS {
             self.truth[server].weights = BTreeSet::from([self.entry(server)?.weight]);
         }
@@ -1532,8 +1536,8 @@ fn goes_on_after(story: &[Happening]) {
 /// What went wrong once, at its shortest.
 mod once {
     use super::{
-        Happening::{Ends, Fuse, Recovers, Resume, Works},
-        Victim::{Both, Distributor},
+        Happening::{Ends, Forks, Fuse, Killed, Listens, RecordIsLost, Recovers, Resume, Weight, Works},
+        Victim::{Both, Distributor, Monitor},
         *,
     };
 
@@ -1544,5 +1548,12 @@ mod once {
         for victim in [Distributor, Both] {
             goes_on_after(&[Recovers, Ends(1, OK), Works, Fuse(2, victim), Resume(1), Recovers]);
         }
+    }
+
+    #[test]
+    fn a_distributor_that_outlives_its_monitor_writes_down_a_main_process_that_has_made_itself_a_daemon() {
+        let daemon = [Forks(1), Ends(1, OK), RecordIsLost];
+        let story = [&[Recovers], &daemon[..], &[Killed(Monitor), Weight(0, 1), Listens(1)]];
+        goes_on_after(&story.concat());
     }
 }

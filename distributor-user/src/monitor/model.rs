@@ -1085,7 +1085,7 @@ impl World {
         if *stopping && entries.iter().all(|entry| entry.run.is_none() && entry.machine.deadline().is_none())
         {
             self.effect()?;
-            self.record = None;
+            self.record_is(None);
             self.cgroups.clear();
             self.say(ToMonitor::Finished { code: 0 }, None)?;
         }
@@ -1536,7 +1536,7 @@ fn goes_on_after(story: &[Happening]) {
 /// What went wrong once, at its shortest.
 mod once {
     use super::{
-        Happening::{Ends, Forks, Fuse, Killed, Listens, RecordIsLost, Recovers, Resume, Weight, Works},
+        Happening::{Ends, Forks, Fuse, Killed, Listens, RecordIsLost, Recovers, Resume, Stop, Weight, Works},
         Victim::{Both, Distributor, Monitor},
         *,
     };
@@ -1555,5 +1555,14 @@ mod once {
         let daemon = [Forks(1), Ends(1, OK), RecordIsLost];
         let story = [&[Recovers], &daemon[..], &[Killed(Monitor), Weight(0, 1), Listens(1)]];
         goes_on_after(&story.concat());
+    }
+
+    #[test]
+    fn a_distributor_that_has_removed_all_and_not_said_so_leaves_the_weights_of_the_configuration() {
+        let finishes = [Weight(0, 1), Stop, Stop, Works, Stop, Works, Works, Works];
+        for steps in 0..40 {
+            let begins = [Recovers, Ends(1, OK), Works, Fuse(steps, Distributor)];
+            goes_on_after(&[&begins[..], &finishes].concat());
+        }
     }
 }

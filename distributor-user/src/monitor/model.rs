@@ -842,7 +842,13 @@ impl World {
                     );
                 }
                 self.truth[server].launches += 1;
-                self.truth[server].excused.remove(&instance);
+                // One that is to stop all brings them up to date before: then the next instance of
+                // whoever has ended meanwhile may be started, and is ended at once.
+                if self.stopping {
+                    self.excuse(server, instance);
+                } else {
+                    self.truth[server].excused.remove(&instance);
+                }
                 self.effect()?;
                 self.cgroups.insert((server, instance));
                 let (id, job) = (self.number(), self.number());
@@ -1563,6 +1569,16 @@ mod once {
         for steps in 0..40 {
             let begins = [Recovers, Ends(1, OK), Works, Fuse(steps, Distributor)];
             goes_on_after(&[&begins[..], &finishes].concat());
+        }
+    }
+
+    #[test]
+    fn an_instance_that_is_started_after_the_request_to_stop_may_be_ended() {
+        let serve = [Works, Works, Listens(1), Listens(0), Works];
+        let end = [Killed(Distributor), Ends(0, OK), Works, Ends(1, OK)];
+        for steps in 0..40 {
+            let stop = [Fuse(steps, Distributor), Stop, Works, Works, Listens(0), Works];
+            goes_on_after(&[&serve[..], &end, &stop].concat());
         }
     }
 }

@@ -301,7 +301,11 @@ impl World {
             let is_known = recorded.is_none_or(|its| {
                 let machine = &its.label.machine;
                 machine.instance() != instance
-                    || machine.pid().is_none_or(|pid| self.inside(server, instance).contains(&pid))
+                    || machine.pid().is_none_or(|pid| {
+                        // Its number may be another one's by now.
+                        its.start_time.is_none_or(|start| self.start_time(pid) == Some(start))
+                            && self.inside(server, instance).contains(&pid)
+                    })
             });
             if !is_known {
                 self.excuse(server, instance);
@@ -1542,7 +1546,7 @@ fn goes_on_after(story: &[Happening]) {
 /// What went wrong once, at its shortest.
 mod once {
     use super::{
-        Happening::{Ends, Forks, Fuse, Killed, Listens, RecordIsLost, Recovers, Resume, Stop, Weight, Works},
+        Happening::{DiskIsFull, Ends, Forks, Fuse, Killed, Listens, RecordIsLost, Recovers, Resume, Stop, Weight, Works},
         Victim::{Both, Distributor, Monitor},
         *,
     };
@@ -1580,5 +1584,11 @@ mod once {
             let stop = [Fuse(steps, Distributor), Stop, Works, Works, Listens(0), Works];
             goes_on_after(&[&serve[..], &end, &stop].concat());
         }
+    }
+
+    #[test]
+    fn a_process_of_a_daemon_may_have_the_number_of_the_main_one_that_was_recorded() {
+        let daemon = [DiskIsFull(true), Forks(0), Ends(0, OK), Works, Forks(0)];
+        goes_on_after(&[&[Recovers, Listens(0)], &daemon[..], &[Killed(Monitor), Works]].concat());
     }
 }

@@ -623,10 +623,14 @@ impl World {
             Succession::First => {
                 for server in 0..SERVERS {
                     let its = recorded.iter().find(|recorded| recorded.label.server == name(server));
-                    let lives =
-                        |found: &&Found| found.child.as_ref().is_some_and(|child| child.exit.is_none());
-                    let mut known = found.iter().filter(lives);
-                    let counts = match known.find(|known| known.label.server == name(server)) {
+                    let lives = |found: &&&Found| found.child.as_ref().unwrap().exit.is_none();
+                    // What was found is the monitor's, as far as it is of this server.
+                    let its_own = found.iter().filter(|found| found.label.server == name(server));
+                    let known: Vec<&Found> = its_own.collect();
+                    let last = self.instances_of(server).into_iter().max().unwrap_or(Instance(0));
+                    let ended = known.iter().max_by_key(|known| known.label.machine.instance());
+                    let ended = ended.filter(|known| known.label.machine.instance() >= last);
+                    let counts = match known.iter().find(lives).or(ended) {
                         Some(known) => known.label.machine.instance(),
                         None => {
                             let (surveyed, counts) = self.survey_one(server, its)?;
@@ -1546,7 +1550,10 @@ fn goes_on_after(story: &[Happening]) {
 /// What went wrong once, at its shortest.
 mod once {
     use super::{
-        Happening::{DiskIsFull, Ends, Forks, Fuse, Killed, Listens, RecordIsLost, Recovers, Resume, Stop, Weight, Works},
+        Happening::{
+            DiskIsFull, Ends, Forks, Fuse, Killed, Listens, RecordIsLost, Recovers, Resume, Stop, Weight,
+            Works,
+        },
         Victim::{Both, Distributor, Monitor},
         *,
     };
@@ -1590,5 +1597,11 @@ mod once {
     fn a_process_of_a_daemon_may_have_the_number_of_the_main_one_that_was_recorded() {
         let daemon = [DiskIsFull(true), Forks(0), Ends(0, OK), Works, Forks(0)];
         goes_on_after(&[&[Recovers, Listens(0)], &daemon[..], &[Killed(Monitor), Works]].concat());
+    }
+
+    #[test]
+    fn a_daemon_goes_on_whose_main_process_has_ended_before_the_first_distributor_was_ready() {
+        let daemon = [Forks(0), Ends(0, OK), Listens(0), Works];
+        goes_on_after(&[&[Fuse(5, Distributor), Works, Works], &daemon[..]].concat());
     }
 }

@@ -113,6 +113,8 @@ struct Monitor {
 /// What a distributor has in its memory.
 struct Distributor {
     pid: u32,
+    /// The job of a launcher that it has asked for, until that is sent.
+    unsent: Option<u64>,
     /// `None` until it has begun.
     entries: Vec<Entry>,
     begun: bool,
@@ -299,7 +301,11 @@ impl World {
             let is_known = recorded.is_none_or(|its| {
                 let machine = &its.label.machine;
                 machine.instance() != instance
-                    || machine.pid().is_none_or(|pid| self.inside(server, instance).contains(&pid))
+                    || machine.pid().is_none_or(|pid| {
+                        // Its number may be another one's by now.
+                        its.start_time.is_none_or(|start| self.start_time(pid) == Some(start))
+                            && self.inside(server, instance).contains(&pid)
+                    })
             });
             if !is_known {
                 self.excuse(server, instance);
@@ -354,7 +360,7 @@ impl World {
         for (pid, job, has_entered) in launchers {
             let Some(&Job { server, instance }) = self.jobs.get(&job) else {
                 // Who was to send it is gone.
-                if self.distributor.is_none() {
+                if self.distributor.as_ref().is_none_or(|its| its.unsent != Some(job)) {
                     self.dies(pid, Exit::Code(127));
                 }
                 continue;
@@ -399,6 +405,7 @@ impl World {
                     let started = self.spawn(pid, What::Distributor);
                     self.distributor = Some(Distributor {
                         pid: started,
+                        unsent: None,
                         entries: Vec::new(),
                         begun: false,
                         stopping: false,
@@ -616,10 +623,14 @@ impl World {
             Succession::First => {
                 for server in 0..SERVERS {
                     let its = recorded.iter().find(|recorded| recorded.label.server == name(server));
-                    let lives =
-                        |found: &&Found| found.child.as_ref().is_some_and(|child| child.exit.is_none());
-                    let mut known = found.iter().filter(lives);
-                    let counts = match known.find(|known| known.label.server == name(server)) {
+                    let lives = |found: &&&Found| found.child.as_ref().unwrap().exit.is_none();
+                    // What was found is the monitor's, as far as it is of this server.
+                    let its_own = found.iter().filter(|found| found.label.server == name(server));
+                    let known: Vec<&Found> = its_own.collect();
+                    let last = self.instances_of(server).into_iter().max().unwrap_or(Instance(0));
+                    let ended = known.iter().max_by_key(|known| known.label.machine.instance());
+                    let ended = ended.filter(|known| known.label.machine.instance() >= last);
+                    let counts = match known.iter().find(lives).or(ended) {
                         Some(known) => known.label.machine.instance(),
                         None => {
                             let (surveyed, counts) = self.survey_one(server, its)?;
@@ -839,7 +850,13 @@ impl World {
                     );
                 }
                 self.truth[server].launches += 1;
-                self.truth[server].excused.remove(&instance);
+                // One that is to stop all brings them up to date before: then the next instance of
+                // whoever has ended meanwhile may be started, and is ended at once.
+                if self.stopping {
+                    self.excuse(server, instance);
+                } else {
+                    self.truth[server].excused.remove(&instance);
+                }
                 self.effect()?;
                 self.cgroups.insert((server, instance));
                 let (id, job) = (self.number(), self.number());
@@ -855,8 +872,10 @@ impl World {
                     emptying: false,
                 });
                 let label = serde_json::to_vec(&self.label(server)?).unwrap();
+                self.brain()?.unsent = Some(job);
                 self.say(ToMonitor::Start { id, label }, Some(job))?;
                 self.effect()?;
+                self.brain()?.unsent = None;
                 self.jobs.insert(job, Job { server, instance });
                 Ok(None)
             }
@@ -1003,6 +1022,10 @@ impl World {
             return Ok(());
         }
         self.record = Some(serde_json::to_vec(&Record::new(vec![service], None).unwrap()).unwrap());
+        if self.monitor.is_none() {
+            // Of whoever has ended since it heard the last of the monitor it knows nothing.
+            self.excuse_daemons();
+        }
         for server in 0..SERVERS {
             self.truth[server].weights = BTreeSet::from([self.entry(server)?.weight]);
         }
@@ -1076,7 +1099,7 @@ impl World {
         if *stopping && entries.iter().all(|entry| entry.run.is_none() && entry.machine.deadline().is_none())
         {
             self.effect()?;
-            self.record = None;
+            self.record_is(None);
             self.cgroups.clear();
             self.say(ToMonitor::Finished { code: 0 }, None)?;
         }
@@ -1512,9 +1535,73 @@ proptest! {
 
     #[test]
     fn whatever_dies_at_any_step_the_next_ones_go_on(story in prop::collection::vec(happening(), 0..120)) {
-        let mut world = World::new();
-        world.up();
-        story.iter().for_each(|happening| world.happens(happening));
-        world.ends_well();
+        goes_on_after(&story);
+    }
+}
+
+/// In the end nothing is in the way.
+fn goes_on_after(story: &[Happening]) {
+    let mut world = World::new();
+    world.up();
+    story.iter().for_each(|happening| world.happens(happening));
+    world.ends_well();
+}
+
+/// What went wrong once, at its shortest.
+mod once {
+    use super::{
+        Happening::{
+            DiskIsFull, Ends, Forks, Fuse, Killed, Listens, RecordIsLost, Recovers, Resume, Stop, Weight,
+            Works,
+        },
+        Victim::{Both, Distributor, Monitor},
+        *,
+    };
+
+    const OK: Exit = Exit::Code(0);
+
+    #[test]
+    fn a_launcher_ends_with_the_distributor_that_was_to_send_its_job_though_the_next_one_is_there() {
+        for victim in [Distributor, Both] {
+            goes_on_after(&[Recovers, Ends(1, OK), Works, Fuse(2, victim), Resume(1), Recovers]);
+        }
+    }
+
+    #[test]
+    fn a_distributor_that_outlives_its_monitor_writes_down_a_main_process_that_has_made_itself_a_daemon() {
+        let daemon = [Forks(1), Ends(1, OK), RecordIsLost];
+        let story = [&[Recovers], &daemon[..], &[Killed(Monitor), Weight(0, 1), Listens(1)]];
+        goes_on_after(&story.concat());
+    }
+
+    #[test]
+    fn a_distributor_that_has_removed_all_and_not_said_so_leaves_the_weights_of_the_configuration() {
+        let finishes = [Weight(0, 1), Stop, Stop, Works, Stop, Works, Works, Works];
+        for steps in 0..40 {
+            let begins = [Recovers, Ends(1, OK), Works, Fuse(steps, Distributor)];
+            goes_on_after(&[&begins[..], &finishes].concat());
+        }
+    }
+
+    #[test]
+    fn an_instance_that_is_started_after_the_request_to_stop_may_be_ended() {
+        let serve = [Works, Works, Listens(1), Listens(0), Works];
+        let end = [Killed(Distributor), Ends(0, OK), Works, Ends(1, OK)];
+        for steps in 0..40 {
+            let stop = [Fuse(steps, Distributor), Stop, Works, Works, Listens(0), Works];
+            goes_on_after(&[&serve[..], &end, &stop].concat());
+        }
+    }
+
+    #[test]
+    fn a_process_of_a_daemon_may_have_the_number_of_the_main_one_that_was_recorded() {
+        let daemon = [DiskIsFull(true), Forks(0), Ends(0, OK), Works, Forks(0)];
+        goes_on_after(&[&[Recovers, Listens(0)], &daemon[..], &[Killed(Monitor), Works]].concat());
+    }
+
+    #[test]
+    fn a_daemon_goes_on_whose_main_process_has_ended_before_the_first_distributor_was_ready() {
+        let daemon = [Forks(0), Ends(0, OK), Listens(0), Works];
+        goes_on_after(&[&[Fuse(5, Distributor), Works, Works], &daemon[..]].concat());
     }
 }

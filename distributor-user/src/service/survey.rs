@@ -3,7 +3,7 @@
 //! Gathers what was recorded and what its cgroups hold, has recovery.rs decide, and has the
 //! monitor watch what goes on. What belongs to nobody is killed.
 
-use std::{collections::HashSet, os::fd::AsFd as _, time::Instant};
+use std::{cmp::Reverse, collections::HashSet, os::fd::AsFd as _, time::Instant};
 
 use anyhow::Context as _;
 use tracing::{info, warn};
@@ -55,8 +55,9 @@ pub fn left(
 
 impl Service {
     /// What there is of each of its servers, for [`Service::take_over`], but for those that are
-    /// `known` and live: the monitor watches them already, because a distributor before us was
-    /// killed before it was ready.
+    /// `known`: the monitor has them already, because a distributor before us was killed before it
+    /// was ready. Of one that has ended it knows how, and so what the rest of its cgroup is: a
+    /// daemon, or to be killed.
     pub fn survey(
         &mut self,
         recorded: Option<record::Service>,
@@ -64,6 +65,9 @@ impl Service {
         host: &mut Host<'_>,
     ) -> anyhow::Result<Vec<Found>> {
         let lives = |child: &&Child| child.exit.is_none();
+        let ours = known.iter().map(|known| &known.label).filter(|label| label.adopted.is_none());
+        let mut newest: Vec<&Label> = ours.collect();
+        newest.sort_by_key(|label| Reverse(label.machine.instance()));
         let known: Vec<(&Label, u32)> = known
             .iter()
             .filter_map(|known| Some((&known.label, known.child.as_ref().filter(lives)?.pid)))
@@ -83,11 +87,17 @@ impl Service {
             let name = &self.entries[entry].config.name;
             let its = recorded.iter().find(|recorded| recorded.label.server == *name);
             let short = &self.entries[entry].config.short_name;
-            if let Some((label, _)) = known.iter().find(|(label, _)| label.server == *name) {
+            let its_cgroups = of(short, &cgroups);
+            // Of a newer instance, which has its cgroup, the monitor may know nothing.
+            let last = its_cgroups.iter().map(|(number, _)| *number).max().unwrap_or(0);
+            let living = known.iter().map(|(label, _)| *label).find(|label| label.server == *name);
+            let ended = newest.iter().copied().find(|label| label.server == *name);
+            let ended = ended.filter(|label| label.machine.instance().0 >= last);
+            if let Some(label) = living.or(ended) {
                 kept.insert((short.clone(), label.machine.instance().0));
                 continue;
             }
-            let (surveyed, instance) = self.survey_one(entry, its, &of(short, &cgroups), host)?;
+            let (surveyed, instance) = self.survey_one(entry, its, &its_cgroups, host)?;
             kept.insert((short.clone(), instance.0));
             found.push(surveyed);
         }

@@ -565,6 +565,8 @@ fn an_adoption_that_is_interrupted_is_finished_and_nobody_waits_for_ever() {
         assert!(opened > 10, "only {opened} clients");
         wait_until_eq("waiting", seconds(10.0), 0, || up.service().waiting.now);
         up.wait_connections(&[0, 0]);
+        // What it had before takes places of its limit; once a second it is counted again.
+        wait_until_eq("earlier", seconds(10.0), 0, || up.service().server("app/old").earlier);
         assert_eq!(client::by_name(&client::hold(V4, 6))["old"], 3);
         up.stop();
         assert!(own.runs() && !is_shared(own.0.id() as i32), "after {delay} s");

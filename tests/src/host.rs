@@ -33,7 +33,7 @@ use crate::{
     leftover, netlink,
     network::{Network, unshare},
     process::{Process, Signal, signal_child},
-    status::{Service, Status},
+    status::{Service, Status, Trouble},
     wait::{seconds, try_for, wait_for, wait_until_eq},
 };
 
@@ -394,6 +394,27 @@ impl Up<'_> {
             }
             self.control_socket().exists().then_some(())?;
             (self.run(&["status", "--json"]).code == Some(0)).then_some(())
+        });
+    }
+
+    /// Waits for a trouble that says all of this.
+    #[track_caller]
+    pub fn wait_trouble(&self, words: &[&str]) -> Trouble {
+        let mut last = None;
+        let found = try_for(seconds(20.0), || {
+            let status = self.status();
+            let said = |trouble: &&Trouble| words.iter().all(|word| trouble.what.contains(word));
+            let found = status.troubles.iter().find(said).cloned();
+            last = Some(status.troubles);
+            found
+        });
+        found.unwrap_or_else(|| panic!("no trouble says {words:?}: {last:#?}"))
+    }
+
+    #[track_caller]
+    pub fn wait_no_trouble(&self) {
+        wait_until_eq("the troubles", seconds(20.0), Vec::<String>::new(), || {
+            self.status().troubles.into_iter().map(|trouble| trouble.what).collect()
         });
     }
 

@@ -121,27 +121,6 @@ impl Drop for StopThem<'_> {
     }
 }
 
-/// Waits for a trouble that says all of this.
-#[track_caller]
-fn wait_trouble(up: &Up<'_>, words: &[&str]) -> Trouble {
-    let mut last = None;
-    let found = try_for(seconds(20.0), || {
-        let status = up.status();
-        let said = |trouble: &&Trouble| words.iter().all(|word| trouble.what.contains(word));
-        let found = status.troubles.iter().find(said).cloned();
-        last = Some(status.troubles);
-        found
-    });
-    found.unwrap_or_else(|| panic!("no trouble says {words:?}: {last:#?}"))
-}
-
-#[track_caller]
-fn wait_no_trouble(up: &Up<'_>) {
-    wait_until_eq("the troubles", seconds(20.0), Vec::<String>::new(), || {
-        up.status().troubles.into_iter().map(|trouble| trouble.what).collect()
-    });
-}
-
 /// Kills a server, and waits for its next instance.
 #[track_caller]
 fn replace_server(up: &Up<'_>, server: &str) {
@@ -263,7 +242,7 @@ fn on_a_full_disk_it_goes_on_says_so_and_has_its_record_again_when_there_is_room
     under_load(|| {
         replace_server(&up, "app/1");
         let words = ["the record is not written", "No space left on device", "free some space"];
-        wait_trouble(&up, &words);
+        up.wait_trouble(&words);
         let table = up.run(&["status"]).expect_done().stdout;
         let line = table.lines().last().expect("it says something");
         assert!(line.starts_with("! since ") && line.contains(words[0]), "{table}");
@@ -272,9 +251,9 @@ fn on_a_full_disk_it_goes_on_says_so_and_has_its_record_again_when_there_is_room
         replace_distributor(&up);
         assert_eq!(up.service().server("app/1").restarts, 1);
         up.run(&["weight", "app/2", "50"]).expect_done();
-        wait_trouble(&up, &words);
+        up.wait_trouble(&words);
         disk.free();
-        wait_no_trouble(&up);
+        up.wait_no_trouble();
     });
     // Once by each distributor.
     assert_eq!(said(&up, "warning: the record is not written"), 2, "{}", up.log());
@@ -353,7 +332,7 @@ fn without_a_control_socket_it_goes_on_and_has_one_again_when_there_is_room() {
         disk.free();
         up.wait_answering();
         up.wait_ready();
-        wait_no_trouble(&up);
+        up.wait_no_trouble();
     });
     assert_eq!(said(&up, "nobody can ask anything"), 2, "when it began, and when it ended: {}", up.log());
     assert_eq!(said(&up, "over after"), 2, "{}", up.log());
@@ -389,7 +368,7 @@ fn on_a_disk_that_has_become_read_only_it_goes_on_and_is_well_again_when_that_is
     under_load(|| {
         let read_only = ReadOnly::make(up.runtime());
         replace_server(&up, "app/1");
-        wait_trouble(&up, &["the record is not written", "Read-only file system", "remount"]);
+        up.wait_trouble(&["the record is not written", "Read-only file system", "remount"]);
         // The next one cannot have the lock, and without it does nothing.
         up.distributor().kill(seconds(5.0));
         wait_for("one that says why", seconds(10.0), || {
@@ -402,7 +381,7 @@ fn on_a_disk_that_has_become_read_only_it_goes_on_and_is_well_again_when_that_is
         drop(read_only);
         up.wait_answering();
         up.wait_ready();
-        wait_no_trouble(&up);
+        up.wait_no_trouble();
     });
     assert_eq!(up.service().server("app/1").restarts, 1);
     let record = fs::read_to_string(up.runtime().join("record.json")).expect("a record is there");
@@ -456,7 +435,7 @@ fn lacks(up: &Up<'_>, server: &str, words: &[&str], more: impl FnOnce()) {
     up.process(server).kill(seconds(5.0));
     let name = format!("server {server} could not be started");
     let words: Vec<&str> = [name.as_str()].into_iter().chain(words.iter().copied()).collect();
-    let begun = wait_trouble(up, &words);
+    let begun = up.wait_trouble(&words);
     let waiting = up.wait_state(server, "backoff");
     assert!(waiting.reason.expect("a reason").contains("next start in"));
     // More often than would be forgiven if it was the server's fault.
@@ -464,10 +443,10 @@ fn lacks(up: &Up<'_>, server: &str, words: &[&str], more: impl FnOnce()) {
         let state = up.service().server(server).state.clone();
         state == "ready" || state == "failed"
     });
-    assert_eq!(wait_trouble(up, &words).since, begun.since, "since when is not since the last try");
+    assert_eq!(up.wait_trouble(&words).since, begun.since, "since when is not since the last try");
     more();
     up.wait_ready();
-    wait_no_trouble(up);
+    up.wait_no_trouble();
     assert_eq!(up.service().server(server).restarts, restarts + 1, "however often it was tried");
     assert_eq!(up.distributor(), distributor, "the distributor lives");
 }
@@ -510,7 +489,7 @@ fn clients_that_hold_all_descriptors_of_the_control_socket_do_not_spin_it_nor_en
     up.status();
     assert!(said(&up, "accept a control client") <= 1, "{}", up.log());
     give_descriptors_back(distributor);
-    wait_no_trouble(&up);
+    up.wait_no_trouble();
 }
 
 fn cpu_time(process: Process) -> Duration {
@@ -701,15 +680,15 @@ fn a_server_whose_user_has_too_many_processes_is_started_when_there_are_fewer() 
     let app = App { server, ..App::running(1, command) };
     let up = host.start(&app);
     let words = ["server app/1 could not be started", "Resource temporarily unavailable", "nproc"];
-    let begun = wait_trouble(&up, &words);
+    let begun = up.wait_trouble(&words);
     stays("the server", Duration::from_millis(2500), false, || {
         let state = up.service().server("app/1").state.clone();
         state == "ready" || state == "failed"
     });
-    assert_eq!(wait_trouble(&up, &words).since, begun.since);
+    assert_eq!(up.wait_trouble(&words).since, begun.since);
     drop(others);
     up.wait_ready();
-    wait_no_trouble(&up);
+    up.wait_no_trouble();
     assert_eq!(up.service().server("app/1").restarts, 0, "it never failed");
     up.stop();
 }

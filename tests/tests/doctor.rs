@@ -24,7 +24,7 @@ use tests::{
 };
 
 /// What programs know the checks by: may be added to, and never changed.
-const NAMES: [&str; 38] = [
+const NAMES: [&str; 39] = [
     "root",
     "capabilities",
     "runtime-dir",
@@ -47,6 +47,7 @@ const NAMES: [&str; 38] = [
     "replace",
     "share4",
     "share6",
+    "low-port",
     "events",
     "steer",
     "tag",

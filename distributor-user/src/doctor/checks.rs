@@ -278,6 +278,16 @@ pub(super) const CHECKS: &[Check] = &[
         to_do: "use Linux 6.1 or later; or set socket = \"systemd\" or \"stdin\" for the servers",
     },
     Check {
+        name: "low-port",
+        about: About::Kernel,
+        needed: false,
+        what: "a server of another user may listen on a port that takes root to bind",
+        how: How::Aside(trials::low_port),
+        after: &["loopback", "attach-bind4", "cgroup-enter"],
+        then: "servers with user = \"...\" cannot bind the service's port if it is below 1024",
+        to_do: "set socket = \"systemd\" or \"stdin\" for the servers, or lower net.ipv4.ip_unprivileged_port_start",
+    },
+    Check {
         name: "events",
         about: About::Kernel,
         needed: false,

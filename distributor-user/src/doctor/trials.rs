@@ -323,6 +323,28 @@ pub(super) fn wake(bench: &mut Bench) -> anyhow::Result<String> {
     Ok(String::new())
 }
 
+/// As a server of another user binds port 80.
+pub(super) fn low_port(bench: &mut Bench) -> anyhow::Result<String> {
+    let first_open = fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start");
+    let first_open = first_open.ok().and_then(|port| port.trim().parse().ok()).unwrap_or(1024);
+    let free = (1..first_open)
+        .rev()
+        .find_map(|port| bound(SocketAddr::from((Ipv4Addr::LOCALHOST, port)), Shares::No).ok());
+    let Some(free) = free else {
+        return Ok(format!("everybody may bind any port from {first_open} on"));
+    };
+    let address = address_of(&free)?;
+    drop(free);
+    bench.trial()?.serve(&address)?;
+    let bind = || {
+        // Of this thread only: there is more to try as root.
+        launcher::become_user(&nobody())?;
+        bound(address.socket, Shares::No).map(drop)
+    };
+    thread::scope(|scope| scope.spawn(bind).join().map_err(|_| anyhow!("its thread has panicked"))?)?;
+    Ok(String::new())
+}
+
 /// As every server does before it is executed.
 pub(super) fn drop_rights(_: &mut Bench) -> anyhow::Result<String> {
     launcher::drop_capabilities()?;
@@ -333,9 +355,12 @@ pub(super) fn become_nobody(_: &mut Bench) -> anyhow::Result<String> {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
     let (uid, gid) = (Uid::from_raw(NOBODY), Gid::from_raw(NOBODY));
     fchown(&socket, Some(uid), Some(gid)).context("give a socket away")?;
-    let nobody = Identity { name: NOBODY.to_string(), uid: NOBODY, gid: NOBODY, groups: vec![] };
-    launcher::become_user(&nobody)?;
+    launcher::become_user(&nobody())?;
     Ok(String::new())
+}
+
+fn nobody() -> Identity {
+    Identity { name: NOBODY.to_string(), uid: NOBODY, gid: NOBODY, groups: vec![] }
 }
 
 /// Whether a socket shares its address with those that do so too.

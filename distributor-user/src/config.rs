@@ -30,7 +30,7 @@ use std::{
 pub use distributor_ebpf::contract::Policy;
 use rustix::process::{Resource, Signal};
 
-pub use self::{environment::Machine, user::User};
+pub use self::{cpus::write as list_of_cpus, environment::Machine, user::User};
 use crate::{address::ListenAddress, error::UserError};
 
 /// The file `up` reads when it is given nothing else.

@@ -25,11 +25,12 @@ use rustix::{
     io::{Errno, FdFlags},
     net::{AddressFamily, SocketFlags, SocketType, sockopt},
     process::{Resource, Rlimit},
-    thread::{CapabilitySet, CapabilitySets, CpuSet},
+    thread::{CapabilitySet, CapabilitySets},
 };
 
 use crate::{
     address::ListenAddress,
+    affinity,
     launch::{Exec, Identity, LaunchError, Limit, MAX_JOB, Output, Socket, failed, reason},
     logging,
     monitor::OPEN_FILES,
@@ -337,23 +338,15 @@ fn set_cpus(cpus: &[usize]) -> Result<()> {
         return Ok(());
     }
     let list = || cpus.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
-    let mut set = CpuSet::new();
-    for &cpu in cpus {
-        if cpu >= CpuSet::MAX_CPU {
-            return Err(failed(
-                format!("run on CPUs {}", list()),
-                format!("{cpu} is over the kernel's limit"),
-            ));
-        }
-        set.set(cpu);
+    let mask = affinity::mask(cpus).ok_or_else(|| {
+        failed(format!("run on CPUs {}", list()), "one is over the kernel's limit".to_owned())
+    })?;
+    match rustix::thread::sched_setaffinity(None, &mask) {
+        // None of them is online: better on others than not at all. The distributor says so, and
+        // sets it when one is back.
+        Ok(()) | Err(Errno::INVAL) => Ok(()),
+        Err(error) => Err(failed(format!("run on CPUs {}", list()), reason(error))),
     }
-    rustix::thread::sched_setaffinity(None, &set).map_err(|error| {
-        let why = match error {
-            Errno::INVAL => "none of them is online".to_owned(),
-            error => reason(error),
-        };
-        failed(format!("run on CPUs {}", list()), why)
-    })
 }
 
 /// The bounding set first: it takes CAP_SETPCAP, which goes after it.

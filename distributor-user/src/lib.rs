@@ -5,6 +5,7 @@
 
 pub mod accept_queue;
 pub mod address;
+pub mod affinity;
 pub mod attendant;
 pub mod auditor;
 pub mod backoff;

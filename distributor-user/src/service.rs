@@ -35,6 +35,7 @@ use tokio::{
 use tracing::{debug, error, info, warn};
 
 use crate::{
+    affinity,
     attendant::{self, Attendant, Duty, Says},
     auditor::Auditor,
     cgroup::Cgroup,
@@ -113,6 +114,7 @@ pub struct Service {
     /// The kernel does not wake a server to which it moves a connection.
     bell: bool,
     entries: Vec<Entry>,
+    cpus: affinity::Watch,
     /// Slots of ended instances that still hold connections.
     retired: Vec<Retired>,
     slots: Slots,
@@ -295,6 +297,7 @@ impl Service {
             audit: audit::Audit::start(number, auditor, options.audit, host),
             bell: options.bell,
             entries: Vec::new(),
+            cpus: affinity::Watch::default(),
             retired: Vec::new(),
             slots: Slots::default(),
             indices: Indices::default(),
@@ -833,6 +836,7 @@ impl Service {
         self.note("events", lost);
         self.forget_left();
         self.count_earlier();
+        self.keep_on_cpus();
         self.write_plan();
     }
 

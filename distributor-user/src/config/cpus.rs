@@ -26,7 +26,7 @@ pub(super) fn parse(text: &str) -> Result<Vec<usize>, String> {
 }
 
 /// The shortest list of these ascending CPUs.
-pub(super) fn write(cpus: &[usize]) -> String {
+pub fn write(cpus: &[usize]) -> String {
     let ranges = cpus.chunk_by(|left, right| left + 1 == *right);
     let texts: Vec<String> = ranges
         .map(|range| match range {

@@ -13,15 +13,15 @@ use super::{User, cpus};
 pub struct Machine {
     /// Our own environment.
     pub environment: Vec<(String, String)>,
-    /// The CPUs that are online, ascending. `None` where /sys does not tell; the launcher's
-    /// sched_setaffinity then has the last word.
-    pub cpus_online: Option<Vec<usize>>,
+    /// The CPUs that may be plugged in, ascending: one that is offline now may be back later, and a
+    /// server runs on others meanwhile. `None` where /sys does not tell.
+    pub cpus_possible: Option<Vec<usize>>,
 }
 
 impl Machine {
     /// The machine this runs on.
     pub fn this() -> Self {
-        let cpus_online = fs::read_to_string("/sys/devices/system/cpu/online")
+        let cpus_possible = fs::read_to_string("/sys/devices/system/cpu/possible")
             .ok()
             .and_then(|list| cpus::parse(&list).ok());
         Self {
@@ -29,7 +29,7 @@ impl Machine {
             environment: std::env::vars_os()
                 .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
                 .collect(),
-            cpus_online,
+            cpus_possible,
         }
     }
 }

@@ -460,15 +460,15 @@ impl<'r> Reading<'r> {
             self.refuse(&given.place, sentence);
             Vec::new()
         });
-        if let Some(online) = &self.machine.cpus_online {
+        if let Some(possible) = &self.machine.cpus_possible {
             let mut missing = wanted.clone();
-            missing.retain(|cpu| !online.contains(cpu));
+            missing.retain(|cpu| !possible.contains(cpu));
             if !missing.is_empty() {
                 let sentence = format!(
-                    "{:?} names CPU {}, which is not online here, write CPUs of {:?}",
+                    "{:?} names CPU {}, which this machine does not have, write CPUs of {:?}",
                     given.value,
                     cpus::write(&missing),
-                    cpus::write(online)
+                    cpus::write(possible)
                 );
                 self.refuse(&given.place, sentence);
             }

@@ -121,7 +121,7 @@ name = "big""#,
         "cpus_that_are_not_here",
         r#"cpus = "2-5,9""#,
         &[
-            r#"shop.toml:5: service.shop.server.cpus: "2-5,9" names CPU 4-5,9, which is not online here, write CPUs of "0-3""#,
+            r#"shop.toml:5: service.shop.server.cpus: "2-5,9" names CPU 4-5,9, which this machine does not have, write CPUs of "0-3""#,
         ],
     ),
     (
@@ -1085,5 +1085,5 @@ fn assert_refused(name: &str, text: &str, sentences: &[&str]) {
 }
 
 fn machine() -> Machine {
-    Machine { environment: Vec::new(), cpus_online: Some(vec![0, 1, 2, 3]) }
+    Machine { environment: Vec::new(), cpus_possible: Some(vec![0, 1, 2, 3]) }
 }

@@ -21,7 +21,10 @@ command = ["shop"]
 "#;
 
 fn machine() -> Machine {
-    Machine { environment: vec![("PATH".to_owned(), "/bin".to_owned())], cpus_online: Some(vec![0, 1, 2, 3]) }
+    Machine {
+        environment: vec![("PATH".to_owned(), "/bin".to_owned())],
+        cpus_possible: Some(vec![0, 1, 2, 3]),
+    }
 }
 
 fn parse(text: &str) -> Config {

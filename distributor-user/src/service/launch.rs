@@ -9,15 +9,17 @@ use std::{
 
 use anyhow::Context as _;
 use distributor_ebpf::contract::{Home, Plan, ROOM, Run as KernelRun, SLOTS};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use tracing::{debug, info, warn};
 
 use super::{
-    Host, Launch, Listeners, Running, Service,
+    Entry, Host, Launch, Listeners, Running, Service,
     adopt::{self, Adopted, Guest},
 };
 use crate::{
-    config::SocketMode,
+    affinity,
+    config::{self, SocketMode},
     distributor::Input,
     error, foreign,
     launch::{self, Exec, Limit, Socket},
@@ -397,8 +399,36 @@ impl Service {
         Ok(())
     }
 
+    /// Pins servers anew when one of their CPUs is back, and says which run on others meanwhile.
+    pub(super) fn keep_on_cpus(&mut self) {
+        if !self.cpus.is_due() {
+            return;
+        }
+        for entry in 0..self.entries.len() {
+            let Entry { config, run, .. } = &self.entries[entry];
+            let (name, cpus) = (&config.name, &config.cpus);
+            if cpus.is_empty() {
+                continue;
+            }
+            // An adopted server runs where it did.
+            let run = run.as_ref().filter(|run| run.launch == Launch::Running && run.guest.is_none());
+            let lacks = run.zip(affinity::mask(cpus)).and_then(|(run, mask)| {
+                let error = affinity::restore(&run.cgroup.processes(), &mask).err()?;
+                let cpus = config::list_of_cpus(cpus);
+                Some(match error {
+                    Errno::INVAL => format!(
+                        "server {name}: none of its CPUs ({cpus}) is online and in its cpuset: runs on others until \
+                         one is"
+                    ),
+                    error => format!("server {name}: cannot be kept on CPUs {cpus}: {error}; tries again"),
+                })
+            });
+            self.note(&format!("CPUs of {name}"), lacks);
+        }
+    }
+
     fn wants_notify(&self) -> bool {
-        self.config.readiness == crate::config::Readiness::Notify
+        self.config.readiness == config::Readiness::Notify
     }
 
     /// The cgroup and the notify socket of an instance.

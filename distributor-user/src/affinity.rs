@@ -1,0 +1,107 @@
+//! Keeps servers on their CPUs, also when these go away and come back.
+//!
+//! A thread whose last CPU goes offline may run on every CPU from then on: the kernel widens its
+//! mask when it next runs, and does not narrow it when the CPU is back (`select_fallback_rq` in
+//! kernel/sched/core.c, the same from Linux 5.15 to 7.3). So masks are looked at again.
+#![forbid(unsafe_code)]
+
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    io::Errno,
+    process::Pid,
+    thread::{CpuSet, sched_getaffinity, sched_setaffinity},
+};
+
+/// How long nothing is looked at while no CPU goes or comes. One that was away for less than a
+/// second goes unseen.
+const PAUSE: Duration = Duration::from_secs(5);
+
+/// Whether masks are to be looked at.
+#[derive(Default)]
+pub struct Watch {
+    last: Option<(Instant, String)>,
+}
+
+impl Watch {
+    /// At the first time, after a CPU has gone or come, and every few seconds.
+    pub fn is_due(&mut self) -> bool {
+        // Where /sys does not tell, time does.
+        let online = fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_default();
+        let is_due = self.last.as_ref().is_none_or(|(at, then)| at.elapsed() >= PAUSE || *then != online);
+        if is_due {
+            self.last = Some((Instant::now(), online));
+        }
+        is_due
+    }
+}
+
+/// The CPUs as a mask. `None`: one of them is beyond what a mask can name.
+pub fn mask(cpus: &[usize]) -> Option<CpuSet> {
+    let mut mask = CpuSet::new();
+    for &cpu in cpus {
+        if cpu >= CpuSet::MAX_CPU {
+            return None;
+        }
+        mask.set(cpu);
+    }
+    Some(mask)
+}
+
+/// Sets the masks of all threads that may run elsewhere than on `wanted`. Those that the server has
+/// narrowed by itself stay as they are.
+///
+/// # Errors
+/// EINVAL: none of these CPUs is online, or allowed by the server's cpuset (sched_setaffinity(2)).
+pub fn restore(processes: &[u32], wanted: &CpuSet) -> rustix::io::Result<()> {
+    for thread in processes.iter().flat_map(|&process| threads(process)) {
+        let restored = sched_getaffinity(Some(thread)).and_then(|mask| {
+            let strays = (0..CpuSet::MAX_CPU).any(|cpu| mask.is_set(cpu) && !wanted.is_set(cpu));
+            if strays { sched_setaffinity(Some(thread), wanted) } else { Ok(()) }
+        });
+        match restored {
+            // It has ended meanwhile.
+            Ok(()) | Err(Errno::SRCH) => {}
+            error => return error,
+        }
+    }
+    Ok(())
+}
+
+/// The threads of a process. None if it has ended.
+fn threads(process: u32) -> impl Iterator<Item = Pid> {
+    let entries = fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten();
+    entries.filter_map(|entry| Pid::from_raw(entry.file_name().to_str()?.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn only_masks_that_stray_are_set() {
+        let all = sched_getaffinity(None).expect("our mask");
+        let here: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|&cpu| all.is_set(cpu)).collect();
+        let first = mask(&here[..1]).expect("it can be named");
+        let mut child = Command::new("sleep").arg("60").spawn().expect("run sleep");
+        let now = || sched_getaffinity(Pid::from_raw(child.id() as i32)).expect("its mask");
+        let rows = [("as it is", all, all), ("narrower", first, first), ("wider", all, first)];
+        let after = rows.map(|(row, wanted, _)| (row, restore(&[child.id()], &wanted), now()));
+        child.kill().and_then(|()| child.wait()).expect("it ends");
+        for ((row, restored, mask), (_, _, expected)) in after.into_iter().zip(rows) {
+            assert_eq!((restored, mask), (Ok(()), expected), "{row}");
+        }
+        assert_eq!(restore(&[child.id()], &first), Ok(()), "it has ended");
+    }
+
+    #[test]
+    fn a_cpu_beyond_every_mask_makes_none() {
+        assert!(mask(&[0, CpuSet::MAX_CPU]).is_none());
+        assert!(mask(&[0, 1]).is_some_and(|mask| mask.is_set(1) && !mask.is_set(2)));
+    }
+}

@@ -5,6 +5,10 @@
 //! it waits, except for the next input.
 #![forbid(unsafe_code)]
 
+mod adopt;
+mod answer;
+mod vacancy;
+
 use std::{
     fs::{self, DirBuilder, File},
     io::Write as _,
@@ -37,6 +41,7 @@ use tokio::{
 };
 use tracing::{debug, error, info, warn};
 
+use self::vacancy::Vacancy;
 use crate::{
     attendant, auditor, bell,
     cgroup::Cgroup,
@@ -45,7 +50,7 @@ use crate::{
     control::{self, Command, Request, Response},
     error,
     instance::{self, Instance},
-    kernel::{self, ProgramLog},
+    kernel::ProgramLog,
     launch::LaunchError,
     link::{Child, Held, Inheritance, Link},
     lock::{self, DistributorLock},
@@ -53,8 +58,7 @@ use crate::{
     notify,
     record::{self, Adopting, Record, Recorder},
     room, server,
-    service::{self, Adopted, Found, Host, Label, Left, Service, Shared, Succession},
-    status::{ServiceStatus, Status, Trouble},
+    service::{self, Found, Host, Label, Left, Service, Succession},
     trouble::Troubles,
     upgrade::{self, Candidate},
 };
@@ -560,174 +564,6 @@ impl<'a> Distributor<'a> {
         next
     }
 
-    /// Begins the services whose addresses have become free.
-    fn fill_vacancies(&mut self) {
-        for number in (0..self.vacant.len()).rev() {
-            let free = |address| room::is_free(address);
-            if self.stopping || !self.vacant[number].config.listen.iter().all(free) {
-                continue;
-            }
-            let vacancy = self.vacant.remove(number);
-            info!("service {}: its addresses are free", vacancy.config.name);
-            if let Err(error) = self.fill(&vacancy, None) {
-                error!("service {}: {error:#}; tries again every second", vacancy.config.name);
-                self.leave_vacant(vacancy);
-            }
-        }
-    }
-
-    /// A service could not begin: nothing is to look as if it had.
-    fn leave_vacant(&mut self, vacancy: Vacancy) {
-        let others: Vec<&str> = self.services.iter().map(Service::name).collect();
-        if let Err(error) = self.place.clean_leftovers(&others) {
-            error!("service {}: {error:#}", vacancy.config.name);
-        }
-        self.vacant.push(vacancy);
-    }
-
-    /// Begins a service, with a server that has the address already if there is one, and starts
-    /// its own.
-    fn fill(&mut self, vacancy: &Vacancy, guest: Option<Guest<'_>>) -> anyhow::Result<()> {
-        let number = self.services.len();
-        let options = service::Options { in_use: guest.is_some(), ..self.options };
-        let (services, mut host) = self.split();
-        let mut service = Service::open(number, vacancy.config.clone(), options, &mut host)?;
-        service.take_over(Vec::new(), Succession::First, &mut host)?;
-        if let Some(Guest { shared, name, command }) = guest
-            && let Err(error) = service.adopt(shared, name, command, &mut host)
-        {
-            service.end();
-            shared.give_back();
-            return Err(error);
-        }
-        service.look_around(&mut host);
-        service.begin();
-        service.start(&mut host);
-        services.push(service);
-        self.announced.push(false);
-        Ok(())
-    }
-
-    fn adopt(
-        &mut self,
-        service: &str,
-        pid: u32,
-        name: &str,
-        command: Vec<String>,
-        interrupted: Option<&Adopted>,
-    ) -> Response {
-        let vacant = self.vacant.iter().position(|vacancy| vacancy.config.name == service);
-        let open = self.services.iter().position(|its| its.name() == service);
-        let config = match (vacant, open) {
-            (Some(vacant), _) => self.vacant[vacant].config.clone(),
-            (None, Some(open)) => self.services[open].config().clone(),
-            (None, None) => {
-                let open = self.services.iter().map(Service::name);
-                let known: Vec<&str> =
-                    open.chain(self.vacant.iter().map(|vacancy| vacancy.config.name.as_str())).collect();
-                return Response::input(format!(
-                    "no service is called {service}, but these are: {}",
-                    known.join(", ")
-                ));
-            }
-        };
-        if self.stopping {
-            return Response::failure(format!("service {service} is being stopped"));
-        }
-        if !config::is_name(name) || name.bytes().all(|byte| byte.is_ascii_digit()) {
-            return Response::input(format!(
-                "{name:?} is no name for a server that is adopted: write one of a-z, 0-9, _ and -, not of digits only"
-            ));
-        }
-        let full_name = format!("{service}/{name}");
-        let is_taken = match open {
-            Some(open) => self.services[open].find(&full_name).is_some(),
-            None => config.servers.iter().any(|server| server.name == full_name),
-        };
-        if is_taken {
-            return Response::input(format!(
-                "a server is called {full_name} already: give it another --name"
-            ));
-        }
-        let mut ours = self.place.cgroup.processes();
-        ours.extend([std::process::id(), parent_id()]);
-        let mut shared = match Shared::find(pid, &config, &ours) {
-            Ok(shared) => shared,
-            Err(error) => return Response::input(format!("{error:#}")),
-        };
-        if let Some(interrupted) = interrupted {
-            shared.resume(interrupted);
-        }
-        if let Some(open) = open
-            && self.services[open].has(&shared)
-        {
-            return Response::input(format!(
-                "adopt process {pid}: it belongs to a server of {service} already"
-            ));
-        }
-        let intent = match shared.intent(name, &command) {
-            Ok(intent) => intent,
-            Err(error) => return Response::failure(format!("adopt process {pid}: {error:#}")),
-        };
-        // Before anything is changed: whoever follows us finishes it, and knows what it was like.
-        let is_vacant = vacant.is_some();
-        self.adopting = Some(Adopting { service: service.to_owned(), is_vacant, server: intent });
-        self.write_record();
-        if self.troubles.has(RECORD) {
-            self.adopting = None;
-            return Response::failure(format!(
-                "adopt process {pid}: it could not be written down what it is like now, to give it back so: see \
-                 dist-ctl status"
-            ));
-        }
-        let adopted = match (shared.share(&config), vacant, open) {
-            (Err(error), ..) => Err(error),
-            // Rooms can only be made now that it shares the address.
-            (Ok(()), Some(vacant), _) => {
-                let vacancy = self.vacant.remove(vacant);
-                let filled = self.fill(&vacancy, Some(Guest { shared: &shared, name, command }));
-                if filled.is_err() {
-                    self.leave_vacant(vacancy);
-                }
-                filled
-            }
-            (Ok(()), None, open) => {
-                let (services, mut host) = self.split();
-                let service = open.and_then(|open| services.get_mut(open)).expect("it was just found");
-                service.adopt(&shared, name, command, &mut host)
-            }
-        };
-        let response = match adopted {
-            Ok(()) => Response::Done,
-            Err(error) => {
-                shared.undo();
-                Response::failure(format!("adopt process {pid}: {error:#}"))
-            }
-        };
-        self.adopting = None;
-        self.write_record();
-        response
-    }
-
-    /// The distributor before us was killed while it adopted a server.
-    fn finish_adoption(&mut self, adopting: &Adopting) {
-        let Adopting { service, server, .. } = adopting;
-        let full_name = format!("{service}/{}", server.name);
-        let is_done = |its: &Service| its.name() == service && its.find(&full_name).is_some();
-        if self.stopping || self.services.iter().any(is_done) {
-            return;
-        }
-        info!("server {full_name} was being adopted: goes on with that");
-        let answer = self.adopt(service, server.pid, &server.name, server.command.clone(), Some(server));
-        if let Response::Refused { error, .. } = answer {
-            warn!("{error}");
-            let begun: Vec<&str> = self.services.iter().map(Service::name).collect();
-            if let Err(error) = self.place.clean_leftovers(&begun) {
-                error!("service {service}: {error:#}");
-            }
-        }
-    }
-
     fn look_around(&mut self) {
         self.fill_vacancies();
         let (services, mut host) = self.split();
@@ -851,115 +687,6 @@ impl<'a> Distributor<'a> {
         }
     }
 
-    fn answer(&mut self, command: Command) -> Response {
-        match command {
-            Command::Status => match self.status() {
-                Ok(status) => Response::Status(status),
-                Err(error) => Response::failure(format!("{error:#}")),
-            },
-            Command::Weight { server, weight } => {
-                if !(1..=contract::WEIGHT_MAX).contains(&weight) {
-                    return Response::input(format!(
-                        "weight {weight} is out of range: 1 to {}",
-                        contract::WEIGHT_MAX
-                    ));
-                }
-                self.of_server(&server, |service, entry, _| service.set_weight(entry, weight))
-            }
-            Command::Limit { server, limit } => {
-                if limit.is_some_and(|limit| !(1..=contract::LIMIT_MAX).contains(&limit)) {
-                    return Response::input(format!(
-                        "limit is out of range: 1 to {}, or none",
-                        contract::LIMIT_MAX
-                    ));
-                }
-                self.of_server(&server, |service, entry, _| service.set_limit(entry, limit))
-            }
-            Command::Adopt { service, pid, name, command } => self.adopt(&service, pid, &name, command, None),
-            Command::Release { server } => {
-                self.of_server(&server, |service, entry, host| match service.release(entry, host) {
-                    Ok(()) => Response::Done,
-                    Err(error) => Response::input(format!("{error:#}")),
-                })
-            }
-            Command::Resume { server } => {
-                self.of_server(&server, |service, entry, host| service.resume(entry, host))
-            }
-            Command::Down => {
-                // If the monitor cannot hear it, it is gone.
-                let _ = self.link.send(&ToMonitor::Stopping, None);
-                self.stop();
-                Response::Done
-            }
-            // Not possible: `perform` gives it to `try_out`.
-            Command::Upgrade { .. } => Response::failure("upgrade: it is answered after a trial only"),
-        }
-    }
-
-    /// Puts another program on trial, beside everything else. `Input::Tried` says how it went.
-    fn try_out(&mut self, program: String, reply: oneshot::Sender<Response>) {
-        if self.trying {
-            let _ = reply.send(Response::failure("upgrade: another one is under way: wait for it"));
-            return;
-        }
-        self.trying = true;
-        let inputs = self.inputs.clone();
-        spawn_local(async move {
-            // It fails when the loop is gone, and then nobody waits for it.
-            let _ = inputs.send(Input::Tried(upgrade::try_out(&program).await, reply));
-        });
-    }
-
-    /// Exits, and has the monitor start the other program in our place. Nothing is stopped or
-    /// even dropped: the next distributor finds everything as after a death.
-    async fn make_room(&self, successor: Candidate) -> anyhow::Result<()> {
-        // The reply is written by a task that is to have its turn.
-        for _ in 0..16 {
-            yield_now().await;
-        }
-        info!("makes room for {}", successor.name);
-        self.link.send(&ToMonitor::Replace, Some(successor.file.as_fd()))?;
-        std::process::exit(0)
-    }
-
-    fn of_server(
-        &mut self,
-        name: &str,
-        then: impl FnOnce(&mut Service, usize, &mut Host<'_>) -> Response,
-    ) -> Response {
-        let (services, mut host) = self.split();
-        for service in services.iter_mut() {
-            if let Some(entry) = service.find(name) {
-                return then(service, entry, &mut host);
-            }
-        }
-        let known: Vec<String> = services.iter().flat_map(Service::server_names).collect();
-        Response::input(format!("no server is called {name}, but these are: {}", known.join(", ")))
-    }
-
-    fn status(&self) -> anyhow::Result<Status> {
-        Ok(Status {
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            build: upgrade::own_build(),
-            pid: std::process::id(),
-            not_upgraded: self.not_upgraded.clone(),
-            troubles: self.troubles(),
-            services: self
-                .services
-                .iter()
-                .map(Service::status)
-                .chain(self.vacant.iter().map(|vacancy| Ok(vacancy.status())))
-                .collect::<Result<_, _>>()?,
-        })
-    }
-
-    fn troubles(&self) -> Vec<Trouble> {
-        let services = self.services.iter().flat_map(|service| service.troubles().all());
-        let mut troubles: Vec<Trouble> = self.troubles.all().chain(services).collect();
-        troubles.sort_by_key(|trouble| trouble.since);
-        troubles
-    }
-
     fn stop(&mut self) {
         if !self.stopping {
             info!("stops: takes no new connections, and ends the servers");
@@ -1013,59 +740,6 @@ fn make_notify_dir(place: &Instance) -> anyhow::Result<()> {
             Err(error).context("create the directory of the notify sockets")
         }
         _ => Ok(()),
-    }
-}
-
-/// A server to be adopted.
-struct Guest<'a> {
-    shared: &'a Shared,
-    name: &'a str,
-    command: Vec<String>,
-}
-
-/// A service that cannot begin, because somebody else listens on its address.
-struct Vacancy {
-    config: config::Service,
-    why: String,
-    since: SystemTime,
-}
-
-impl Vacancy {
-    /// `None`: it can begin, or has begun. `adopting` was interrupted, and is gone on with.
-    fn of(
-        service: &config::Service,
-        place: &Instance,
-        adopting: Option<&Adopting>,
-        children: &[Child],
-    ) -> Option<Self> {
-        if service.occupied == Occupied::Refuse {
-            return None;
-        }
-        let cgroup = place.cgroup.child(&service.name);
-        let is_its = |label: Label| label.service == service.name;
-        let serves = children.iter().any(|child| serde_json::from_slice(&child.label).is_ok_and(is_its))
-            || cgroup.processes().len() > cgroup.child("rooms").processes().len();
-        let has_begun = || {
-            // It may serve by an adopted server alone.
-            let pins = kernel::pins(&place.pins, &service.name);
-            !cgroup.processes().is_empty()
-                || kernel::addresses(&pins).is_ok_and(|addresses| addresses.is_some())
-        };
-        let goes_on = adopting.is_some_and(|adopting| adopting.is_vacant) && !serves;
-        if !goes_on && (has_begun() || service.listen.iter().all(room::is_free)) {
-            return None;
-        }
-        let taken = service.listen.iter().find_map(|address| room::check_free(address).err());
-        let taken = taken.unwrap_or_else(|| anyhow::anyhow!("a server is being adopted"));
-        let why = format!(
-            "{taken:#}; or make it one of the service's servers: dist-ctl adopt {} --pid PID",
-            service.name
-        );
-        Some(Self { config: service.clone(), why, since: SystemTime::now() })
-    }
-
-    fn status(&self) -> ServiceStatus {
-        service::vacant_status(&self.config, &self.why, self.since)
     }
 }
 

@@ -1,0 +1,131 @@
+//! What operators ask, and what they are told.
+#![forbid(unsafe_code)]
+
+use std::os::fd::AsFd as _;
+
+use distributor_ebpf::contract;
+use tokio::{
+    sync::oneshot,
+    task::{spawn_local, yield_now},
+};
+use tracing::info;
+
+use super::{Distributor, Input};
+use crate::{
+    control::{Command, Response},
+    message::ToMonitor,
+    service::{Host, Service},
+    status::{Status, Trouble},
+    upgrade::{self, Candidate},
+};
+
+impl Distributor<'_> {
+    pub(super) fn answer(&mut self, command: Command) -> Response {
+        match command {
+            Command::Status => match self.status() {
+                Ok(status) => Response::Status(status),
+                Err(error) => Response::failure(format!("{error:#}")),
+            },
+            Command::Weight { server, weight } => {
+                if !(1..=contract::WEIGHT_MAX).contains(&weight) {
+                    return Response::input(format!(
+                        "weight {weight} is out of range: 1 to {}",
+                        contract::WEIGHT_MAX
+                    ));
+                }
+                self.of_server(&server, |service, entry, _| service.set_weight(entry, weight))
+            }
+            Command::Limit { server, limit } => {
+                if limit.is_some_and(|limit| !(1..=contract::LIMIT_MAX).contains(&limit)) {
+                    return Response::input(format!(
+                        "limit is out of range: 1 to {}, or none",
+                        contract::LIMIT_MAX
+                    ));
+                }
+                self.of_server(&server, |service, entry, _| service.set_limit(entry, limit))
+            }
+            Command::Adopt { service, pid, name, command } => self.adopt(&service, pid, &name, command, None),
+            Command::Release { server } => {
+                self.of_server(&server, |service, entry, host| match service.release(entry, host) {
+                    Ok(()) => Response::Done,
+                    Err(error) => Response::input(format!("{error:#}")),
+                })
+            }
+            Command::Resume { server } => {
+                self.of_server(&server, |service, entry, host| service.resume(entry, host))
+            }
+            Command::Down => {
+                // If the monitor cannot hear it, it is gone.
+                let _ = self.link.send(&ToMonitor::Stopping, None);
+                self.stop();
+                Response::Done
+            }
+            // Not possible: `perform` gives it to `try_out`.
+            Command::Upgrade { .. } => Response::failure("upgrade: it is answered after a trial only"),
+        }
+    }
+
+    /// Puts another program on trial, beside everything else. `Input::Tried` says how it went.
+    pub(super) fn try_out(&mut self, program: String, reply: oneshot::Sender<Response>) {
+        if self.trying {
+            let _ = reply.send(Response::failure("upgrade: another one is under way: wait for it"));
+            return;
+        }
+        self.trying = true;
+        let inputs = self.inputs.clone();
+        spawn_local(async move {
+            // It fails when the loop is gone, and then nobody waits for it.
+            let _ = inputs.send(Input::Tried(upgrade::try_out(&program).await, reply));
+        });
+    }
+
+    /// Exits, and has the monitor start the other program in our place. Nothing is stopped or
+    /// even dropped: the next distributor finds everything as after a death.
+    pub(super) async fn make_room(&self, successor: Candidate) -> anyhow::Result<()> {
+        // The reply is written by a task that is to have its turn.
+        for _ in 0..16 {
+            yield_now().await;
+        }
+        info!("makes room for {}", successor.name);
+        self.link.send(&ToMonitor::Replace, Some(successor.file.as_fd()))?;
+        std::process::exit(0)
+    }
+
+    fn of_server(
+        &mut self,
+        name: &str,
+        then: impl FnOnce(&mut Service, usize, &mut Host<'_>) -> Response,
+    ) -> Response {
+        let (services, mut host) = self.split();
+        for service in services.iter_mut() {
+            if let Some(entry) = service.find(name) {
+                return then(service, entry, &mut host);
+            }
+        }
+        let known: Vec<String> = services.iter().flat_map(Service::server_names).collect();
+        Response::input(format!("no server is called {name}, but these are: {}", known.join(", ")))
+    }
+
+    fn status(&self) -> anyhow::Result<Status> {
+        Ok(Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            build: upgrade::own_build(),
+            pid: std::process::id(),
+            not_upgraded: self.not_upgraded.clone(),
+            troubles: self.troubles(),
+            services: self
+                .services
+                .iter()
+                .map(Service::status)
+                .chain(self.vacant.iter().map(|vacancy| Ok(vacancy.status())))
+                .collect::<Result<_, _>>()?,
+        })
+    }
+
+    fn troubles(&self) -> Vec<Trouble> {
+        let services = self.services.iter().flat_map(|service| service.troubles().all());
+        let mut troubles: Vec<Trouble> = self.troubles.all().chain(services).collect();
+        troubles.sort_by_key(|trouble| trouble.since);
+        troubles
+    }
+}

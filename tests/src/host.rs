@@ -370,6 +370,22 @@ impl Up<'_> {
         })
     }
 
+    /// Kills the distributor, and waits until the next one has found everything.
+    #[track_caller]
+    pub fn replace_distributor(&self) {
+        let old = self.distributor();
+        old.kill(seconds(5.0));
+        self.wait_next_distributor(old);
+    }
+
+    /// Waits until another distributor than `old` has found everything.
+    #[track_caller]
+    pub fn wait_next_distributor(&self, old: Process) {
+        wait_for("the next distributor", seconds(20.0), || (self.distributor() != old).then_some(()));
+        self.wait_answering();
+        self.wait_ready();
+    }
+
     /// The main process of a server that runs.
     #[track_caller]
     pub fn process(&self, server: &str) -> Process {

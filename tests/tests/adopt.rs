@@ -6,7 +6,6 @@
 use std::{
     os::unix::process::CommandExt as _,
     process::{Child, Command, Stdio},
-    sync::atomic::{AtomicBool, AtomicU64, Ordering},
     thread,
 };
 
@@ -14,6 +13,7 @@ use tests::{
     app::App,
     client::{self, Client},
     host::{Host, Up, V4},
+    load::under_load,
     process::Process,
     wait::{seconds, wait_for, wait_until_eq},
 };
@@ -57,30 +57,6 @@ fn waiting(host: &Host, app: App) -> Up<'_> {
     host.start(&app)
 }
 
-/// What clients see who come all the time: nobody fails.
-fn under_load<T>(happens: impl FnOnce() -> T) -> (T, u64) {
-    let (stop, opened) = (AtomicBool::new(false), AtomicU64::new(0));
-    let happened = thread::scope(|scope| {
-        let clients: Vec<_> = (0..8)
-            .map(|_| {
-                scope.spawn(|| {
-                    while !stop.load(Ordering::Relaxed) {
-                        Client::open(V4).expect("every client is served");
-                        opened.fetch_add(1, Ordering::Relaxed);
-                    }
-                })
-            })
-            .collect();
-        let happened = happens();
-        stop.store(true, Ordering::Relaxed);
-        for client in clients {
-            client.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        }
-        happened
-    });
-    (happened, opened.into_inner())
-}
-
 #[test]
 fn a_server_that_runs_is_adopted_under_load_and_given_back() {
     let host = Host::new();
@@ -90,7 +66,7 @@ fn a_server_that_runs_is_adopted_under_load_and_given_back() {
     let told = up.service();
     assert!(told.servers.iter().all(|server| server.state == "stopped"), "{told:#?}");
     assert!(told.servers[0].reason.as_deref().is_some_and(|why| why.contains("dist-ctl adopt app --pid")));
-    let (_, opened) = under_load(|| {
+    let (_, opened) = under_load(8, |_| {
         up.run(&["adopt", "app", "--pid", &own.pid(), "--name", "old"]).expect_done();
         up.wait_ready();
         thread::sleep(seconds(0.5));
@@ -106,7 +82,7 @@ fn a_server_that_runs_is_adopted_under_load_and_given_back() {
     drop(held);
     up.wait_connections(&[0, 0, 0]);
     // It serves on when the others have stopped.
-    let (_, opened) = under_load(|| {
+    let (_, opened) = under_load(8, |_| {
         up.stop();
         thread::sleep(seconds(0.3));
     });
@@ -150,7 +126,7 @@ fn a_released_server_keeps_its_connections_and_gets_no_new_ones() {
     let mut held = client::hold(V4, 10);
     assert_eq!(client::by_name(&held)["old"], 5);
     up.run(&["release", "app/1"]).expect_refusal(2, &["app/1", "was not adopted"]);
-    under_load(|| {
+    under_load(8, |_| {
         up.run(&["release", "app/old"]).expect_done();
         thread::sleep(seconds(0.2));
     });
@@ -174,11 +150,9 @@ fn an_adopted_server_outlives_the_control_plane() {
     up.wait_ready();
     let held = client::hold(V4, 10);
     let old = up.distributor();
-    under_load(|| {
+    under_load(8, |_| {
         old.kill(seconds(5.0));
-        wait_for("the next distributor", seconds(10.0), || (up.distributor() != old).then_some(()));
-        up.wait_answering();
-        up.wait_ready();
+        up.wait_next_distributor(old);
     });
     wait_until_eq("connections", seconds(5.0), [5, 5].to_vec(), || up.connections());
     assert!(own.runs());
@@ -263,15 +237,6 @@ fn what_cannot_be_adopted_is_refused_and_left_as_it_was() {
     assert!(own.runs());
 }
 
-/// Kills the distributor, and waits for the next one.
-fn kill_distributor(up: &Up<'_>) {
-    let old = up.distributor();
-    old.kill(seconds(5.0));
-    wait_for("the next distributor", seconds(10.0), || (up.distributor() != old).then_some(()));
-    up.wait_answering();
-    up.wait_ready();
-}
-
 #[test]
 fn a_released_server_gets_its_address_back_whoever_was_killed_since() {
     let host = Host::new();
@@ -280,7 +245,7 @@ fn a_released_server_gets_its_address_back_whoever_was_killed_since() {
     up.run(&["adopt", "app", "--pid", &own.pid(), "--name", "old"]).expect_done();
     up.wait_ready();
     up.run(&["release", "app/old"]).expect_done();
-    kill_distributor(&up);
+    up.replace_distributor();
     up.stop();
     assert!(client::hold(V4, 10).iter().all(|client| client.server == "old"));
 }
@@ -317,7 +282,7 @@ fn a_server_that_was_adopted_with_a_command_outlives_the_distributor_that_restar
         (service.is_ready() && service.server("app/old").restarts == 1).then_some(())
     });
     let process = up.process("app/old");
-    kill_distributor(&up);
+    up.replace_distributor();
     assert_eq!(up.process("app/old"), process);
     assert_eq!(client::by_name(&client::hold(V4, 4))["new"], 2);
 }
@@ -388,9 +353,7 @@ fn an_adopted_server_that_is_alone_is_kept_by_the_next_distributor() {
         process.kill(seconds(5.0));
     }
     old.kill(seconds(5.0));
-    wait_for("the next distributor", seconds(10.0), || (up.distributor() != old).then_some(()));
-    up.wait_answering();
-    up.wait_ready();
+    up.wait_next_distributor(old);
     assert_eq!(up.service().server("app/old").pid, Some(own.0.id() as i32));
     assert_eq!(client::by_name(&client::hold(V4, 10))["old"], 5);
     up.stop();
@@ -530,7 +493,7 @@ fn whoever_is_adopted_twice_is_in_the_end_as_before_the_first_time() {
         up.run(&["release", "app/old"]).expect_done();
     }
     // All are served while the service stops, though nobody but the released one can at the end.
-    let (_, opened) = under_load(|| {
+    let (_, opened) = under_load(8, |_| {
         up.stop();
         thread::sleep(seconds(0.2));
     });
@@ -545,7 +508,7 @@ fn an_adoption_that_is_interrupted_is_finished_and_nobody_waits_for_ever() {
         let own = Own::start(&host);
         let up = waiting(&host, App { limit: Some(4), ..App::of(&host, 1) });
         let old = up.distributor();
-        let (_, opened) = under_load(|| {
+        let (_, opened) = under_load(8, |_| {
             thread::scope(|scope| {
                 let asked = scope.spawn(|| up.run(&["adopt", "app", "--pid", &own.pid(), "--name", "old"]));
                 thread::sleep(seconds(delay));

@@ -2,17 +2,13 @@
 
 #![forbid(unsafe_code)]
 
-use std::{
-    fs,
-    process::Command,
-    sync::atomic::{AtomicBool, AtomicU64, Ordering},
-    thread,
-};
+use std::{fs, process::Command, thread};
 
 use tests::{
     app::App,
     client::{self, Client},
     host::{Host, Up, V4},
+    load::under_load,
     process::{Process, Signal, in_cgroup},
     wait::{seconds, wait_for, wait_until_eq},
 };
@@ -102,11 +98,7 @@ fn what_was_adopted_outlives_the_next_distributor_and_ends_with_the_service() {
     let servers = processes(&old, ["app/1", "app/2"]);
     kill_monitor(old);
     let up = story.up();
-    let distributor = up.distributor();
-    distributor.kill(seconds(5.0));
-    wait_for("the next distributor", seconds(10.0), || (up.distributor() != distributor).then_some(()));
-    up.wait_answering();
-    up.wait_ready();
+    up.replace_distributor();
     assert_eq!(processes(&up, ["app/1", "app/2"]), servers);
     up.stop();
     assert!(servers.iter().all(|server| !server.runs()));
@@ -136,33 +128,18 @@ fn nobody_is_refused_while_both_are_killed_again_and_again() {
         let story = Story::of(&host, &app);
         let first = story.up();
         let servers = processes(&first, ["app/1", "app/2", "app/3"]);
-        let (stop, opened) = (AtomicBool::new(false), AtomicU64::new(0));
-        let up = thread::scope(|scope| {
+        let (up, opened) = under_load(8, |_| {
             let mut up = first;
-            let clients: Vec<_> = (0..8)
-                .map(|_| {
-                    scope.spawn(|| {
-                        while !stop.load(Ordering::Relaxed) {
-                            Client::open(V4).expect("every client is served");
-                            opened.fetch_add(1, Ordering::Relaxed);
-                        }
-                    })
-                })
-                .collect();
             for _ in 0..4 {
                 kill_both(up);
                 thread::sleep(seconds(0.2));
                 up = story.up();
             }
-            stop.store(true, Ordering::Relaxed);
-            clients.into_iter().for_each(|client| {
-                client.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            });
             up
         });
         assert_eq!(processes(&up, ["app/1", "app/2", "app/3"]), servers);
         up.wait_connections(&[0, 0, 0]);
-        assert_eq!(up.service().totals().iter().sum::<u64>(), opened.into_inner());
+        assert_eq!(up.service().totals().iter().sum::<u64>(), opened);
         up.stop();
     }
 }
@@ -354,11 +331,7 @@ fn a_file_that_is_spoilt_later_is_not_read_by_the_next_distributor() {
     let story = Story::of(&host, &App::of(&host, 2));
     let up = story.up();
     host.write("dist-ctl.toml", "this is [no configuration");
-    let distributor = up.distributor();
-    distributor.kill(seconds(5.0));
-    wait_for("the next distributor", seconds(10.0), || (up.distributor() != distributor).then_some(()));
-    up.wait_answering();
-    up.wait_ready();
+    up.replace_distributor();
 }
 
 #[test]

@@ -10,7 +10,6 @@ use std::{
     os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::Command,
-    sync::atomic::{AtomicBool, Ordering},
     thread,
     time::Duration,
 };
@@ -23,6 +22,7 @@ use tests::{
     command,
     host::{Host, Up, V4, next_program, program},
     leftover,
+    load::under_load,
     status::Service,
     wait::{seconds, wait_for, wait_until_eq},
 };
@@ -68,15 +68,6 @@ fn kill(up: &Up<'_>) {
     up.distributor().kill(seconds(5.0));
 }
 
-/// Kills the distributor, and waits until another one has found everything.
-fn replace(up: &Up<'_>) {
-    let old = up.distributor();
-    old.kill(seconds(5.0));
-    wait_for("the next distributor", seconds(10.0), || (up.distributor() != old).then_some(()));
-    up.wait_answering();
-    up.wait_ready();
-}
-
 /// The pins of the service.
 fn pins(up: &Up<'_>, version: u32) -> PathBuf {
     leftover::pins(up.runtime()).expect("the instance has pins").join(format!("app-v{version}"))
@@ -93,28 +84,6 @@ fn closed(up: &Up<'_>) -> u64 {
     let map = Map::from_map_data(data).expect("LOAD is a map");
     let load: Array<MapData, [u64; LOAD]> = map.try_into().expect("LOAD has this size");
     load.get(&0, 0).expect("read LOAD")[LOAD - 1]
-}
-
-/// Clients come and go while `work` is done. How many were served; all of them must be.
-fn under_load(work: impl FnOnce()) -> u64 {
-    let stop = AtomicBool::new(false);
-    let load = || {
-        let mut served = 0;
-        while !stop.load(Ordering::Relaxed) {
-            Client::open(V4).expect("every client is served");
-            served += 1;
-        }
-        served
-    };
-    thread::scope(|scope| {
-        let threads = (0..4).map(|_| scope.spawn(load)).collect::<Vec<_>>();
-        work();
-        stop.store(true, Ordering::Relaxed);
-        threads
-            .into_iter()
-            .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-            .sum()
-    })
 }
 
 /// Nothing was lost, and everything is counted.
@@ -138,7 +107,7 @@ fn a_newer_contract_takes_over_what_is_held_and_what_waits() {
     assert_eq!(versions(&up), [VERSION]);
 
     will_start(&up, &next_program());
-    replace(&up);
+    up.replace_distributor();
 
     assert_eq!(versions(&up), [NEXT]);
     let service = up.service();
@@ -165,7 +134,7 @@ fn a_newer_contract_takes_over_under_load_and_costs_no_connection_and_no_count()
     let host = Host::new();
     let up = up(&host, &App::of(&host, 4));
     will_start(&up, &next_program());
-    let served = under_load(|| replace(&up));
+    let ((), served) = under_load(4, |_| up.replace_distributor());
     assert!(served > 100, "only {served} clients in that time");
     assert_eq!(versions(&up), [NEXT]);
     up.wait_connections(&[0; 4]);
@@ -180,7 +149,7 @@ fn a_newer_contract_takes_over_though_its_distributor_is_killed_again_and_again(
     let host = Host::new();
     let up = up(&host, &App::of(&host, 4));
     will_start(&up, &next_program());
-    let served = under_load(|| {
+    let ((), served) = under_load(4, |_| {
         kill(&up);
         for milliseconds in [30, 150, 300, 450] {
             let began = up.distributor();
@@ -210,7 +179,7 @@ fn another_build_of_the_same_contract_replaces_the_programs_under_load() {
         names
     };
     will_start(&up, &next_program());
-    replace(&up);
+    up.replace_distributor();
     let before = programs();
     assert_eq!(before.len(), 4, "{before:?}");
     let already = up.service().totals().iter().sum::<u64>();
@@ -219,7 +188,7 @@ fn another_build_of_the_same_contract_replaces_the_programs_under_load() {
         host.write("verbose", &format!("#!/bin/sh\nexec {} \"$@\" --verbose\n", next_program().display()));
     command::run(Command::new("chmod").args(["755", &verbose]), seconds(5.0)).expect_done();
     will_start(&up, Path::new(&verbose));
-    let served = under_load(|| replace(&up));
+    let ((), served) = under_load(4, |_| up.replace_distributor());
     let after = programs();
     assert_eq!(after.len(), 4, "{after:?}");
     assert!(before.iter().all(|name| !after.contains(name)), "{before:?} {after:?}");
@@ -233,7 +202,7 @@ fn pins_of_a_newer_contract_are_refused_and_what_runs_goes_on() {
     let host = Host::new();
     let up = up(&host, &App::of(&host, 2));
     will_start(&up, &next_program());
-    replace(&up);
+    up.replace_distributor();
     let held = client::hold(V4, 4);
     will_start(&up, &program());
     kill(&up);

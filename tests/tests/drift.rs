@@ -82,8 +82,7 @@ fn a_count_that_is_too_high_is_found_and_repaired_and_the_limit_is_exact_again()
     // What was found is known after the distributor that found it.
     let (old, checks) = (up.distributor(), drift(&up).checks);
     old.kill(seconds(5.0));
-    wait_for("the next distributor", seconds(10.0), || (up.distributor() != old).then_some(()));
-    up.wait_answering();
+    up.wait_next_distributor(old);
     assert!(drift(&up).checks >= checks);
     wait_repaired(&up, 1);
 

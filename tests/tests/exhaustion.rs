@@ -7,7 +7,7 @@ use std::{
     io::{self, Write as _},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::atomic::{AtomicBool, Ordering},
+    sync::atomic::{AtomicUsize, Ordering},
     thread,
     time::Duration,
 };
@@ -21,7 +21,7 @@ use tests::{
     client::{self, Client},
     command,
     host::{Host, Up, V4},
-    leftover,
+    leftover, load,
     process::{self, Process},
     status::Trouble,
     wait::{seconds, stays, try_for, wait_for, wait_until_eq},
@@ -89,36 +89,19 @@ impl Drop for Disk {
 /// who was accepted by that server and not greeted yet is lost with it, and sees the end: one in
 /// each thread at most. Who is refused or reset was lost by us.
 fn under_load(work: impl FnOnce()) {
-    let stop = AtomicBool::new(false);
-    let load = || {
-        let (mut served, mut lost) = (0, 0);
-        while !stop.load(Ordering::Relaxed) {
-            match Client::open(V4) {
-                Ok(_) => served += 1,
-                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof && lost == 0 => lost += 1,
-                Err(error) => panic!("a client is not served: {error}"),
-            }
+    const THREADS: usize = 2;
+    let lost = AtomicUsize::new(0);
+    let client = || match Client::open(V4) {
+        Err(error)
+            if error.kind() == io::ErrorKind::UnexpectedEof
+                && lost.fetch_add(1, Ordering::Relaxed) < THREADS =>
+        {
+            Ok(())
         }
-        served
+        opened => opened.map(drop),
     };
-    let served: u64 = thread::scope(|scope| {
-        let threads: Vec<_> = (0..2).map(|_| scope.spawn(load)).collect();
-        // Also when it panics, or nobody would ever stop them.
-        let stop_them = StopThem(&stop);
-        work();
-        drop(stop_them);
-        let served = threads.into_iter().map(|thread| thread.join());
-        served.map(|served| served.unwrap_or_else(|panic| std::panic::resume_unwind(panic))).sum()
-    });
+    let ((), served) = load::under_load_of(THREADS, client, |_| work());
     assert!(served > 100, "only {served} clients in that time");
-}
-
-struct StopThem<'a>(&'a AtomicBool);
-
-impl Drop for StopThem<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
 }
 
 /// Kills a server, and waits for its next instance.
@@ -127,15 +110,6 @@ fn replace_server(up: &Up<'_>, server: &str) {
     let old = up.process(server);
     old.kill(seconds(5.0));
     wait_for("the next instance", seconds(10.0), || up.process_if_any(server).filter(|next| *next != old));
-    up.wait_ready();
-}
-
-#[track_caller]
-fn replace_distributor(up: &Up<'_>) {
-    let old = up.distributor();
-    old.kill(seconds(5.0));
-    wait_for("the next distributor", seconds(10.0), || (up.distributor() != old).then_some(()));
-    up.wait_answering();
     up.wait_ready();
 }
 
@@ -153,7 +127,7 @@ fn goes_on_unheard(up: Up<'_>) {
     up.wait_ready();
     let held = client::hold(V4, 6);
     replace_server(&up, "app/1");
-    replace_distributor(&up);
+    up.replace_distributor();
     replace_server(&up, "app/2");
     drop(held);
     up.wait_connections(&[0; 3]);
@@ -248,7 +222,7 @@ fn on_a_full_disk_it_goes_on_says_so_and_has_its_record_again_when_there_is_room
         assert!(line.starts_with("! since ") && line.contains(words[0]), "{table}");
         assert_eq!(record(), before, "the older one stays");
         // The next one needs its locks, its sockets, and what the monitor knows.
-        replace_distributor(&up);
+        up.replace_distributor();
         assert_eq!(up.service().server("app/1").restarts, 1);
         up.run(&["weight", "app/2", "50"]).expect_done();
         up.wait_trouble(&words);
@@ -295,7 +269,7 @@ fn a_server_that_ended_while_the_disk_was_full_is_not_taken_for_running() {
     replace_server(&up, "app/1");
     up.process("app/1").kill(seconds(5.0));
     up.wait_state("app/1", "backoff");
-    replace_distributor(&up);
+    up.replace_distributor();
     assert_eq!(up.service().server("app/1").restarts, 2);
     up.run(&["down"]).expect_done();
     assert!(up.has_stopped().success());

@@ -6,8 +6,6 @@
 use std::{
     fs,
     process::{Command, Stdio},
-    sync::atomic::{AtomicBool, AtomicU64, Ordering},
-    thread,
 };
 
 use tests::{
@@ -15,56 +13,13 @@ use tests::{
     client::{self, Client, Line},
     command,
     host::{Host, Up, V4, program},
+    load::under_load,
     process::Process,
     wait::{seconds, wait_for, wait_until_eq},
 };
 
 /// The second CPU. The first one cannot be taken away.
 const CPU: &str = "/sys/devices/system/cpu/cpu1/online";
-
-/// Clients that come one after the other, on two threads, for as long as something else happens.
-struct Load {
-    stop: AtomicBool,
-    served: AtomicU64,
-}
-
-impl Load {
-    /// Runs `work` meanwhile, and fails if any client was not served.
-    #[track_caller]
-    fn during(work: impl FnOnce(&Self)) {
-        let load = Self { stop: AtomicBool::new(false), served: AtomicU64::new(0) };
-        thread::scope(|scope| {
-            for _ in 0..2 {
-                scope.spawn(|| {
-                    while !load.stop.load(Ordering::Relaxed) {
-                        Client::open(V4).expect("served, whatever happens to the machine");
-                        load.served.fetch_add(1, Ordering::Relaxed);
-                    }
-                });
-            }
-            // Also when `work` panics, or the threads would not end.
-            let _stop = Stop(&load);
-            work(&load);
-        });
-    }
-
-    /// Waits until so many more were served.
-    #[track_caller]
-    fn serves(&self, more: u64) {
-        let wanted = self.served.load(Ordering::Relaxed) + more;
-        wait_for("more clients to be served", seconds(20.0), || {
-            (self.served.load(Ordering::Relaxed) >= wanted).then_some(())
-        });
-    }
-}
-
-struct Stop<'l>(&'l Load);
-
-impl Drop for Stop<'_> {
-    fn drop(&mut self) {
-        self.0.stop.store(true, Ordering::Relaxed);
-    }
-}
 
 #[test]
 #[ignore = "takes a CPU away from the machine; cargo xtask vm runs it"]
@@ -77,7 +32,7 @@ fn a_cpu_that_goes_away_and_comes_back_fails_no_connection() {
     let second = || up.process("app/second").fact("Cpus_allowed_list");
     assert_eq!(second(), "1");
     let mut held = client::hold(V4, 10);
-    Load::during(|load| {
+    under_load(2, |load| {
         load.serves(20);
         fs::write(CPU, "0").expect("take the CPU away");
         load.serves(20);
@@ -114,10 +69,7 @@ fn a_server_without_a_cpu_starts_on_another_until_its_own_is_back() {
     };
     next(&up.process("app/second"));
     // A distributor reads its configuration again.
-    let old = up.distributor();
-    old.kill(seconds(5.0));
-    wait_for("the next distributor", seconds(20.0), || (up.distributor() != old).then_some(()));
-    up.wait_answering();
+    up.replace_distributor();
     client::hold(V4, 4);
     up.wait_trouble(&["app/second: none of its CPUs (1) is online"]);
     fs::write(CPU, "1").expect("bring the CPU back");
@@ -134,7 +86,7 @@ fn memory_that_runs_out_fails_no_connection() {
     let up = host.up(&App::of(&host, 2));
     let parts = || [up.monitor(), up.distributor(), up.process("app/1"), up.process("app/2")];
     let before = parts();
-    Load::during(|load| {
+    under_load(2, |load| {
         load.serves(20);
         // tail keeps the whole of what has no line end. It is to be the one that the kernel kills.
         let mut hog = Command::new("sh");

@@ -74,13 +74,6 @@ fn kill_monitor_and_distributor(up: Up<'_>) {
     wait_for("their end", seconds(5.0), || both.iter().all(|it| !it.runs()).then_some(()));
 }
 
-#[track_caller]
-fn wait_next_distributor(up: &Up<'_>, old: Process) {
-    wait_for("the next distributor", seconds(10.0), || (up.distributor() != old).then_some(()));
-    up.wait_answering();
-    up.wait_ready();
-}
-
 #[test]
 fn who_waits_waits_on_when_monitor_and_distributor_are_killed_at_once() {
     let host = Host::new();
@@ -140,7 +133,7 @@ fn a_keeper_that_is_killed_is_replaced_and_nobody_notices() {
     // And it has what the old one had.
     let distributor = up.distributor();
     distributor.kill(seconds(5.0));
-    wait_next_distributor(&up, distributor);
+    up.wait_next_distributor(distributor);
     line.free();
     for number in 20..60 {
         assert_eq!(line.serve().expect("served"), number);
@@ -161,7 +154,7 @@ fn a_keeper_that_is_stopped_when_the_distributor_dies_is_replaced_by_the_next_on
     let (keeper, distributor) = (keeper(&up), up.distributor());
     keeper.freeze(seconds(5.0));
     distributor.kill(seconds(5.0));
-    wait_next_distributor(&up, distributor);
+    up.wait_next_distributor(distributor);
     let next = up.distributor();
     serve_in_order(&mut Line::behind(served, waiting).expect("two are served"), 20);
     assert_eq!(up.distributor(), next, "it has not failed");
@@ -181,7 +174,7 @@ fn a_keeper_whose_socket_was_removed_is_replaced_and_nobody_notices() {
     fs::remove_file(up.runtime().join("keeper.app")).expect("remove the keeper's socket");
     serve_in_order(&mut line, 10);
     distributor.kill(seconds(5.0));
-    wait_next_distributor(&up, distributor);
+    up.wait_next_distributor(distributor);
     wait_for("the old one to be gone", seconds(5.0), || (!old.exists()).then_some(()));
     assert_ne!(keeper(&up), old);
     for number in 10..60 {
@@ -217,7 +210,7 @@ fn while_there_can_be_no_keeper_those_who_wait_are_served_in_order() {
     // It has all rooms, those that were taken meanwhile included.
     let distributor = up.distributor();
     distributor.kill(seconds(5.0));
-    wait_next_distributor(&up, distributor);
+    up.wait_next_distributor(distributor);
     for number in 10..ALL {
         line.free();
         assert_eq!(line.serve().expect("served"), number);

@@ -5,19 +5,11 @@
 use tests::{
     app::App,
     client::{self, Client},
-    host::{Host, Up, V4},
+    host::{Host, V4},
+    load::under_load,
     process::{Process, Signal},
     wait::{seconds, wait_for, wait_until_eq},
 };
-
-/// Kills the distributor, and waits for the next one to answer.
-fn kill_distributor(up: &Up<'_>) {
-    let old = up.distributor();
-    old.kill(seconds(5.0));
-    wait_for("the next distributor", seconds(10.0), || (up.distributor() != old).then_some(()));
-    up.wait_answering();
-    up.wait_ready();
-}
 
 #[test]
 fn servers_outlive_the_distributor_and_are_found_again() {
@@ -25,7 +17,7 @@ fn servers_outlive_the_distributor_and_are_found_again() {
     let up = host.up(&App::of(&host, 3));
     let servers = ["app/1", "app/2", "app/3"].map(|name| up.process(name));
     let mut held = client::hold(V4, 30);
-    kill_distributor(&up);
+    up.replace_distributor();
     assert_eq!(["app/1", "app/2", "app/3"].map(|name| up.process(name)), servers);
     assert_eq!(up.connections(), [10, 10, 10]);
     assert!(held.iter_mut().all(Client::is_served));
@@ -52,7 +44,7 @@ fn a_server_that_was_started_again_just_before_the_distributor_died_is_selected(
     wait_for("the next instance", seconds(5.0), || up.process_if_any("app/1").filter(|next| *next != old));
     up.wait_ready();
     // HOME still knows the listener of the old one, at the place that the new one's has now.
-    kill_distributor(&up);
+    up.replace_distributor();
     let held = client::hold(V4, 30);
     assert_eq!(up.connections(), [10, 10, 10]);
     assert_eq!(up.service().outcome("next_best"), 0);
@@ -66,7 +58,7 @@ fn live_changes_outlive_the_distributor_that_made_them() {
     let up = host.up(&App::of(&host, 3));
     up.run(&["weight", "app/1", "200"]).expect_done();
     up.run(&["limit", "app/2", "4"]).expect_done();
-    kill_distributor(&up);
+    up.replace_distributor();
     let service = up.service();
     assert_eq!(service.servers.iter().map(|server| server.weight).collect::<Vec<_>>(), [200, 100, 100]);
     let limits: Vec<_> = service.servers.iter().map(|server| server.limit).collect();
@@ -83,7 +75,7 @@ fn a_daemon_outlives_the_distributor_and_is_found_again() {
     let host = Host::new();
     let up = host.up(&App::with(&host, 2, &["--listen", "[::]:8080", "--daemonise"]));
     let mut held = client::hold(V4, 10);
-    kill_distributor(&up);
+    up.replace_distributor();
     assert!(held.iter_mut().all(Client::is_served));
     assert_eq!(up.connections(), [5, 5]);
     let more = client::hold(V4, 10);
@@ -171,21 +163,10 @@ fn a_server_that_died_without_a_distributor_is_started_again() {
 fn a_distributor_that_dies_again_and_again_costs_no_connection() {
     let host = Host::new();
     let up = host.up(&App::of(&host, 4));
-    let stop = std::sync::atomic::AtomicBool::new(false);
-    let served = std::thread::scope(|scope| {
-        let load = scope.spawn(|| {
-            let mut served = 0;
-            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
-                Client::open(V4).expect("every client is served");
-                served += 1;
-            }
-            served
-        });
+    let ((), served) = under_load(1, |_| {
         for _ in 0..4 {
-            kill_distributor(&up);
+            up.replace_distributor();
         }
-        stop.store(true, std::sync::atomic::Ordering::Relaxed);
-        load.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     });
     assert!(served > 100, "only {served} clients in that time");
     up.wait_connections(&[0; 4]);

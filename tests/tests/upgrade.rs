@@ -3,11 +3,10 @@
 #![forbid(unsafe_code)]
 
 use std::{
-    fs,
+    fs, io,
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::Command,
-    sync::atomic::{AtomicBool, AtomicU64, Ordering},
     thread,
 };
 
@@ -16,6 +15,7 @@ use tests::{
     client::{self, Client},
     command,
     host::{Host, Up, V4, program},
+    load::{under_load, under_load_of},
     process::Process,
     wait::{seconds, try_for, wait_for, wait_until_eq},
 };
@@ -36,36 +36,6 @@ fn servers(up: &Up<'_>, count: usize) -> Vec<Process> {
     (1..=count).map(|number| up.process(&format!("app/{number}"))).collect()
 }
 
-/// Clients that come and go in so many threads while something is done. Gives how many there were;
-/// fails if one of them was not served.
-fn under_load<T>(threads: usize, doing: impl FnOnce(&AtomicU64) -> T) -> (u64, T) {
-    let stop = AtomicBool::new(false);
-    let served = AtomicU64::new(0);
-    let done = thread::scope(|scope| {
-        let clients: Vec<_> = (0..threads)
-            .map(|_| {
-                scope.spawn(|| {
-                    while !stop.load(Ordering::Relaxed) {
-                        let mut client = Client::open(V4)?;
-                        if !client.is_served() {
-                            return Err(std::io::Error::other("a client was greeted and then lost"));
-                        }
-                        served.fetch_add(1, Ordering::Relaxed);
-                    }
-                    Ok(())
-                })
-            })
-            .collect();
-        let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| doing(&served)));
-        stop.store(true, Ordering::Relaxed);
-        for client in clients {
-            client.join().expect("a client does not panic").expect("every client is served");
-        }
-        done.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    });
-    (served.into_inner(), done)
-}
-
 #[test]
 fn an_upgrade_under_load_fails_no_connection_and_keeps_all() {
     let host = Host::new();
@@ -76,10 +46,13 @@ fn an_upgrade_under_load_fails_no_connection_and_keeps_all() {
     let programs = [copy(&host, "next"), copy(&host, "next-but-one")];
     // With 20 more than that there is no place for some, who wait.
     let mut held = client::hold(V4, 70);
-    let (served, ()) = under_load(20, |served| {
+    let client = || match Client::open(V4)?.is_served() {
+        true => Ok(()),
+        false => Err(io::Error::other("a client was greeted and then lost")),
+    };
+    let ((), served) = under_load_of(20, client, |load| {
         let mut last = first;
         for program in &programs {
-            let begun = served.load(Ordering::Relaxed);
             let ended = up.run(&["upgrade", "--binary", program.to_str().expect("a text")]).expect_done();
             let said = format!("{}; servers and connections were kept\n", program.display());
             assert!(ended.stdout.ends_with(&said), "{ended}");
@@ -87,9 +60,7 @@ fn an_upgrade_under_load_fails_no_connection_and_keeps_all() {
             assert_ne!(now, last);
             assert_eq!(&runs(now), program);
             last = now;
-            wait_for("more clients to be served", seconds(20.0), || {
-                (served.load(Ordering::Relaxed) > begun + 100).then_some(())
-            });
+            load.serves(100);
         }
     });
     assert!(held.iter_mut().all(Client::is_served));
@@ -104,10 +75,7 @@ fn an_upgrade_under_load_fails_no_connection_and_keeps_all() {
     assert_eq!((refused, timed_out), (0, 0));
 
     // The one after a dead one is the new program as well.
-    let last = up.distributor();
-    last.kill(seconds(5.0));
-    wait_for("the next distributor", seconds(10.0), || (up.distributor() != last).then_some(()));
-    up.wait_answering();
+    up.replace_distributor();
     assert_eq!(runs(up.distributor()), programs[1]);
     drop(held);
     up.wait_connections(&[0; 4]);
@@ -177,7 +145,7 @@ fn a_program_that_cannot_start_after_all_is_taken_back_and_the_one_before_says_w
     let own = runs(up.distributor());
     let mut held = client::hold(V4, 10);
     let impostor = copy_of(&host, Path::new(&host.impostor()), "impostor");
-    let (_, ended) = under_load(4, |_| up.run(&["upgrade", "--binary", &impostor]));
+    let (ended, _) = under_load(4, |_| up.run(&["upgrade", "--binary", &impostor]));
     ended.expect_refusal(1, &["exited with 1 before it was ready", "the one before goes on"]);
     assert_eq!(runs(up.distributor()), own);
     let why = up.status().not_upgraded.expect("it says why");

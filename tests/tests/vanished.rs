@@ -7,8 +7,6 @@ use std::{
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Child, Command},
-    sync::atomic::{AtomicBool, Ordering},
-    thread,
 };
 
 use rustix::{
@@ -21,39 +19,10 @@ use tests::{
     command,
     host::{Host, Up, V4},
     leftover,
+    load::under_load,
     process::Signal,
     wait::{seconds, stays, wait_for, wait_until_eq},
 };
-
-/// Clients come and go while `work` is done. How many were served; all of them must be.
-fn under_load(work: impl FnOnce()) -> u64 {
-    let stop = AtomicBool::new(false);
-    let load = || {
-        let mut served = 0;
-        while !stop.load(Ordering::Relaxed) {
-            Client::open(V4).expect("every client is served");
-            served += 1;
-        }
-        served
-    };
-    thread::scope(|scope| {
-        let threads: Vec<_> = (0..4).map(|_| scope.spawn(load)).collect();
-        // Also when it panics, or nobody would ever stop them.
-        let stop_them = StopThem(&stop);
-        work();
-        drop(stop_them);
-        let served = threads.into_iter().map(|thread| thread.join());
-        served.map(|served| served.unwrap_or_else(|panic| std::panic::resume_unwind(panic))).sum()
-    })
-}
-
-struct StopThem<'a>(&'a AtomicBool);
-
-impl Drop for StopThem<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
 
 fn pins(up: &Up<'_>) -> PathBuf {
     let pins = leftover::pins(up.runtime()).expect("the instance has pins");
@@ -62,14 +31,6 @@ fn pins(up: &Up<'_>) -> PathBuf {
         .find(|directory| directory.file_name().to_string_lossy().starts_with("app-v"))
         .expect("the service has pins")
         .path()
-}
-
-fn replace(up: &Up<'_>) {
-    let old = up.distributor();
-    old.kill(seconds(5.0));
-    wait_for("the next distributor", seconds(10.0), || (up.distributor() != old).then_some(()));
-    up.wait_answering();
-    up.wait_ready();
 }
 
 #[track_caller]
@@ -95,14 +56,14 @@ fn pins_that_are_removed_under_load_are_made_again_and_nothing_is_lost() {
         names
     };
     let before = names();
-    let served = under_load(|| {
+    let ((), served) = under_load(4, |_| {
         fs::remove_dir_all(&pins).expect("remove the pins");
         wait_until_eq("the pins", seconds(5.0), before.clone(), names);
         wait_for("it to be said", seconds(5.0), || {
             up.log().contains("were gone and are there again").then_some(())
         });
         // Which has everything.
-        replace(&up);
+        up.replace_distributor();
     });
     assert!(served > 100, "only {served} clients in that time");
     assert_all_counted(&up, served);
@@ -117,13 +78,13 @@ fn a_bpffs_of_our_own_that_is_unmounted_is_mounted_again() {
     }
     let up = host.up(&App::of(&host, 3));
     let pins = pins(&up);
-    let served = under_load(|| {
+    let ((), served) = under_load(4, |_| {
         unmount(up.runtime().join("bpf"), UnmountFlags::DETACH).expect("unmount the bpffs");
         wait_for("the pins", seconds(5.0), || pins.join("track_link").exists().then_some(()));
         wait_for("it to be said", seconds(5.0), || {
             up.log().contains("were gone and are there again").then_some(())
         });
-        replace(&up);
+        up.replace_distributor();
     });
     assert_all_counted(&up, served);
     up.stop();
@@ -237,7 +198,7 @@ fn a_distributor_without_descriptors_changes_nothing_and_the_next_one_goes_on() 
     let (_, hard) = up.monitor().limit("Max open files");
     let hard = hard.parse().ok();
     let few = Rlimit { current: Some(24), maximum: hard };
-    let served = under_load(|| {
+    let ((), served) = under_load(4, |_| {
         let old = up.distributor();
         let before = prlimit(monitor, Resource::Nofile, few).expect("take descriptors from the monitor");
         old.kill(seconds(5.0));
@@ -268,9 +229,7 @@ fn pins_that_are_removed_together_with_the_distributor_cost_no_server_and_no_cli
     old.freeze(seconds(5.0));
     fs::remove_dir_all(&pins).expect("remove the pins");
     old.kill(seconds(5.0));
-    wait_for("the next distributor", seconds(10.0), || (up.distributor() != old).then_some(()));
-    up.wait_answering();
-    up.wait_ready();
+    up.wait_next_distributor(old);
     // The counts began anew, so only those from now on are level.
     assert_eq!(client::by_process(&client::hold(V4, 30)).into_values().collect::<Vec<_>>(), [10, 10, 10]);
     assert_eq!(["app/1", "app/2", "app/3"].map(|server| up.process(server)), servers);
@@ -284,7 +243,7 @@ fn a_runtime_directory_that_is_removed_is_made_again_and_lets_no_second_one_in()
     let up = host.up(&App::of(&host, 2));
     let file = host.path_text("dist-ctl.toml");
     let servers = ["app/1", "app/2"].map(|server| up.process(server));
-    let served = under_load(|| {
+    let ((), served) = under_load(4, |_| {
         up.distributor().freeze(seconds(5.0));
         for entry in fs::read_dir(up.runtime()).expect("list the runtime directory").flatten() {
             // What is mounted there stays.
@@ -302,7 +261,7 @@ fn a_runtime_directory_that_is_removed_is_made_again_and_lets_no_second_one_in()
         up.wait_ready();
         let monitor = up.monitor().pid.to_string();
         host.run(&["up", "-f", &file]).expect_refusal(1, &["another dist-ctl", &monitor]);
-        replace(&up);
+        up.replace_distributor();
         // Its lock file alone; and what stands in the socket's place.
         for name in ["lock", "control.sock"] {
             let distributor = up.distributor();
@@ -349,9 +308,7 @@ fn who_waited_when_the_pins_were_lost_takes_no_place_for_ever() {
     old.freeze(seconds(5.0));
     fs::remove_dir_all(&pins).expect("remove the pins");
     old.kill(seconds(5.0));
-    wait_for("the next distributor", seconds(10.0), || (up.distributor() != old).then_some(()));
-    up.wait_answering();
-    up.wait_ready();
+    up.wait_next_distributor(old);
     drop(served);
     drop(waiting);
     // Within some seconds, and not when the counts are compared.

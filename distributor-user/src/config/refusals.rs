@@ -688,6 +688,16 @@ command = [
         &[r#"shop.toml:6: service.shop.server.command: 8080 is a number, write it as text: "8080""#],
     ),
     (
+        "an_address_that_is_a_table",
+        r#"[service.shop]
+listen = [{ port = 8080 }]
+[service.shop.server]
+command = ["shop"]"#,
+        &[
+            r#"shop.toml:2: service.shop.listen: { port = 8080 } is a table, write texts only: listen = ["[::]:8080"]"#,
+        ],
+    ),
+    (
         "a_command_with_an_unknown_name",
         r#"[service.shop]
 listen = [":8080"]

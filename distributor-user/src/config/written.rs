@@ -419,7 +419,12 @@ impl<'t> Section<'t> {
                 None => {
                     let source = self.source(element);
                     let kind = kind(element.get_ref());
-                    let sentence = format!("{source} is {kind}, write it as text: \"{source}\"");
+                    let sentence = match element.get_ref() {
+                        DeValue::Array(_) | DeValue::Table(_) => {
+                            format!("{source} is {kind}, write texts only: {name} = {example}")
+                        }
+                        _ => format!("{source} is {kind}, write it as text: \"{source}\""),
+                    };
                     self.problems.add(&place, sentence);
                     refused = true;
                 }

@@ -132,6 +132,8 @@ pub struct Server {
     pub start_timeout: Duration,
     /// How long its connections may go on after it is taken out, before it is asked to stop.
     pub drain_timeout: Duration,
+    /// How long one that is ready may go without saying `WATCHDOG=1` (sd_notify). `None`: for ever.
+    pub watchdog: Option<Duration>,
     /// What happens when it ends by itself.
     pub restart: Restart,
 }

@@ -68,6 +68,9 @@ const RESTLESS: Duration = Duration::from_millis(20);
 /// How often all is looked at, whether or not there is a reason.
 const LOOK_AROUND: Duration = Duration::from_secs(1);
 
+/// A loop that comes so late was not running, and may have missed what a server said.
+const LATE: Duration = Duration::from_millis(100);
+
 /// What the trouble is called that the record cannot be written.
 const RECORD: &str = "record";
 
@@ -266,7 +269,8 @@ impl<'a> Distributor<'a> {
     ) -> anyhow::Result<Self> {
         let Keepsakes { configuration, spare } = keepsakes;
         let (inputs, received) = mpsc::unbounded_channel();
-        let Inheritance { children, held, not_replaced, stop } = inheritance;
+        let Inheritance { children, mut held, not_replaced, stop } = inheritance;
+        let sockets = notify::held(&mut held);
         let not_upgraded = not_replaced.map(upgrade::not_upgraded);
         if let Some(why) = &not_upgraded {
             warn!("not upgraded: {why}");
@@ -326,7 +330,7 @@ impl<'a> Distributor<'a> {
             control: None,
             spare,
         };
-        distributor.take_over(children, record, succession)?;
+        distributor.take_over(children, sockets, record, succession)?;
         distributor.look_around();
         let (services, mut host) = distributor.split();
         services.iter_mut().for_each(Service::begin);
@@ -361,6 +365,7 @@ impl<'a> Distributor<'a> {
     fn take_over(
         &mut self,
         children: Vec<Child>,
+        mut sockets: notify::Held,
         record: Option<Record>,
         succession: Succession,
     ) -> anyhow::Result<()> {
@@ -395,7 +400,10 @@ impl<'a> Distributor<'a> {
                     its.extend(recalled);
                 }
             }
-            strangers.extend(service.take_over(its, succession, &mut host)?);
+            strangers.extend(service.take_over(its, succession, &mut sockets, &mut host)?);
+        }
+        for Held { key, .. } in sockets.into_values() {
+            self.link.send(&ToMonitor::Drop { key }, None)?;
         }
         strangers.extend(found.into_iter().filter_map(|found| found.child));
         for child in strangers {
@@ -538,6 +546,9 @@ impl<'a> Distributor<'a> {
             }
             let now = Instant::now();
             let (services, mut host) = self.split();
+            if now.saturating_duration_since(next) > LATE {
+                services.iter_mut().for_each(|service| service.excuse_all(&mut host));
+            }
             services.iter_mut().for_each(|service| service.tick(now, &mut host));
             if now - looked_around >= LOOK_AROUND {
                 looked_around = now;
@@ -568,9 +579,9 @@ impl<'a> Distributor<'a> {
         self.fill_vacancies();
         let (services, mut host) = self.split();
         services.iter_mut().for_each(|service| service.look_around(&mut host));
-        // Two, as a server takes to be started; one may be that which the control socket has in reserve.
-        let any = || eventfd(0, EventfdFlags::CLOEXEC);
-        let lacking = any().and_then(|_first| any()).err().map(|error| {
+        // Three, as a server takes to be started; one may be that which the control socket has in reserve.
+        let any = |_| eventfd(0, EventfdFlags::CLOEXEC);
+        let lacking = (0..3).map(any).collect::<Result<Vec<_>, _>>().err().map(|error| {
             let what = error::advised(format!("open a file: {error}"));
             format!("{what}; until there are more, no server is started again, and no room is made")
         });

@@ -32,7 +32,7 @@ use crate::{address::ListenAddress, config};
 pub struct Exec {
     /// The program, looked up in the PATH of `environment`, and its arguments.
     pub command: Vec<String>,
-    /// Complete, except for LISTEN_FDS and its like.
+    /// Complete, except for LISTEN_FDS, WATCHDOG_USEC and their like.
     pub environment: Vec<(String, String)>,
     /// Where it runs; `None`: where `dist-ctl up` was started.
     pub directory: Option<PathBuf>,
@@ -49,6 +49,9 @@ pub struct Exec {
     pub socket: Socket,
     /// For the listeners of `socket`.
     pub backlog: u32,
+    /// How often it has to say that it is well: WATCHDOG_USEC, and WATCHDOG_PID.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub watchdog: Option<Duration>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -161,6 +161,10 @@ fn command(job: &Exec, listeners: usize) -> Result<Command> {
         command.env("LISTEN_PID", std::process::id().to_string());
         command.env("LISTEN_FDNAMES", names.join(":"));
     }
+    if let Some(interval) = job.watchdog {
+        command.env("WATCHDOG_USEC", interval.as_micros().to_string());
+        command.env("WATCHDOG_PID", std::process::id().to_string());
+    }
     Ok(command)
 }
 

@@ -4,15 +4,19 @@
 //! and root can send to. Takes datagrams, gives their words and the pid of the sender, which
 //! the kernel vouches for. Whether that pid belongs to the instance is for the caller to
 //! check, and what a word leads to is the business of `server`: nothing is believed here.
+//! The monitor holds a duplicate of each socket, so that nothing is lost that a server says while
+//! no distributor runs, and one that has connected its own socket need not notice.
 
 use std::{
+    collections::HashMap,
     fs, io,
     mem::MaybeUninit,
     os::{
-        fd::{FromRawFd as _, OwnedFd, RawFd},
+        fd::{AsFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
         unix::fs::{FileTypeExt as _, chown},
     },
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use anyhow::{Context as _, bail};
@@ -20,6 +24,8 @@ use nix::libc;
 use rustix::fs::{Mode, fchmod};
 use socket2::{Domain, MaybeUninitSlice, MsgHdrMut, SockAddr, SockRef, Socket, Type};
 use tokio::{io::Interest, net::UnixDatagram};
+
+use crate::link;
 
 /// Where one instance of a server sends its notifications: its NOTIFY_SOCKET.
 #[derive(Debug)]
@@ -53,6 +59,14 @@ pub enum Notification {
     Status(String),
     /// `MAINPID=...`
     MainPid(u32),
+    /// `WATCHDOG=1`: it is well.
+    Watchdog,
+    /// `WATCHDOG=trigger`: it is not, and wants to be treated as one that hangs.
+    WatchdogTrigger,
+    /// `WATCHDOG_USEC=...`: how often it says from now on that it is well; `None`: no more.
+    WatchdogInterval(Option<Duration>),
+    /// `EXTEND_TIMEOUT_USEC=...`: how much longer it takes to start or to stop.
+    ExtendTimeout(Duration),
     /// A word that means nothing to us, or one with a value that it cannot have.
     Other,
 }
@@ -65,6 +79,18 @@ impl NotifySocket {
         let socket = bind(&path, uid).with_context(context)?;
         let socket = UnixDatagram::from_std(socket.into()).with_context(context)?;
         Ok(Self { socket, path })
+    }
+
+    /// The socket that an earlier distributor had made at this path. What was sent meanwhile is in it.
+    pub fn inherited(socket: OwnedFd, path: PathBuf) -> io::Result<Self> {
+        let socket = Socket::from(socket);
+        socket.set_nonblocking(true)?;
+        Ok(Self { socket: UnixDatagram::from_std(socket.into())?, path })
+    }
+
+    /// For somebody to hold.
+    pub fn descriptor(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 
     /// What NOTIFY_SOCKET of the server is set to.
@@ -96,6 +122,27 @@ pub fn parse(datagram: &[u8]) -> Vec<Notification> {
     datagram.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()).map(parse_line).collect()
 }
 
+/// Sockets that an earlier distributor had the monitor hold, by the names of their files.
+pub type Held = HashMap<String, link::Held>;
+
+/// Takes them out of what is held.
+pub fn held(held: &mut Vec<link::Held>) -> Held {
+    let its = |held: &link::Held| String::from_utf8(held.label.strip_prefix(LABEL)?.to_vec()).ok();
+    held.extract_if(.., |held| its(held).is_some()).filter_map(|held| Some((its(&held)?, held))).collect()
+}
+
+/// What the monitor has with the socket of this path.
+pub fn label(path: &Path) -> Vec<u8> {
+    [LABEL, name(path).unwrap_or_default().as_bytes()].concat()
+}
+
+/// What the socket of this path is filed under.
+pub fn name(path: &Path) -> Option<&str> {
+    path.file_name()?.to_str()
+}
+
+const LABEL: &[u8] = b"notify ";
+
 /// What systemd accepts, too; longer ones are ignored there as here.
 const LONGEST_DATAGRAM: usize = 4096;
 
@@ -121,16 +168,32 @@ fn parse_line(line: &[u8]) -> Notification {
     match line {
         b"READY=1" => return Notification::Ready,
         b"STOPPING=1" => return Notification::Stopping,
+        b"WATCHDOG=1" => return Notification::Watchdog,
+        b"WATCHDOG=trigger" => return Notification::WatchdogTrigger,
         _ => {}
     }
     if let Some(text) = line.strip_prefix(b"STATUS=") {
         return Notification::Status(printable(text));
     }
-    let pid = line
-        .strip_prefix(b"MAINPID=")
-        .and_then(|pid| str::from_utf8(pid).ok()?.parse().ok())
-        .filter(|pid| *pid != 0);
-    pid.map_or(Notification::Other, Notification::MainPid)
+    number(line).unwrap_or(Notification::Other)
+}
+
+/// A word whose value is a number.
+fn number(line: &[u8]) -> Option<Notification> {
+    let (word, value) = str::from_utf8(line).ok()?.split_once('=')?;
+    // What `parse` takes beside digits.
+    let value: u64 = (!value.starts_with('+')).then(|| value.parse().ok())??;
+    let duration = Duration::from_micros(value);
+    match word {
+        "MAINPID" => u32::try_from(value).ok().filter(|pid| *pid != 0).map(Notification::MainPid),
+        // As systemd has it: the largest number is as good as never.
+        "WATCHDOG_USEC" => {
+            let interval = (value != 0 && value != u64::MAX).then_some(duration);
+            Some(Notification::WatchdogInterval(interval))
+        }
+        "EXTEND_TIMEOUT_USEC" => (value != 0).then_some(Notification::ExtendTimeout(duration)),
+        _ => None,
+    }
 }
 
 fn printable(text: &[u8]) -> String {
@@ -230,12 +293,8 @@ fn words(bytes: &[u8]) -> impl Iterator<Item = i32> {
 mod tests {
     use std::{
         io::{IoSlice, PipeReader, Read as _, pipe},
-        os::{
-            fd::AsFd as _,
-            unix::{fs::MetadataExt as _, net},
-        },
+        os::unix::{fs::MetadataExt as _, net},
         process::{self, Command},
-        time::Duration,
     };
 
     use proptest::prelude::*;
@@ -306,7 +365,18 @@ mod tests {
             ),
             ("STATUS=", vec![Status(String::new())]),
             ("STATUS=\u{1b}[2Jcle\tared", vec![Status("[2Jcleared".to_owned())]),
-            ("WATCHDOG=1\nX_LOAD=0.5", vec![Other, Other]),
+            ("WATCHDOG=1\nX_LOAD=0.5", vec![Watchdog, Other]),
+            ("WATCHDOG=trigger", vec![WatchdogTrigger]),
+            ("WATCHDOG=2", vec![Other]),
+            ("WATCHDOG_USEC=20000000", vec![WatchdogInterval(Some(Duration::from_secs(20)))]),
+            ("WATCHDOG_USEC=0", vec![WatchdogInterval(None)]),
+            ("WATCHDOG_USEC=18446744073709551615", vec![WatchdogInterval(None)]),
+            ("WATCHDOG_USEC=18446744073709551616", vec![Other]),
+            ("WATCHDOG_USEC=1s", vec![Other]),
+            ("EXTEND_TIMEOUT_USEC=1500000", vec![ExtendTimeout(Duration::from_millis(1500))]),
+            ("EXTEND_TIMEOUT_USEC=0", vec![Other]),
+            ("EXTEND_TIMEOUT_USEC=-1", vec![Other]),
+            ("EXTEND_TIMEOUT_USEC=+1", vec![Other]),
             ("BARRIER=1", vec![Other]),
             ("READY=0", vec![Other]),
             ("READY=11", vec![Other]),
@@ -351,6 +421,25 @@ mod tests {
         assert_eq!(first.notifications, [Ready, Status("here".to_owned())]);
         let second = next(&socket).await;
         assert_eq!(second.notifications, [Stopping]);
+    }
+
+    #[tokio::test]
+    async fn what_is_said_while_nobody_listens_is_heard_by_the_next_one() {
+        let directory = Directory::new("inherited");
+        let first = NotifySocket::bind(directory.socket(), own_uid()).unwrap();
+        let held = first.descriptor().try_clone_to_owned().unwrap();
+        let sender = net::UnixDatagram::unbound().unwrap();
+        sender.connect(first.path()).unwrap();
+        // As a distributor ends that is killed: the file stays.
+        let (socket, path) = (first.descriptor().try_clone_to_owned().unwrap(), first.path().to_owned());
+        std::mem::forget(first);
+        drop(socket);
+        sender.send(b"READY=1").unwrap();
+
+        let next = NotifySocket::inherited(held, path).unwrap();
+        sender.send(b"STOPPING=1").unwrap();
+        assert_eq!(self::next(&next).await.notifications, [Ready]);
+        assert_eq!(self::next(&next).await.notifications, [Stopping]);
     }
 
     #[tokio::test]

@@ -63,6 +63,8 @@ pub struct Supervision {
     pub stop_signal: Signal,
     /// How long after that signal it is killed.
     pub stop_timeout: Duration,
+    /// How often one that is ready has to say that it is well.
+    pub watchdog: Option<Duration>,
     pub backoff: Backoff,
 }
 
@@ -140,6 +142,18 @@ pub struct Run {
     served: bool,
     /// It has been ready long enough to forgive the failures before it.
     healthy: bool,
+    /// It has to say that it is well while it is ready.
+    #[serde(default)]
+    watchdog: Option<Watchdog>,
+}
+
+/// What is left of a server's time to say that it is well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Watchdog {
+    interval: Duration,
+    /// Of no meaning before it is ready.
+    #[serde(with = "moment")]
+    until: Instant,
 }
 
 /// The process that was launched.
@@ -171,6 +185,8 @@ pub enum Then {
     Stopped,
     /// A new instance at once: wanted, not a failure.
     Start,
+    /// It stops by itself, and said so: how it ends decides.
+    ByItself,
     /// A new instance after the delay: the last one failed.
     Restart {
         why: String,
@@ -231,6 +247,14 @@ pub enum Report {
     NotifyStatus(String),
     /// STOPPING=1
     NotifyStopping,
+    /// WATCHDOG=1; or it could not have been heard lately.
+    NotifyWatchdog,
+    /// WATCHDOG=trigger
+    NotifyWatchdogTrigger,
+    /// WATCHDOG_USEC=
+    NotifyWatchdogInterval(Option<Duration>),
+    /// EXTEND_TIMEOUT_USEC=
+    NotifyExtendTimeout(Duration),
     /// After `Exclude`: it has no connections. Told at once where it has none.
     DrainDone,
     /// The process that was launched has ended. `others_left`: its cgroup is not empty now.
@@ -298,6 +322,7 @@ impl Supervision {
             drain_timeout: server.drain_timeout,
             stop_signal: server.stop_signal,
             stop_timeout: server.stop_timeout,
+            watchdog: server.watchdog,
             backoff: Backoff::try_new(server.restart)?,
         })
     }
@@ -399,7 +424,8 @@ impl Server {
     /// When `Tick` is to be told.
     pub fn deadline(&self) -> Option<Instant> {
         match self.state {
-            State::Stopped { .. } | State::Ready { .. } | State::Failed { .. } => None,
+            State::Stopped { .. } | State::Failed { .. } => None,
+            State::Ready { ref run, .. } => run.watchdog.map(|watchdog| watchdog.until),
             State::Starting { deadline, .. }
             | State::Draining { deadline, .. }
             | State::Stopping { deadline, .. } => Some(deadline),
@@ -420,7 +446,7 @@ impl Server {
             State::Ready { .. } => ServerState::Ready,
             State::Draining { .. } => ServerState::Draining,
             State::Stopping { then, .. } => match then {
-                Then::Stopped | Then::Start => ServerState::Draining,
+                Then::Stopped | Then::Start | Then::ByItself => ServerState::Draining,
                 Then::Restart { .. } => ServerState::Backoff,
                 Then::Failed(_) => ServerState::Failed,
             },
@@ -452,6 +478,9 @@ impl Server {
             State::Ready { .. } => self.history.last_end.as_ref().map(|end| format!("the one before {end}")),
             State::Draining { deadline, then, .. } => {
                 Some(format!("{}; its connections have {} to end", then.why(), left(*deadline)))
+            }
+            State::Stopping { deadline, stage: Stage::Asked, then: then @ Then::ByItself, .. } => {
+                Some(format!("{}; killed in {} unless it is done", then.why(), left(*deadline)))
             }
             State::Stopping { deadline, stage: Stage::Asked, then, .. } => {
                 Some(format!("{}; asked to stop, killed in {}", then.why(), left(*deadline)))
@@ -531,6 +560,7 @@ impl Run {
             notified: false,
             served: false,
             healthy: false,
+            watchdog: None,
         }
     }
 
@@ -588,6 +618,7 @@ impl Then {
         match self {
             Self::Stopped => "is to be stopped".to_owned(),
             Self::Start => "is to be stopped and started again".to_owned(),
+            Self::ByItself => STOPS_BY_ITSELF.to_owned(),
             Self::Restart { why, .. } => why.clone(),
             Self::Failed(fault) => fault.to_string(),
         }
@@ -599,7 +630,7 @@ impl Then {
         match self {
             Self::Restart { delay, .. } => Self::Restart { why, delay },
             Self::Failed(fault) => Self::Failed(fault.explained(why)),
-            wanted @ (Self::Stopped | Self::Start) => wanted,
+            wanted @ (Self::Stopped | Self::Start | Self::ByItself) => wanted,
         }
     }
 }
@@ -632,6 +663,8 @@ impl fmt::Display for Instance {
         self.0.fmt(f)
     }
 }
+
+const STOPS_BY_ITSELF: &str = "stops by itself";
 
 /// Where else a server listens is for a person to read.
 const MOST_ELSEWHERE: usize = 4;

@@ -8,6 +8,7 @@
 mod adopt;
 mod audit;
 mod launch;
+mod notified;
 mod report;
 mod survey;
 
@@ -30,7 +31,7 @@ use rustix::{
 };
 use tokio::{
     sync::mpsc::UnboundedSender,
-    task::{JoinHandle, JoinSet},
+    task::JoinSet,
 };
 use tracing::{debug, error, info, warn};
 
@@ -49,7 +50,6 @@ use crate::{
     link::Link,
     listener::{self, Verdict},
     message::{Exit, ToMonitor},
-    notify::{self, Notification},
     plan::{Indices, Slots, Wanted, WantedServer},
     record,
     server::{Action, Event, Instance, Recipient, Report, Server, Supervision},
@@ -137,6 +137,8 @@ pub struct Service {
     /// Children whose end has been dealt with, which the monitor may forget once that is written
     /// down.
     ended: Vec<u64>,
+    /// What the monitor holds and nobody needs any more.
+    dropped: Vec<u64>,
     /// Servers that were adopted and are not any more: at the end they get their address back.
     released: Vec<Adopted>,
     /// What is wrong with the machine.
@@ -192,7 +194,8 @@ struct Running {
     unkilled: bool,
     /// The monitor is to watch its process, and could not.
     unwatched: bool,
-    notify: Option<JoinHandle<()>>,
+    /// It can say something by sd_notify.
+    notify: Option<notified::Hearing>,
     /// It was adopted.
     guest: Option<adopt::Guest>,
 }
@@ -311,6 +314,7 @@ impl Service {
             taking_over: true,
             told: None,
             ended: Vec::new(),
+            dropped: Vec::new(),
             released: Vec::new(),
             troubles: Troubles::default(),
             config,
@@ -741,32 +745,6 @@ impl Service {
         }
     }
 
-    pub fn notified(
-        &mut self,
-        entry: usize,
-        instance: Instance,
-        message: &notify::Message,
-        host: &mut Host<'_>,
-    ) {
-        let Some(run) = self.entries[entry].run.as_ref().filter(|run| run.instance == instance) else {
-            return;
-        };
-        // Anybody with the server's uid can write to its socket; only its own processes count.
-        if !message.sender.is_some_and(|sender| run.cgroup.processes().contains(&sender)) {
-            debug!("server {}: ignores a notification of another process", self.entries[entry].config.name);
-            return;
-        }
-        for notification in &message.notifications {
-            let report = match notification {
-                Notification::Ready => Report::NotifyReady,
-                Notification::Stopping => Report::NotifyStopping,
-                Notification::Status(text) => Report::NotifyStatus(text.clone()),
-                Notification::MainPid(_) | Notification::Other => continue,
-            };
-            self.report(entry, report, host);
-        }
-    }
-
     // Time.
 
     /// When `tick` is next worth calling.
@@ -1019,8 +997,9 @@ impl Service {
                 self.indices.give_back(them.first);
             }
         }
-        if let Some(notify) = run.notify {
-            notify.abort();
+        if let Some(hearing) = run.notify {
+            hearing.task.abort();
+            self.dropped.push(hearing.key);
         }
         self.bound.retain(|_, of| *of != entry);
         self.scans.retain(|scan| scan.entry != entry);
@@ -1043,6 +1022,9 @@ impl Service {
         for id in self.ended.drain(..) {
             // If the monitor is gone, so are we in a moment.
             let _ = host.link.send(&ToMonitor::Forget { id }, None);
+        }
+        for key in self.dropped.drain(..) {
+            let _ = host.link.send(&ToMonitor::Drop { key }, None);
         }
     }
 

@@ -85,7 +85,8 @@ pub(super) fn refusal(name: &str) -> Option<String> {
         return Some(format!("{name:?} is no name of a variable, write one without = and not empty"));
     }
     let ours = name.starts_with("DIST_CTL_")
-        || ["LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "NOTIFY_SOCKET"].contains(&name);
+        || ["LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"]
+            .contains(&name);
     ours.then(|| format!("{name:?} is set by dist-ctl itself, write another name"))
 }
 

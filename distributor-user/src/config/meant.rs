@@ -50,6 +50,8 @@ const SHORTEST_DELAY: Duration = Duration::from_millis(10);
 const INSTANT: Duration = Duration::from_millis(1);
 /// Who wants less than this wants nobody to wait, which a capacity of 0 says.
 const SHORTEST_WAIT: Duration = Duration::from_millis(10);
+/// A server that is busy for a moment is not to be taken for one that hangs.
+const SHORTEST_WATCHDOG: Duration = Duration::from_millis(100);
 /// More than a page that says "come back later" needs. It is sent to up to `CAPACITY_MAX`
 /// clients at once, and lies in the kernel's memory until they have taken it.
 const REPLY_BYTES: usize = 65_536;
@@ -378,6 +380,7 @@ impl<'r> Reading<'r> {
             stop_timeout: common.stop_timeout,
             start_timeout: common.start_timeout,
             drain_timeout: common.drain_timeout,
+            watchdog: self.watchdog(own.watchdog.or(&shared.watchdog)),
             restart: common.restart,
             index,
             name,
@@ -572,6 +575,12 @@ impl<'r> Reading<'r> {
                 default
             }
         }
+    }
+
+    /// How often it says that it is well. What was refused is none.
+    fn watchdog(&self, field: &Field<String>) -> Option<Duration> {
+        let interval = self.duration(field, SHORTEST_WATCHDOG, Duration::ZERO);
+        (!interval.is_zero()).then_some(interval)
     }
 
     fn octal(&self, field: &Field<String>, default: u32) -> u32 {

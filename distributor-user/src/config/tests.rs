@@ -66,6 +66,7 @@ fn what_is_left_out_has_its_default() {
         stop_timeout: Duration::from_secs(10),
         start_timeout: Duration::from_secs(60),
         drain_timeout: Duration::from_secs(5),
+        watchdog: None,
         restart: Restart {
             delay: Duration::from_millis(100),
             max_delay: Duration::from_secs(30),
@@ -113,6 +114,8 @@ fn the_example_means_what_it_says() {
     assert_eq!((big.name.as_str(), big.index), ("shop/big", 5));
     assert_eq!(big.command[2], "-Dname=big");
     assert_eq!((big.weight, big.limit), (200, Some(400)));
+    let watchdogs = [first.watchdog, big.watchdog];
+    assert_eq!(watchdogs, [10, 20].map(|seconds| Some(Duration::from_secs(seconds))));
     assert_eq!(big.directory, Some(PathBuf::from("/srv")));
     assert_eq!(big.errors, Output::File(PathBuf::from("/var/log/shop-big.err")));
     for variable in

@@ -11,6 +11,7 @@ use crate::{
     instance::Instance,
     kernel,
     link::Child,
+    notify,
     record::Adopting,
     room,
     service::{self, Label, Service, Succession},
@@ -96,7 +97,7 @@ impl Distributor<'_> {
         let options = service::Options { in_use: guest.is_some(), ..self.options };
         let (services, mut host) = self.split();
         let mut service = Service::open(number, vacancy.config.clone(), options, &mut host)?;
-        service.take_over(Vec::new(), Succession::First, &mut host)?;
+        service.take_over(Vec::new(), Succession::First, &mut notify::Held::new(), &mut host)?;
         if let Some(Guest { shared, name, command }) = guest
             && let Err(error) = service.adopt(shared, name, command, &mut host)
         {

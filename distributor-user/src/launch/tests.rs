@@ -167,6 +167,7 @@ fn sleep(cgroup: &Cgroup) -> Exec {
         stderr: Output::Inherit,
         socket: Socket::Own,
         backlog: 128,
+        watchdog: None,
     }
 }
 
@@ -315,6 +316,16 @@ async fn systemds_listeners_are_open_from_three_on_and_announced() {
     assert_eq!(environment["LISTEN_PID"], server.0.id().to_string());
     let [one, two, three] = addresses.map(|address| address.socket.port());
     assert_eq!(environment["LISTEN_FDNAMES"], format!("{one}:{two}:{three}"));
+}
+
+#[tokio::test]
+async fn a_server_learns_how_often_to_say_that_it_is_well() {
+    let Some(cgroup) = Cgroup::new("watchdog") else { return };
+    let job = Exec { watchdog: Some(Duration::from_millis(1500)), ..sleep(&cgroup) };
+    let server = launch(launcher(&[]), &job).await.unwrap();
+    let environment = server.environment();
+    assert_eq!(environment["WATCHDOG_USEC"], "1500000");
+    assert_eq!(environment["WATCHDOG_PID"], server.0.id().to_string());
 }
 
 #[tokio::test]

@@ -64,6 +64,7 @@ fn policy() -> Supervision {
         drain_timeout: seconds(30),
         stop_signal: Signal::TERM,
         stop_timeout: seconds(10),
+        watchdog: None,
         backoff: Backoff::try_new(restart).unwrap(),
     }
 }

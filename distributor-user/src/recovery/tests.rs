@@ -26,6 +26,7 @@ fn policy() -> Supervision {
         drain_timeout: second,
         stop_signal: Signal::TERM,
         stop_timeout: second,
+        watchdog: None,
         backoff: Backoff::try_new(restart).unwrap(),
     }
 }

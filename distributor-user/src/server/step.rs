@@ -12,7 +12,8 @@ use rustix::process::Signal;
 use tracing::Level;
 
 use super::{
-    Action, Event, Fault, History, Main, Recipient, Report, Run, Stage, State, Supervision, Then, span,
+    Action, Event, Fault, History, Main, Recipient, Report, Run, Stage, State, Supervision, Then, Watchdog,
+    span,
 };
 use crate::message::Exit;
 
@@ -30,7 +31,8 @@ impl Step<'_> {
         use Event::{Of, Resume, Start, Stop, Tick};
         use Report::{
             CgroupEmpty, DrainDone, LaunchFailed, LaunchInterrupted, LaunchLacked, Launched, ListenerAdopted,
-            ListenerGone, ListensElsewhere, MainExited, Misbound, NotifyReady, NotifyStatus, NotifyStopping,
+            ListenerGone, ListensElsewhere, MainExited, Misbound, NotifyExtendTimeout, NotifyReady,
+            NotifyStatus, NotifyStopping, NotifyWatchdog, NotifyWatchdogInterval, NotifyWatchdogTrigger,
         };
         use State::{Backoff, Draining, Failed, Ready, Starting, Stopped, Stopping};
 
@@ -109,8 +111,16 @@ impl Step<'_> {
                 self.settle(since, deadline, run)
             }
             (Starting { run, .. }, Of(_, NotifyStopping)) => {
-                let then = self.failed("stops by itself before it was ready".to_owned(), &run);
-                self.ask_to_stop(run, then)
+                // It is not in the plan. This asks for `DrainDone`.
+                self.exclude();
+                self.drain(run, Then::ByItself)
+            }
+            (Starting { run, .. }, Of(_, NotifyWatchdogTrigger)) => {
+                let then = self.failed(TRIGGERED.to_owned(), &run);
+                self.abort(run, then)
+            }
+            (Starting { since, deadline, run }, Of(_, NotifyExtendTimeout(by))) => {
+                Starting { since, deadline: deadline.max(self.after(by)), run }
             }
             (Starting { since, deadline, mut run }, Of(_, MainExited { exit, others_left })) => {
                 if is_daemon(exit, others_left) {
@@ -139,8 +149,16 @@ impl Step<'_> {
                 self.leave_ready(since, &mut run);
                 self.drain(run, Then::Stopped)
             }
-            // It runs; nothing has failed; it waits for no time.
-            (state @ Ready { .. }, Start | Resume | Tick) => state,
+            (Ready { since, mut run }, Tick) => {
+                let Some(Watchdog { interval, .. }) = run.watchdog.filter(|its| its.until <= self.now) else {
+                    return Ready { since, run };
+                };
+                self.leave_ready(since, &mut run);
+                let then = self.failed(format!("said no WATCHDOG=1 for {}", span(interval)), &run);
+                self.abort(run, then)
+            }
+            // It runs; nothing has failed.
+            (state @ Ready { .. }, Start | Resume) => state,
             (Ready { since, mut run }, Of(_, ListenerAdopted { address })) => {
                 run.listening.insert(address);
                 Ready { since, run }
@@ -171,8 +189,23 @@ impl Step<'_> {
             }
             (Ready { since, mut run }, Of(_, NotifyStopping)) => {
                 self.leave_ready(since, &mut run);
-                let then = self.failed("stops by itself".to_owned(), &run);
-                self.drain(run, then)
+                self.drain(run, Then::ByItself)
+            }
+            (Ready { since, mut run }, Of(_, NotifyWatchdog)) => {
+                self.feed(&mut run);
+                Ready { since, run }
+            }
+            (Ready { since, mut run }, Of(_, NotifyWatchdogTrigger)) => {
+                self.leave_ready(since, &mut run);
+                let then = self.failed(TRIGGERED.to_owned(), &run);
+                self.abort(run, then)
+            }
+            (Ready { since, mut run }, Of(_, NotifyExtendTimeout(by))) => {
+                let until = self.after(by);
+                if let Some(watchdog) = &mut run.watchdog {
+                    watchdog.until = watchdog.until.max(until);
+                }
+                Ready { since, run }
             }
             (Ready { since, mut run }, Of(_, MainExited { exit, others_left })) => {
                 if is_daemon(exit, others_left) {
@@ -212,7 +245,7 @@ impl Step<'_> {
             // -- Draining
             (Draining { since, deadline, run, then }, Stop) => match then {
                 Then::Stopped => self.ask_to_stop(run, Then::Stopped),
-                Then::Start | Then::Restart { .. } | Then::Failed(_) => {
+                Then::Start | Then::ByItself | Then::Restart { .. } | Then::Failed(_) => {
                     Draining { since, deadline, run, then: Then::Stopped }
                 }
             },
@@ -224,8 +257,12 @@ impl Step<'_> {
                 if self.now < deadline {
                     return Draining { since, deadline, run, then };
                 }
+                let next = match then {
+                    Then::ByItself => "it has its time to stop now",
+                    Then::Stopped | Then::Start | Then::Restart { .. } | Then::Failed(_) => "asked to stop now",
+                };
                 let sentence = format!(
-                    "still has connections {} after it was taken out; asked to stop now",
+                    "still has connections {} after it was taken out; {next}",
                     self.span_since(since)
                 );
                 self.log(Level::INFO, sentence);
@@ -234,19 +271,27 @@ impl Step<'_> {
             (Draining { run, then, .. }, Of(_, DrainDone)) => self.ask_to_stop(run, then),
             (Draining { run, then, .. }, Of(_, Misbound { sentence })) => match then {
                 Then::Stopped => self.ask_to_stop(run, Then::Stopped),
-                Then::Start | Then::Restart { .. } | Then::Failed(_) => self.misbound(run, sentence),
+                Then::Start | Then::ByItself | Then::Restart { .. } | Then::Failed(_) => {
+                    self.misbound(run, sentence)
+                }
             },
             (Draining { since, deadline, mut run, then }, Of(_, MainExited { exit, others_left })) => {
                 if is_daemon(exit, others_left) {
                     run.main = Main::Background;
                     return Draining { since, deadline, run, then };
                 }
-                self.ended(&run, &exit.to_string());
+                let why = self.ended(&run, &exit.to_string());
+                let then = self.judged(then, why, exit == Exit::Code(0), &run);
                 self.finish(run, others_left, then)
+            }
+            (Draining { run, then, .. }, Of(_, NotifyWatchdogTrigger)) => {
+                let then = self.judged(then, TRIGGERED.to_owned(), false, &run);
+                self.abort(run, then)
             }
             (Draining { since, deadline, run, then }, Of(_, CgroupEmpty)) => match run.main {
                 Main::Background => {
-                    self.ended(&run, LAST_PROCESS_ENDED);
+                    let why = self.ended(&run, LAST_PROCESS_ENDED);
+                    let then = self.judged(then, why, true, &run);
                     self.end(then)
                 }
                 // The exit of its main process is reported separately and says the same.
@@ -258,7 +303,8 @@ impl Step<'_> {
             // good (Resume).
             (state @ Draining { .. }, Start | Resume) => state,
             // It was launched, or it would not have been ready. Its listeners and its
-            // readiness no longer matter; that it stops is known.
+            // readiness no longer matter; that it stops is known. How long its connections may
+            // go on is not for it to say.
             (
                 state @ Draining { .. },
                 Of(
@@ -271,7 +317,8 @@ impl Step<'_> {
                     | ListenerGone { .. }
                     | ListensElsewhere { .. }
                     | NotifyReady
-                    | NotifyStopping,
+                    | NotifyStopping
+                    | NotifyExtendTimeout(_),
                 ),
             ) => state,
 
@@ -333,11 +380,18 @@ impl Step<'_> {
                 let why = could_not_be_started(&sentence);
                 self.history.last_end = Some(why.clone());
                 run.main = Main::Ended;
+                let then = self.judged(then.explained(why.clone()), why, false, &run);
                 // Asks for `CgroupEmpty`, which nothing else may lead to.
-                self.kill(since, run, then.explained(why), 0)
+                self.kill(since, run, then, 0)
             }
             (Stopping { since, deadline, stage, mut run, then }, Of(_, MainExited { exit, others_left })) => {
-                self.ended(&run, &exit.to_string());
+                let how = match &then {
+                    // The next one's reason has to say more than that somebody killed this one.
+                    Then::Restart { why, .. } if run.main != Main::Ended => format!("{why}, {exit}"),
+                    _ => exit.to_string(),
+                };
+                let why = self.ended(&run, &how);
+                let then = self.judged(then, why, exit == Exit::Code(0), &run);
                 if !others_left {
                     return self.end(then);
                 }
@@ -355,10 +409,14 @@ impl Step<'_> {
                 }
                 Stopping { since, deadline, stage, run, then }
             }
+            (Stopping { since, deadline, stage: Stage::Asked, run, then }, Of(_, NotifyExtendTimeout(by))) => {
+                Stopping { since, deadline: deadline.max(self.after(by)), stage: Stage::Asked, run, then }
+            }
             (Stopping { since, deadline, stage, run, then }, Of(_, CgroupEmpty)) => {
                 match run.main {
                     Main::Background => {
-                        self.ended(&run, LAST_PROCESS_ENDED);
+                        let why = self.ended(&run, LAST_PROCESS_ENDED);
+                        let then = self.judged(then, why, stage == Stage::Asked, &run);
                         self.end(then)
                     }
                     Main::Ended => self.end(then),
@@ -372,7 +430,9 @@ impl Step<'_> {
                 state @ Stopping { .. },
                 Of(
                     _,
-                    LaunchInterrupted
+                    NotifyExtendTimeout(_)
+                    | NotifyWatchdogTrigger
+                    | LaunchInterrupted
                     | ListenerAdopted { .. }
                     | ListenerGone { .. }
                     | ListensElsewhere { .. }
@@ -428,6 +488,17 @@ impl Step<'_> {
                 self.history.says = says;
                 state
             }
+            (state, Of(_, NotifyWatchdogInterval(interval))) => self.watch(state, interval),
+            // It has to say it only while it is ready.
+            (
+                state @ (Stopped { .. }
+                | Starting { .. }
+                | Draining { .. }
+                | Stopping { .. }
+                | Backoff { .. }
+                | Failed { .. }),
+                Of(_, NotifyWatchdog),
+            ) => state,
             // The instance has ended, and this was on its way.
             (state @ Stopped { .. }, Of(_, LaunchFailed { .. } | LaunchLacked { .. }))
             | (
@@ -443,6 +514,8 @@ impl Step<'_> {
                     | NotifyReady
                     | NotifyStatus(_)
                     | NotifyStopping
+                    | NotifyWatchdogTrigger
+                    | NotifyExtendTimeout(_)
                     | DrainDone
                     | MainExited { .. }
                     | CgroupEmpty,
@@ -472,7 +545,10 @@ impl Step<'_> {
         State::Starting {
             since: self.now,
             deadline: self.after(self.policy.start_timeout),
-            run: Run::new(self.now),
+            run: Run {
+                watchdog: self.policy.watchdog.map(|interval| Watchdog { interval, until: self.now }),
+                ..Run::new(self.now)
+            },
         }
     }
 
@@ -482,6 +558,7 @@ impl Step<'_> {
             return State::Starting { since, deadline, run };
         }
         run.served = true;
+        self.feed(&mut run);
         self.actions.push(Action::Include { instance: self.history.instance });
         let sentence = format!("is ready after {}; gets connections now", self.span_since(since));
         self.log(Level::INFO, sentence);
@@ -496,6 +573,21 @@ impl Step<'_> {
             run.healthy = true;
             self.history.failures = 0;
         }
+    }
+
+    /// It is well, and has the whole time again to say so.
+    fn feed(&self, run: &mut Run) {
+        if let Some(watchdog) = &mut run.watchdog {
+            watchdog.until = self.after(watchdog.interval);
+        }
+    }
+
+    /// From now on it has to say so often that it is well; an instance that runs, that is.
+    fn watch(&self, mut state: State, interval: Option<Duration>) -> State {
+        if let State::Starting { run, .. } | State::Ready { run, .. } = &mut state {
+            run.watchdog = interval.map(|interval| Watchdog { interval, until: self.after(interval) });
+        }
+        state
     }
 
     fn exclude(&mut self) {
@@ -522,6 +614,17 @@ impl Step<'_> {
         Then::Restart { why, delay }
     }
 
+    /// What follows when an instance has ended. One that said it would stop has not failed by that: only
+    /// if it ends badly, or if it had not been healthy for long enough, or it would be started again
+    /// and again without a pause.
+    fn judged(&mut self, then: Then, why: String, is_good: bool, run: &Run) -> Then {
+        match then {
+            Then::ByItself if is_good && run.healthy => Then::Start,
+            Then::ByItself => self.failed(format!("stopped by itself: {why}"), run),
+            Then::Stopped | Then::Start | Then::Restart { .. } | Then::Failed(_) => then,
+        }
+    }
+
     /// What follows a start for which the machine lacked something. That is not the server's
     /// fault, so it counts as no failure, and it is never given up.
     fn lacked(&mut self, why: String) -> Then {
@@ -546,18 +649,36 @@ impl Step<'_> {
         State::Draining { since: self.now, deadline: self.after(self.policy.drain_timeout), run, then }
     }
 
+    /// One that stops by itself need not be asked, and a second request would make some hurry.
     fn ask_to_stop(&mut self, run: Run, then: Then) -> State {
-        self.actions.push(Action::Signal {
-            instance: self.history.instance,
-            signal: self.policy.stop_signal,
-            to: run.recipient(),
-        });
-        let sentence = format!(
-            "{}; asked to stop, killed in {} unless it does",
-            then.why(),
-            span(self.policy.stop_timeout)
-        );
+        let asked = match then {
+            Then::ByItself => "",
+            Then::Stopped | Then::Start | Then::Restart { .. } | Then::Failed(_) => {
+                self.signal(self.policy.stop_signal, &run);
+                "asked to stop, "
+            }
+        };
+        let sentence =
+            format!("{}; {asked}killed in {} unless it does", then.why(), span(self.policy.stop_timeout));
         self.log(Level::DEBUG, sentence);
+        self.stopping(run, then)
+    }
+
+    /// Ends one that hangs, so that it leaves a core dump where these are wanted.
+    fn abort(&mut self, run: Run, then: Then) -> State {
+        self.signal(Signal::ABORT, &run);
+        let sentence =
+            format!("{}; gets SIGABRT, killed in {} unless it ends", then.why(), span(self.policy.stop_timeout));
+        self.log(Level::WARN, sentence);
+        self.stopping(run, then)
+    }
+
+    fn signal(&mut self, signal: Signal, run: &Run) {
+        let instance = self.history.instance;
+        self.actions.push(Action::Signal { instance, signal, to: run.recipient() });
+    }
+
+    fn stopping(&self, run: Run, then: Then) -> State {
         State::Stopping {
             since: self.now,
             deadline: self.after(self.policy.stop_timeout),
@@ -605,7 +726,8 @@ impl Step<'_> {
                 self.log(Level::INFO, "is stopped".to_owned());
                 State::Stopped { since }
             }
-            Then::Start => {
+            // How it ended was judged before, so it is never the latter here.
+            Then::Start | Then::ByItself => {
                 self.log(Level::INFO, "is stopped; started again now".to_owned());
                 self.launch_afresh()
             }
@@ -661,6 +783,8 @@ const SHORTEST_TIMEOUT: Duration = Duration::from_millis(1);
 
 /// A century is as good as never, and no clock overflows by it.
 const LONGEST_TIMEOUT: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+
+const TRIGGERED: &str = "said WATCHDOG=trigger";
 
 const LAST_PROCESS_ENDED: &str = "ended with its last process";
 

@@ -14,6 +14,7 @@ fn policy() -> Supervision {
         drain_timeout: Duration::from_secs(30),
         stop_signal: Signal::TERM,
         stop_timeout: Duration::from_secs(10),
+        watchdog: None,
         backoff: Backoff::try_new(Restart {
             delay: Duration::from_secs(1),
             max_delay: Duration::from_secs(30),
@@ -536,6 +537,198 @@ fn server_that_stops_by_itself_is_drained_and_started_again() {
     assert_eq!(story.exits(Exit::Code(0)), ["remove 1", "launch 2"]);
 }
 
+#[test]
+fn server_that_stops_by_itself_is_not_asked_to() {
+    let mut story = Story::ready();
+    assert_eq!(story.report(Report::NotifyStopping), ["exclude 1"]);
+    assert_eq!(story.report(Report::DrainDone), NOTHING);
+    assert_eq!(story.status(), ServerState::Draining);
+    assert_eq!(story.reason(), "stops by itself; killed in 10s unless it is done");
+    assert_eq!(story.deadline(), ["SIGKILL to main of 1", "kill 1"]);
+    assert_eq!(story.exits(Exit::Signal(9)), ["remove 1", "launch 2"]);
+    assert_eq!((story.server.failures(), story.server.restarts()), (1, 1));
+    let expected = "WARN stopped by itself: was killed by SIGKILL after 10s; started again now";
+    assert_eq!(story.last_log(), expected);
+}
+
+#[test]
+fn how_it_ends_decides_whether_one_that_stops_by_itself_has_failed() {
+    for (ready_for, exit, failures, restarts) in [
+        (20_000, Exit::Code(0), 0, 0),
+        // A healthy run forgives: it is a restart all the same.
+        (20_000, Exit::Code(1), 0, 1),
+        // Started again and again it would be busy with that.
+        (19_000, Exit::Code(0), 1, 1),
+    ] {
+        let mut story = Story::ready();
+        story.pass(ready_for - 300);
+        story.report(Report::NotifyStopping);
+        assert_eq!(story.exits(exit), ["remove 1", "launch 2"]);
+        let counted = (story.server.failures(), story.server.restarts());
+        assert_eq!(counted, (failures, restarts), "{exit} after {ready_for} ms");
+    }
+}
+
+#[test]
+fn server_that_stops_before_it_was_ready_never_gets_a_connection() {
+    let mut story = Story::new();
+    story.tell(Event::Start);
+    story.launched();
+    assert_eq!(story.report(Report::NotifyStopping), ["exclude 1"]);
+    assert_eq!(story.report(Report::DrainDone), NOTHING);
+    assert_eq!(story.report(Report::ListenerAdopted { address: 0 }), NOTHING);
+    assert_eq!(story.exits(Exit::Code(0)), ["remove 1"]);
+    assert_eq!(story.reason(), "stopped by itself: exited with 0 after 0ms; next start in 1s (attempt 2)");
+}
+
+#[test]
+fn stop_takes_the_place_of_one_by_itself() {
+    let mut story = Story::ready();
+    story.report(Report::NotifyStopping);
+    assert_eq!(story.tell(Event::Stop), NOTHING);
+    assert_eq!(story.deadline(), ["SIGTERM to main of 1"]);
+    assert_eq!(story.exits(Exit::Code(0)), ["remove 1"]);
+    assert_eq!(story.status(), ServerState::Stopped);
+}
+
+// -- Saying that it is well
+
+fn watched() -> Story {
+    let mut story = Story::with(Supervision { watchdog: Some(Duration::from_secs(10)), ..policy() });
+    story.tell(Event::Start);
+    story.launched();
+    story
+}
+
+fn watched_and_ready() -> Story {
+    let mut story = watched();
+    story.report(Report::ListenerAdopted { address: 0 });
+    assert_eq!(story.status(), ServerState::Ready);
+    story
+}
+
+#[test]
+fn server_that_says_nothing_for_too_long_is_aborted_and_started_again() {
+    let mut story = watched_and_ready();
+    for _ in 0..3 {
+        assert_eq!(story.until_deadline(), 10_000);
+        story.pass(9_999);
+        assert_eq!(story.tell(Event::Tick), NOTHING);
+        story.report(Report::NotifyWatchdog);
+    }
+    assert_eq!(story.deadline(), ["exclude 1", "SIGABRT to main of 1"]);
+    assert_eq!(story.status(), ServerState::Backoff);
+    assert_eq!(story.reason(), "said no WATCHDOG=1 for 10s; asked to stop, killed in 10s");
+    let log = "WARN said no WATCHDOG=1 for 10s; gets SIGABRT, killed in 10s unless it ends";
+    assert_eq!(story.last_log(), log);
+    assert_eq!(story.exits(Exit::Signal(6)), ["remove 1", "launch 2"]);
+    let end = "said no WATCHDOG=1 for 10s, was killed by SIGABRT after 39s";
+    assert_eq!(story.server.last_end(), Some(end));
+    story.launched();
+    story.report(Report::ListenerAdopted { address: 0 });
+    assert_eq!(story.reason(), format!("the one before {end}"));
+    assert_eq!(story.server.restarts(), 1);
+}
+
+#[test]
+fn server_that_survives_sigabrt_is_killed() {
+    let mut story = watched_and_ready();
+    story.deadline();
+    assert_eq!(story.deadline(), ["SIGKILL to main of 1", "kill 1"]);
+}
+
+#[test]
+fn server_need_not_say_that_it_is_well_before_it_is_ready_nor_when_it_is_ended() {
+    let mut story = watched();
+    assert_eq!(story.until_deadline(), 60_000);
+    story.pass(59_000);
+    story.report(Report::ListenerAdopted { address: 0 });
+    assert_eq!(story.until_deadline(), 10_000);
+    story.report(Report::ListenerGone { address: 0 });
+    assert_eq!(story.until_deadline(), 60_000);
+    story.report(Report::ListenerAdopted { address: 0 });
+    story.tell(Event::Stop);
+    assert_eq!(story.until_deadline(), 30_000);
+}
+
+#[test]
+fn server_that_triggers_its_watchdog_is_aborted_at_once() {
+    let mut story = Story::ready();
+    assert_eq!(story.report(Report::NotifyWatchdogTrigger), ["exclude 1", "SIGABRT to main of 1"]);
+    assert_eq!(story.reason(), "said WATCHDOG=trigger; asked to stop, killed in 10s");
+
+    let mut story = Story::new();
+    story.tell(Event::Start);
+    story.launched();
+    assert_eq!(story.report(Report::NotifyWatchdogTrigger), ["SIGABRT to main of 1"]);
+
+    let mut story = Story::ready();
+    story.tell(Event::Stop);
+    assert_eq!(story.report(Report::NotifyWatchdogTrigger), ["SIGABRT to main of 1"]);
+    assert_eq!(story.exits(Exit::Signal(6)), ["remove 1"]);
+    assert_eq!(story.status(), ServerState::Stopped);
+}
+
+#[test]
+fn server_may_change_how_often_it_says_that_it_is_well() {
+    let mut story = watched_and_ready();
+    story.pass(9_000);
+    story.report(Report::NotifyWatchdogInterval(Some(Duration::from_secs(2))));
+    assert_eq!(story.until_deadline(), 2_000);
+    story.report(Report::NotifyWatchdogInterval(None));
+    assert_eq!(story.server.deadline(), None);
+    // Also where none is configured, and before it is ready.
+    let mut story = Story::new();
+    story.tell(Event::Start);
+    story.report(Report::NotifyWatchdogInterval(Some(Duration::from_secs(3))));
+    story.launched();
+    story.pass(5_000);
+    story.report(Report::ListenerAdopted { address: 0 });
+    assert_eq!(story.until_deadline(), 3_000);
+    // The next instance begins as configured.
+    story.exits(Exit::Code(1));
+    story.launched();
+    story.report(Report::ListenerAdopted { address: 0 });
+    assert_eq!(story.server.deadline(), None);
+}
+
+// -- Asking for more time
+
+#[test]
+fn server_that_asks_for_more_time_to_start_or_to_stop_gets_it() {
+    let extend = |seconds| Report::NotifyExtendTimeout(Duration::from_secs(seconds));
+    let mut story = Story::new();
+    story.tell(Event::Start);
+    story.launched();
+    // No shorter than it had anyway.
+    story.report(extend(20));
+    assert_eq!(story.until_deadline(), 60_000);
+    story.pass(50_000);
+    story.report(extend(20));
+    assert_eq!(story.until_deadline(), 20_000);
+    story.report(Report::ListenerAdopted { address: 0 });
+    story.tell(Event::Stop);
+    // How long connections may go on is not for it to say.
+    story.report(extend(100));
+    assert_eq!(story.until_deadline(), 30_000);
+    story.report(Report::DrainDone);
+    story.pass(5_000);
+    story.report(extend(8));
+    assert_eq!(story.until_deadline(), 8_000);
+    assert_eq!(story.deadline(), ["SIGKILL to main of 1", "kill 1"]);
+    story.report(extend(100));
+    assert_eq!(story.until_deadline(), 5_000);
+}
+
+#[test]
+fn server_that_asks_for_more_time_need_not_say_meanwhile_that_it_is_well() {
+    let mut story = watched_and_ready();
+    story.report(Report::NotifyExtendTimeout(Duration::from_secs(25)));
+    assert_eq!(story.until_deadline(), 25_000);
+    story.report(Report::NotifyWatchdog);
+    assert_eq!(story.until_deadline(), 10_000);
+}
+
 // -- Being stopped
 
 #[test]
@@ -815,6 +1008,11 @@ fn any_report() -> impl Strategy<Value = Report> {
         3 => Just(Report::NotifyReady),
         1 => Just(Report::NotifyStatus("fine".to_owned())),
         1 => Just(Report::NotifyStopping),
+        2 => Just(Report::NotifyWatchdog),
+        1 => Just(Report::NotifyWatchdogTrigger),
+        1 => proptest::option::of(1..20_u64)
+            .prop_map(|seconds| Report::NotifyWatchdogInterval(seconds.map(Duration::from_secs))),
+        1 => (1..100_u64).prop_map(|seconds| Report::NotifyExtendTimeout(Duration::from_secs(seconds))),
         2 => Just(Report::DrainDone),
         3 => (exit, any::<bool>())
             .prop_map(|(exit, others_left)| Report::MainExited { exit, others_left }),
@@ -879,8 +1077,10 @@ fn anything(most: usize) -> impl Strategy<Value = Vec<Happening>> {
 
 fn any_policy() -> impl Strategy<Value = Supervision> {
     let timeout = || (0..3_u64).prop_map(|seconds| Duration::from_secs(seconds * 5));
-    (1..3_usize, any::<bool>(), timeout(), timeout(), timeout(), proptest::option::of(1..4_u32)).prop_map(
-        |(addresses, notify, start, drain, stop, give_up_after)| {
+    let watchdog = proptest::option::of((1..4_u64).prop_map(|seconds| Duration::from_secs(seconds * 5)));
+    let give_up = proptest::option::of(1..4_u32);
+    (1..3_usize, any::<bool>(), timeout(), timeout(), timeout(), watchdog, give_up).prop_map(
+        |(addresses, notify, start, drain, stop, watchdog, give_up_after)| {
             let listen = ["[::]:8080", "[::]:8443"];
             Supervision {
                 listen: listen[..addresses].iter().map(|address| address.parse().unwrap()).collect(),
@@ -891,6 +1091,7 @@ fn any_policy() -> impl Strategy<Value = Supervision> {
                 start_timeout: start,
                 drain_timeout: drain,
                 stop_timeout: stop,
+                watchdog,
                 backoff: Backoff::try_new(Restart {
                     delay: Duration::from_secs(1),
                     max_delay: Duration::from_secs(8),

@@ -16,6 +16,7 @@ use tracing::{debug, info, warn};
 use super::{
     Entry, Host, Launch, Listeners, Running, Service,
     adopt::{self, Adopted, Guest},
+    notified::Hearing,
 };
 use crate::{
     affinity,
@@ -23,9 +24,9 @@ use crate::{
     distributor::Input,
     error, foreign,
     launch::{self, Exec, Limit, Socket},
-    link::Child,
+    link::{Child, Held},
     message::ToMonitor,
-    notify::NotifySocket,
+    notify::{self, NotifySocket},
     plan, record,
     server::{self, Event, Instance, Main, Report, Server},
 };
@@ -122,16 +123,13 @@ impl Service {
         });
         cgroup.create()?;
         let cgroup_id = cgroup.id().context("read the number of a cgroup")?;
-        let notify = self.wants_notify().then(|| self.listen_to(entry, instance, notify_path.clone(), host));
-        let notify = notify.transpose()?;
+        let notify = self.listen_to(entry, instance, notify_path.clone(), None, host)?;
         let mut exec = self.exec(entry, cgroup.path().to_owned());
-        if notify.is_some() {
-            exec.environment.push(("NOTIFY_SOCKET".to_owned(), notify_path.to_string_lossy().into_owned()));
-        }
+        exec.environment.push(("NOTIFY_SOCKET".to_owned(), notify_path.to_string_lossy().into_owned()));
         let label = self.label(entry);
         let run = self.entries[entry].run.as_mut().context("the instance was just made")?;
         run.cgroup_id = cgroup_id;
-        run.notify = notify;
+        run.notify = Some(notify);
         let (theirs, ours) = launch::pair().context("make a socket for the launcher")?;
         let start = ToMonitor::Start { id: run.id, label: serde_json::to_vec(&label)? };
         run.launch = Launch::UnderWay;
@@ -149,11 +147,14 @@ impl Service {
     /// is still there, and no plan is written before [`Service::start`]: connections are steered
     /// by the last one all the time.
     ///
+    /// `sockets` are those on which servers say what they say; its own are taken out of them.
+    ///
     /// Returns those children that are of no server of this service any more.
     pub fn take_over(
         &mut self,
         mut found: Vec<Found>,
         succession: Succession,
+        sockets: &mut notify::Held,
         host: &mut Host<'_>,
     ) -> anyhow::Result<Vec<Child>> {
         let mut strangers = Vec::new();
@@ -187,7 +188,7 @@ impl Service {
         let homes = self.kernel.homes()?;
         for (entry, Found { label, child }) in &chosen {
             if label.machine.run().is_some() {
-                self.take_over_run(*entry, label, child.as_ref(), host)?;
+                self.take_over_run(*entry, label, child.as_ref(), sockets, host)?;
                 self.find_listeners(*entry, &plan, &homes);
             }
         }
@@ -226,6 +227,7 @@ impl Service {
         entry: usize,
         label: &Label,
         child: Option<&Child>,
+        sockets: &mut notify::Held,
         host: &mut Host<'_>,
     ) -> anyhow::Result<()> {
         let machine = &self.entries[entry].machine;
@@ -234,16 +236,18 @@ impl Service {
             (machine.is_included(), machine.awaits_drain(), machine.awaits_empty());
         let main = machine.run().map(server::Run::main);
         let (cgroup, notify_path) = self.places_of(entry, instance, host);
-        let notify = match self.wants_notify() {
-            // Then what it says is not heard, and it serves all the same.
-            true => match self.listen_to(entry, instance, notify_path, host) {
+        let held = notify::name(&notify_path).and_then(|name| sockets.remove(name));
+        // A server that somebody else started knows of no such socket.
+        let notify = match label.adopted {
+            None => match self.listen_to(entry, instance, notify_path, held, host) {
                 Ok(notify) => Some(notify),
+                // Then what it says is not heard, and it serves all the same.
                 Err(error) => {
                     warn!("server {}: {}", self.entries[entry].config.name, error::sentence(&error));
                     None
                 }
             },
-            false => None,
+            Some(_) => None,
         };
         let ran = match label.run {
             Some(ran) => ran,
@@ -356,6 +360,8 @@ impl Service {
                 foreign::find(adopted.pid, &self.config.listen, &self.ours()).map(|server| server.listeners);
             self.note_earlier(entry, &listeners.unwrap_or_default(), host);
         }
+        // Nobody listened for a while.
+        self.excuse(entry, host);
         if let Some(exit) = child.and_then(|child| child.exit) {
             self.exited(entry, exit, host);
         }
@@ -427,10 +433,6 @@ impl Service {
         }
     }
 
-    fn wants_notify(&self) -> bool {
-        self.config.readiness == config::Readiness::Notify
-    }
-
     /// The cgroup and the notify socket of an instance.
     fn places_of(
         &self,
@@ -444,17 +446,30 @@ impl Service {
         (cgroup, host.place.notify_dir().join(socket))
     }
 
-    /// Passes on what the instance says through sd_notify.
+    /// Passes on what the instance says through sd_notify, and has the monitor hold the socket.
     fn listen_to(
         &self,
         entry: usize,
         instance: Instance,
         path: std::path::PathBuf,
-        host: &Host<'_>,
-    ) -> anyhow::Result<tokio::task::JoinHandle<()>> {
-        let socket = NotifySocket::bind(path, super::uid(&self.config))?;
+        held: Option<Held>,
+        host: &mut Host<'_>,
+    ) -> anyhow::Result<Hearing> {
+        let (key, socket) = match held {
+            Some(Held { key, fd, .. }) => {
+                let context = || format!("take over notify socket {}", path.display());
+                (key, NotifySocket::inherited(fd, path.clone()).with_context(context)?)
+            }
+            None => {
+                let label = notify::label(&path);
+                let socket = NotifySocket::bind(path, super::uid(&self.config))?;
+                let key = host.link.number();
+                host.link.send(&ToMonitor::Hold { key, label }, Some(socket.descriptor()))?;
+                (key, socket)
+            }
+        };
         let (inputs, service) = (host.inputs.clone(), self.number);
-        Ok(tokio::task::spawn_local(async move {
+        let task = tokio::task::spawn_local(async move {
             loop {
                 let sent = match socket.receive().await {
                     Ok(message) => inputs.send(Input::Notified { service, entry, instance, message }),
@@ -468,7 +483,8 @@ impl Service {
                     return;
                 }
             }
-        }))
+        });
+        Ok(Hearing { task, key })
     }
 
     fn exec(&self, entry: usize, cgroup: std::path::PathBuf) -> Exec {
@@ -494,6 +510,7 @@ impl Service {
                 SocketMode::Stdin => Socket::Stdin(self.config.listen[0]),
             },
             backlog: self.config.backlog,
+            watchdog: server.watchdog,
         }
     }
 

@@ -2,8 +2,9 @@
 //!
 //! It greets each connection with `NAME PID CLIENT`, and obeys these words of a client:
 //! `who` (greet again), `close`, `reset`, `half` (close its own direction only), `unread`
-//! (close with the rest of the line unread), `exit CODE` (the whole process), `echo BYTES` (send
-//! back so many that follow the line, and do nothing else until then).
+//! (close with the rest of the line unread), `exit CODE` (the whole process), `notify WORDS` (tell
+//! NOTIFY_SOCKET), `echo BYTES` (send back so many that follow the line, and do nothing else until
+//! then).
 //! It also misbehaves on request: it may never listen, listen late, close its listener and
 //! live on, use another protocol or address, ignore SIGTERM, or exit at once.
 
@@ -67,6 +68,8 @@ struct Options {
     ready_after: Option<Duration>,
     /// Tells NOTIFY_SOCKET nothing until SIGUSR2.
     ready_on_signal: bool,
+    /// Tells NOTIFY_SOCKET that it is well, four times as often as WATCHDOG_USEC asks for.
+    well: bool,
     never_listen: bool,
     ignore_term: bool,
     /// Closes its listeners on SIGUSR1, and lives on.
@@ -99,6 +102,7 @@ impl Options {
                 "--listen-when" => options.listen_when = Some(value()?.into()),
                 "--ready-after" => options.ready_after = Some(milliseconds(value()?)?),
                 "--ready-on-signal" => options.ready_on_signal = true,
+                "--well" => options.well = true,
                 "--never-listen" => options.never_listen = true,
                 "--ignore-term" => options.ignore_term = true,
                 "--closable" => options.closable = true,
@@ -144,6 +148,9 @@ fn run(options: Options) -> Result<ExitCode> {
     }
     let listeners = listeners(&options)?;
     notify_when_ready(&options);
+    if options.well {
+        keep_saying_that_it_is_well()?;
+    }
     Server::new(&options, listeners)?.serve(signals)
 }
 
@@ -251,6 +258,24 @@ fn notify(message: &str) {
     if let Err(error) = sent {
         eprintln!("test-server: tell NOTIFY_SOCKET {message}: {error}");
     }
+}
+
+/// By one socket all the time, as some libraries do.
+fn keep_saying_that_it_is_well() -> Result<()> {
+    let [interval, path] =
+        ["WATCHDOG_USEC", "NOTIFY_SOCKET"].map(|name| env::var(name).with_context(|| format!("read {name}")));
+    let interval = Duration::from_micros(interval?.parse()?);
+    let socket = UnixDatagram::unbound()?;
+    socket.connect(path?).context("connect to NOTIFY_SOCKET")?;
+    thread::spawn(move || {
+        loop {
+            if let Err(error) = socket.send(b"WATCHDOG=1") {
+                eprintln!("test-server: say that it is well: {error}");
+            }
+            thread::sleep(interval / 4);
+        }
+    });
+    Ok(())
 }
 
 /// The signals that do something other than usual.
@@ -440,6 +465,10 @@ fn obey(mut connection: &Socket, greeting: &str) -> Then {
                 Ok(()) => Then::Stays,
                 Err(_) => Then::Closes,
             }
+        }
+        Some("notify") => {
+            notify(&words.collect::<Vec<_>>().join(" "));
+            Then::Stays
         }
         Some("exit") => Then::Exit(words.next().and_then(|code| code.parse().ok()).unwrap_or(0)),
         _ => {

@@ -29,10 +29,7 @@ use rustix::{
     process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
     time::{ClockId, clock_gettime},
 };
-use tokio::{
-    sync::mpsc::UnboundedSender,
-    task::JoinSet,
-};
+use tokio::{sync::mpsc::UnboundedSender, task::JoinSet};
 use tracing::{debug, error, info, warn};
 
 use crate::{

@@ -89,8 +89,9 @@ impl Host {
         let home = Network::current().expect("open our network namespace");
         unshare(UnshareFlags::NEWNET).expect("make a network namespace");
         netlink::bring_up("lo").expect("bring the loopback up");
-        // /proc/sys/net is that of the thread's namespace. Tests use many ports.
-        fs::write("/proc/sys/net/ipv4/ip_local_port_range", "10000 65000").expect("widen the range of ports");
+        // /proc/sys/net is that of the thread's namespace. Tests use many ports. One bound is even and
+        // one odd, or the kernel logs that it prefers that, for each host.
+        fs::write("/proc/sys/net/ipv4/ip_local_port_range", "10000 64999").expect("widen the range of ports");
         let network = Network::current().expect("open the host's network namespace");
         Self { directory, network, home, ups: AtomicU32::new(0) }
     }

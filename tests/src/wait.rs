@@ -1,7 +1,8 @@
 //! Waiting for a condition with a deadline, and running something with one.
 //!
 //! No test sleeps: it names what it waits for, and says how long that may take at most. All
-//! deadlines grow together where everything is slower, as in an emulated machine.
+//! deadlines grow together where everything is slower, as in an emulated machine, and what is repeated
+//! many times can be repeated less often.
 
 #![forbid(unsafe_code)]
 
@@ -18,6 +19,17 @@ const PATIENCE: &str = "TESTS_PATIENCE";
 /// So many seconds on an ordinary machine.
 pub fn seconds(seconds: f64) -> Duration {
     Duration::from_secs_f64(seconds * patience())
+}
+
+/// The same as a configuration has it: `1000ms`.
+pub fn lasting(seconds: f64) -> String {
+    format!("{}ms", self::seconds(seconds).as_millis())
+}
+
+/// So many on an ordinary machine, fewer where everything is slower, but at least `least`: with those
+/// the test still shows what it is about.
+pub fn fewer(many: usize, least: usize) -> usize {
+    ((many as f64 / patience()) as usize).max(least)
 }
 
 /// How many times slower than an ordinary machine this one may be.

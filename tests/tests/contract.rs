@@ -11,7 +11,6 @@ use std::{
     path::{Path, PathBuf},
     process::Command,
     thread,
-    time::Duration,
 };
 
 use aya::maps::{Array, Map, MapData};
@@ -153,9 +152,9 @@ fn a_newer_contract_takes_over_though_its_distributor_is_killed_again_and_again(
     will_start(&up, &next_program());
     let ((), served) = under_load(4, |_| {
         kill(&up);
-        for milliseconds in [30, 150, 300, 450] {
+        for delay in [0.03, 0.15, 0.3, 0.45] {
             let began = up.distributor();
-            thread::sleep(Duration::from_millis(milliseconds));
+            thread::sleep(seconds(delay));
             began.kill(seconds(5.0));
         }
         wait_for("the next distributor", seconds(30.0), || {

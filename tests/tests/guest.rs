@@ -6,6 +6,7 @@
 use std::{
     fs,
     process::{Command, Stdio},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use tests::{
@@ -18,12 +19,40 @@ use tests::{
     wait::{seconds, wait_for, wait_until_eq},
 };
 
-/// The second CPU. The first one cannot be taken away.
-const CPU: &str = "/sys/devices/system/cpu/cpu1/online";
+/// The second CPU, for one test at a time. The first one cannot be taken away.
+struct Cpu(#[expect(dead_code, reason = "it is held")] MutexGuard<'static, ()>);
+
+impl Cpu {
+    const ONLINE: &str = "/sys/devices/system/cpu/cpu1/online";
+
+    fn of_this_test() -> Self {
+        static TAKEN: Mutex<()> = Mutex::new(());
+        // A test that failed has brought it back as well.
+        Self(TAKEN.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    #[track_caller]
+    fn take_away(&self) {
+        fs::write(Self::ONLINE, "0").expect("take the CPU away");
+    }
+
+    #[track_caller]
+    fn bring_back(&self) {
+        fs::write(Self::ONLINE, "1").expect("bring the CPU back");
+    }
+}
+
+impl Drop for Cpu {
+    fn drop(&mut self) {
+        // It may be there.
+        let _ = fs::write(Self::ONLINE, "1");
+    }
+}
 
 #[test]
 #[ignore = "takes a CPU away from the machine; cargo xtask vm runs it"]
 fn a_cpu_that_goes_away_and_comes_back_fails_no_connection() {
+    let cpu = Cpu::of_this_test();
     let host = Host::new();
     let pinned = [("first", "cpus = \"0\""), ("second", "cpus = \"1\"")];
     let app = App::of(&host, 0).named(pinned.map(|(name, lines)| (name, lines.to_owned())));
@@ -34,13 +63,13 @@ fn a_cpu_that_goes_away_and_comes_back_fails_no_connection() {
     let mut held = client::hold(V4, 10);
     under_load(2, |load| {
         load.serves(20);
-        fs::write(CPU, "0").expect("take the CPU away");
+        cpu.take_away();
         load.serves(20);
         // The kernel has moved the server to where it can run.
         assert!(second().starts_with('0'), "it may run on {}", second());
         assert!(held.iter_mut().all(Client::is_served), "on the server without a CPU too");
         up.wait_trouble(&["app/second: none of its CPUs (1) is online"]);
-        fs::write(CPU, "1").expect("bring the CPU back");
+        cpu.bring_back();
         wait_until_eq("its CPUs", seconds(20.0), "1".to_owned(), second);
         load.serves(20);
     });
@@ -54,10 +83,11 @@ fn a_cpu_that_goes_away_and_comes_back_fails_no_connection() {
 #[test]
 #[ignore = "takes a CPU away from the machine; cargo xtask vm runs it"]
 fn a_server_without_a_cpu_starts_on_another_until_its_own_is_back() {
+    let cpu = Cpu::of_this_test();
     let host = Host::new();
     let app = App::of(&host, 0)
         .named([("first", "cpus = \"0\"".to_owned()), ("second", "cpus = \"1\"".to_owned())]);
-    fs::write(CPU, "0").expect("take the CPU away");
+    cpu.take_away();
     let up = host.up(&app);
     let cpus = || up.process("app/second").fact("Cpus_allowed_list");
     let next = |old: &Process| {
@@ -72,7 +102,7 @@ fn a_server_without_a_cpu_starts_on_another_until_its_own_is_back() {
     up.replace_distributor();
     client::hold(V4, 4);
     up.wait_trouble(&["app/second: none of its CPUs (1) is online"]);
-    fs::write(CPU, "1").expect("bring the CPU back");
+    cpu.bring_back();
     wait_until_eq("its CPUs", seconds(20.0), "1".to_owned(), cpus);
     next(&up.process("app/second"));
     assert_eq!(cpus(), "1");

@@ -26,7 +26,7 @@ use tests::{
     network::Clients,
     process::{Process, Signal},
     status::{Service, Status},
-    wait::{patience, seconds, try_for, wait_for, wait_until_eq},
+    wait::{fewer, patience, seconds, try_for, wait_for, wait_until_eq},
 };
 
 /// Clients that come all the time.
@@ -43,12 +43,12 @@ fn line_address() -> SocketAddr {
 
 #[test]
 fn nobody_notices_200_deaths_of_the_distributor() {
-    run(Waiting::Allowed, 200);
+    run(Waiting::Allowed, fewer(200, 20));
 }
 
 #[test]
 fn nobody_notices_them_where_nobody_may_wait_either() {
-    run(Waiting::Refused, 100);
+    run(Waiting::Refused, fewer(100, 10));
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -168,7 +168,7 @@ fn pids(service: &Service) -> Vec<Option<i32>> {
     service.servers.iter().map(|server| server.pid).collect()
 }
 
-fn run(waiting: Waiting, kills: u64) {
+fn run(waiting: Waiting, kills: usize) {
     let _alone = heavy();
     let mut random = random();
     let host = Host::new();
@@ -208,7 +208,7 @@ fn run(waiting: Waiting, kills: u64) {
 
 /// Kills so many, each at a random moment: while it works, or while it still takes over. Gives how
 /// long each next one took until all servers were ready.
-fn kill_distributors(run: &Run<'_>, random: &mut Random, kills: u64, before: &Status) -> Vec<Duration> {
+fn kill_distributors(run: &Run<'_>, random: &mut Random, kills: usize, before: &Status) -> Vec<Duration> {
     let mut took = Vec::new();
     let mut killed = 0;
     while killed < kills && run.goes_on() {

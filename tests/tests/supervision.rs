@@ -12,7 +12,7 @@ use tests::{
     client::{self, Client},
     host::{Host, V4},
     process::{self, Process, Signal},
-    wait::{seconds, stays, wait_for, wait_until_eq},
+    wait::{lasting, seconds, stays, wait_for, wait_until_eq},
 };
 
 #[test]
@@ -124,14 +124,18 @@ fn a_directory_that_does_not_exist_is_named() {
 fn a_server_that_never_listens_is_given_its_time_and_no_more() {
     let host = Host::new();
     let mut app = App::with(&host, 1, &["--never-listen"]);
-    app.server = "start_timeout = \"1s\"\nrestart = { delay = \"10ms\", give_up_after = 2 }".to_owned();
+    app.server =
+        format!("start_timeout = \"{}\"\nrestart = {{ delay = \"10ms\", give_up_after = 2 }}", lasting(1.0));
     let up = host.start(&app);
     wait_for("a reason while it starts", seconds(5.0), || {
         let reason = up.service().server("app/1").reason.clone()?;
         (reason == "waits for a listener on [::]:8080").then_some(())
     });
     let reason = up.wait_state("app/1", "failed").reason.expect("a reason");
-    assert!(reason.contains("was not ready after 1s") && reason.contains("[::]:8080"), "{reason}");
+    assert!(
+        reason.contains(&format!("was not ready after {:.0?}", seconds(1.0))) && reason.contains("[::]:8080"),
+        "{reason}"
+    );
 }
 
 #[test]
@@ -233,7 +237,7 @@ fn a_server_gets_the_signal_that_it_understands() {
 fn connections_have_their_time_before_their_server_is_stopped() {
     let host = Host::new();
     let mut app = App::of(&host, 1);
-    app.server = "drain_timeout = \"700ms\"".to_owned();
+    app.server = format!("drain_timeout = \"{}\"", lasting(0.7));
     let up = host.up(&app);
     let mut held = Client::open(V4).expect("connect");
     let start = Instant::now();
@@ -243,7 +247,7 @@ fn connections_have_their_time_before_their_server_is_stopped() {
     // The client does not go, and is cut off in the end.
     let _ = held.wait_for_end();
     let taken = start.elapsed();
-    assert!(taken >= Duration::from_millis(600), "cut off after {taken:?}");
+    assert!(taken >= seconds(0.6), "cut off after {taken:?}");
     assert!(up.has_stopped().success());
 }
 

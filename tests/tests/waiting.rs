@@ -23,7 +23,7 @@ use tests::{
     process::Signal,
     real::{self, Daemon, Nginx},
     status::Waiting,
-    wait::{seconds, stays, wait_for, wait_until_eq},
+    wait::{fewer, lasting, seconds, stays, wait_for, wait_until_eq},
 };
 
 const OTHER: &str = "127.0.0.1:9090";
@@ -93,12 +93,12 @@ fn assert_quiet(up: &Up<'_>, servers: usize) {
 /// Nothing but time orders those whose connect() calls overlap. These do not.
 #[test]
 fn ten_thousand_are_served_in_the_order_in_which_they_came() {
-    const ROUNDS: usize = 10;
     const EACH: usize = 1_000;
+    let rounds = fewer(10, 2);
     let host = Host::new();
     let up = host.up(&limited(&host, 2, 1));
     let mut held = client::hold(V4, 2);
-    for round in 0..ROUNDS {
+    for round in 0..rounds {
         let mut line = Line::behind(held, client::stand(&[V4, V6], EACH)).expect("watch the line");
         wait_waiting(&up, EACH);
         let order = line.turns(EACH).unwrap_or_else(|error| panic!("round {round}: {error}"));
@@ -107,10 +107,10 @@ fn ten_thousand_are_served_in_the_order_in_which_they_came() {
         held = line.served.into();
     }
     let service = up.service();
-    let all = (ROUNDS * EACH) as u64;
+    let all = (rounds * EACH) as u64;
     assert_eq!(service.outcomes(["established", "established_waiting", "handed_over"]), [2, all, all]);
     let [first, behind] = service.outcomes(["wait_limit", "wait_turn"]);
-    assert!(first >= ROUNDS as u64 && first + behind == all, "{:?}", service.outcomes);
+    assert!(first >= rounds as u64 && first + behind == all, "{:?}", service.outcomes);
     assert_eq!(service.waiting.max, EACH as u64);
     assert!(service.servers.iter().all(|server| server.connections_max == 1), "{service:#?}");
     drop(held);
@@ -138,16 +138,16 @@ fn the_order_is_kept_when_rooms_are_shared() {
 
 #[test]
 fn the_order_is_kept_over_two_addresses_and_both_families() {
-    const ALL: usize = 3_000;
+    let all = fewer(3_000, 600);
     let _alone = heavy();
     let host = Host::new();
     let mut app = on_two_addresses(&host, 2, 1);
     app.waiting = Some("capacity = 12000\ntimeout = \"5m\"".to_owned());
     let up = host.up(&app);
     let held = client::hold(V4, 2);
-    let mut line = Line::behind(held, client::stand(&[V4, other(), V6], ALL)).expect("watch the line");
-    wait_waiting(&up, ALL);
-    let order = line.turns(ALL).expect("all are served");
+    let mut line = Line::behind(held, client::stand(&[V4, other(), V6], all)).expect("watch the line");
+    wait_waiting(&up, all);
+    let order = line.turns(all).expect("all are served");
     assert_in_order(&order, 0);
     drop(line);
     assert_quiet(&up, 2);
@@ -156,17 +156,18 @@ fn the_order_is_kept_over_two_addresses_and_both_families() {
 /// Which of them is greeted first is up to the servers; that nobody behind is, to the list.
 #[test]
 fn places_that_become_free_together_go_to_those_who_came_first() {
-    const ALL: usize = 2_000;
     const STEP: usize = 50;
+    let steps = fewer(20, 4);
+    let all = STEP * steps * 2;
     let _alone = heavy();
     let host = Host::new();
     let mut app = on_two_addresses(&host, 1, 1);
     app.waiting = Some("capacity = 12000\ntimeout = \"5m\"".to_owned());
     let up = host.up(&app);
     let held = client::hold(V4, 1);
-    let mut line = Line::behind(held, client::stand(&[V4, other(), V6], ALL)).expect("watch the line");
-    wait_waiting(&up, ALL);
-    for first in (0..STEP * 20).step_by(STEP) {
+    let mut line = Line::behind(held, client::stand(&[V4, other(), V6], all)).expect("watch the line");
+    wait_waiting(&up, all);
+    for first in (0..STEP * steps).step_by(STEP) {
         up.run(&["limit", "app/1", &(1 + first + STEP).to_string()]).expect_done();
         let mut served: Vec<usize> = (0..STEP).map(|_| line.serve().expect("a place")).collect();
         served.sort_unstable();
@@ -180,7 +181,7 @@ fn places_that_become_free_together_go_to_those_who_came_first() {
 #[test]
 fn in_bursts_whoever_was_connected_before_another_began_is_served_before_it() {
     const THREADS: usize = 200;
-    const EACH: usize = 10;
+    let each = fewer(10, 2);
     let host = Host::new();
     let mut app = limited(&host, 2, 1);
     app.waiting = Some("capacity = 4000\ntimeout = \"5m\"".to_owned());
@@ -190,7 +191,7 @@ fn in_bursts_whoever_was_connected_before_another_began_is_served_before_it() {
     let came = Mutex::new(Vec::new());
     client::in_threads(THREADS, 0..THREADS, |thread| {
         start.wait();
-        for number in 0..EACH {
+        for number in 0..each {
             let began = clock.elapsed();
             let stream = client::connect(if (thread + number) % 2 == 0 { V4 } else { V6 })?;
             came.lock().expect("nobody panics").push((began, clock.elapsed(), stream));
@@ -204,9 +205,9 @@ fn in_bursts_whoever_was_connected_before_another_began_is_served_before_it() {
         .into_iter()
         .map(|(began, done, it)| ((began, done), it))
         .unzip();
-    wait_waiting(&up, THREADS * EACH);
+    wait_waiting(&up, THREADS * each);
     let mut line = Line::behind(held, streams).expect("watch the line");
-    let order = line.turns(THREADS * EACH).expect("all are served");
+    let order = line.turns(THREADS * each).expect("all are served");
     let mut latest = Duration::ZERO;
     for (place, number) in order.iter().enumerate() {
         let (began, done) = times[*number];
@@ -221,11 +222,11 @@ fn in_bursts_whoever_was_connected_before_another_began_is_served_before_it() {
 /// be more for a moment: see `tests::inside`.
 #[test]
 fn limits_are_exact_while_200_threads_wait_and_leave_in_every_way() {
-    const ALL: usize = 4_000;
+    let all = fewer(4_000, 1_000);
     for limit in [1, 4, 25] {
         let host = Host::new();
         let up = host.up(&limited(&host, 2, limit));
-        client::in_threads(200, 0..ALL, |number| {
+        client::in_threads(200, 0..all, |number| {
             // The servers come first.
             setpriority_process(None, 10)?;
             // A large odd factor scatters the ways over the threads.
@@ -248,7 +249,7 @@ fn limits_are_exact_while_200_threads_wait_and_leave_in_every_way() {
             "closed_waiting",
             "moved_dead",
         ]);
-        assert_eq!(direct + waited, ALL as u64, "limit {limit}: {:?}", service.outcomes);
+        assert_eq!(direct + waited, all as u64, "limit {limit}: {:?}", service.outcomes);
         assert_eq!(served + left, waited, "limit {limit}: {:?}", service.outcomes);
         assert!(served > 0 && dead >= left, "limit {limit}: {:?}", service.outcomes);
         assert_eq!(service.outcome("closed"), direct + served, "limit {limit}: {:?}", service.outcomes);
@@ -295,13 +296,13 @@ fn with_capacity_0_nobody_waits() {
 
 #[test]
 fn sixteen_thousand_may_wait_and_are_served_in_order() {
-    const MOST: usize = 16_384;
     const PLACES: usize = 64;
+    let most = fewer(16_384, 4_096);
     let _alone = heavy();
     // Some are for other tests of this process.
-    let descriptors = getrlimit(Resource::Nofile).maximum.map_or(MOST * 2, |most| most as usize);
-    let count = MOST.min(descriptors.saturating_sub(PLACES + 2_500));
-    if count < MOST {
+    let descriptors = getrlimit(Resource::Nofile).maximum.map_or(most * 2, |maximum| maximum as usize);
+    let count = most.min(descriptors.saturating_sub(PLACES + 2_500));
+    if count < most {
         println!("only {count} clients: a process may have {descriptors} descriptors here");
     }
     let host = Host::new();
@@ -324,10 +325,10 @@ fn sixteen_thousand_may_wait_and_are_served_in_order() {
 
 #[test]
 fn whoever_waited_too_long_is_reset() {
-    const TIMEOUT: Duration = Duration::from_millis(300);
+    let timeout = seconds(0.3);
     let host = Host::new();
     let mut app = limited(&host, 1, 1);
-    app.waiting = Some("timeout = \"300ms\"".to_owned());
+    app.waiting = Some(format!("timeout = \"{}\"", lasting(0.3)));
     let up = host.up(&app);
     let held = client::hold(V4, 1);
     let start = Instant::now();
@@ -337,7 +338,7 @@ fn whoever_waited_too_long_is_reset() {
     for mut stream in line {
         let error = stream.read(&mut [0]).expect_err("no answer");
         assert_eq!(error.kind(), ErrorKind::ConnectionReset);
-        assert!(start.elapsed() >= TIMEOUT, "after {:?}", start.elapsed());
+        assert!(start.elapsed() >= timeout, "after {:?}", start.elapsed());
     }
     wait_waiting(&up, 0);
     let service = up.service();
@@ -353,7 +354,7 @@ fn whoever_waited_too_long_is_reset() {
 fn whoever_waited_too_long_is_told_so_and_leaves_the_list_at_once() {
     let host = Host::new();
     let mut app = limited(&host, 1, 1);
-    app.waiting = Some(format!("capacity = 3\ntimeout = \"300ms\"\nreply = {BUSY:?}"));
+    app.waiting = Some(format!("capacity = 3\ntimeout = \"{}\"\nreply = {BUSY:?}", lasting(0.3)));
     let up = host.up(&app);
     let held = client::hold(V4, 1);
     let mut line = client::stand(&[V4, V6], 3);
@@ -409,12 +410,12 @@ fn a_client_that_reads_nothing_is_not_waited_for_for_ever() {
 /// and only the first one's time in it is known.
 #[test]
 fn everybody_has_his_own_time_also_in_a_shared_room() {
-    const TIMEOUT: Duration = Duration::from_secs(2);
     const OLD: usize = 150;
     const YOUNG: usize = 50;
+    let timeout = seconds(2.0);
     let host = Host::new();
     let mut app = limited(&host, 1, 1);
-    app.waiting = Some("timeout = \"2s\"".to_owned());
+    app.waiting = Some(format!("timeout = \"{}\"", lasting(2.0)));
     let up = host.up(&app);
     let held = client::hold(V4, 1);
     let distributor = up.distributor();
@@ -429,7 +430,7 @@ fn everybody_has_his_own_time_also_in_a_shared_room() {
     };
     stand(OLD, &mut came, &mut streams);
     let first = came[0];
-    wait_for("the others' time to begin", seconds(2.0), || (first.elapsed() > TIMEOUT / 2).then_some(()));
+    wait_for("the others' time to begin", seconds(2.0), || (first.elapsed() > timeout / 2).then_some(()));
     stand(YOUNG, &mut came, &mut streams);
     distributor.signal(Signal::CONT);
     let mut line = Line::behind(held, streams).expect("watch the line");
@@ -438,7 +439,7 @@ fn everybody_has_his_own_time_also_in_a_shared_room() {
         let waited = came[number].elapsed();
         let error = stream.read(&mut [0]).expect_err("nobody is served");
         assert_eq!(error.kind(), ErrorKind::ConnectionReset);
-        assert!(waited >= TIMEOUT, "number {number} was turned away after {waited:?}");
+        assert!(waited >= timeout, "number {number} was turned away after {waited:?}");
         assert!((number < OLD) == (place < OLD), "number {number} was turned away as number {place}");
     }
     assert_eq!(up.service().outcomes(["dismissed", "handed_over"]), [(OLD + YOUNG) as u64, 0]);
@@ -900,22 +901,22 @@ fn nginx_is_given_no_more_connections_than_its_limit() {
 /// With SYN cookies always, the kernel knows nothing of a client before its handshake is complete.
 #[test]
 fn with_and_without_syn_cookies_nobody_who_waits_is_refused_or_overtaken() {
-    const ALL: usize = 1_000;
+    let all = fewer(1_000, 200);
     for syncookies in SYNCOOKIES {
         let host = Host::new();
         set_syncookies(syncookies).expect("set tcp_syncookies");
         let up = host.up(&limited(&host, 2, 1));
         let held = client::hold(V4, 2);
-        let mut line = Line::behind(held, client::stand(&[V4, V6], ALL)).expect("watch the line");
-        wait_waiting(&up, ALL);
-        let order = line.turns(ALL).expect("all are served");
+        let mut line = Line::behind(held, client::stand(&[V4, V6], all)).expect("watch the line");
+        wait_waiting(&up, all);
+        let order = line.turns(all).expect("all are served");
         let outcomes = up.service().outcomes;
         assert!(order.is_sorted(), "syncookies {syncookies}: {order:?}: {outcomes:?}");
         drop(line);
         up.wait_connections(&[0, 0]);
         // And where there is always somebody who waits, and nobody else does.
         let mut serial = Serial::full(V4, 2);
-        for number in 0..ALL * 2 {
+        for number in 0..all * 2 {
             if let Err(error) = serial.come() {
                 panic!("syncookies {syncookies}, number {number}: {error}: {:?}", up.service().outcomes);
             }
@@ -957,7 +958,7 @@ fn the_end_of_a_long_queue_of_a_killed_server_goes_before_those_who_wait() {
     const PLACES: usize = 100;
     const BEHIND: usize = 200;
     let _alone = heavy();
-    for round in 0..4 {
+    for round in 0..fewer(4, 1) {
         let host = Host::new();
         let servers = [("a", format!("limit = {QUEUE}")), ("b", format!("limit = {PLACES}"))];
         let mut app = App { policy: Some("first"), ..App::of(&host, 0).named(servers) };

@@ -18,7 +18,7 @@ mod programs;
 use std::{
     fs::{self, File},
     num::NonZeroUsize,
-    path::{Path, PathBuf},
+    path::Path,
     slice,
     sync::{
         Mutex,
@@ -48,9 +48,9 @@ pub(crate) struct Arguments {
     /// all, or the path of one that can be booted or of unpacked packages
     #[arg(long, value_name = "6.1|6.12|7|all|PATH", default_value = "all", value_parser = which)]
     kernel: Which,
-    /// Only tests that have this in PROGRAM::TEST, such as `waiting::` or `crash`
+    /// Only tests that have this in PROGRAM::TEST, such as `waiting::` or `crash`; may be given again
     #[arg(long, value_name = "FILTER", conflicts_with = "core")]
-    test: Option<String>,
+    test: Vec<String>,
     /// Only the tests that tell in a few minutes whether a kernel will do
     #[arg(long)]
     core: bool,
@@ -70,10 +70,10 @@ pub(crate) struct Arguments {
 enum Which {
     All,
     One(&'static Known),
-    At(PathBuf),
+    At(Kernel),
 }
 
-/// A path is made absolute at once, because the directory is changed later.
+/// A path is looked at once, and made absolute, because the directory is changed later.
 fn which(text: &str) -> Result<Which, String> {
     if text == "all" {
         return Ok(Which::All);
@@ -82,10 +82,10 @@ fn which(text: &str) -> Result<Which, String> {
         return Ok(Which::One(known));
     }
     let names: Vec<_> = KNOWN.iter().map(|known| known.name).collect();
-    Path::new(text)
+    let path = Path::new(text)
         .canonicalize()
-        .map(Which::At)
-        .map_err(|error| format!("neither all nor one of {}, nor a path: {error}", names.join(", ")))
+        .map_err(|error| format!("neither all nor one of {}, nor a path: {error}", names.join(", ")))?;
+    Kernel::at(&path).map(Which::At).map_err(|error| format!("{error:#}"))
 }
 
 /// One guest to boot.
@@ -108,10 +108,10 @@ struct Row {
 }
 
 pub(crate) fn run(workspace: &Path, arguments: &Arguments) -> Result<()> {
-    let wanted = match (&arguments.test, arguments.core) {
-        (Some(filter), _) => Wanted::Containing(filter),
-        (None, true) => Wanted::Core,
-        (None, false) => Wanted::All,
+    let wanted = match (&arguments.test[..], arguments.core) {
+        ([], true) => Wanted::Core,
+        ([], false) => Wanted::All,
+        (filters, _) => Wanted::Containing(filters),
     };
     let rows = boot_all(workspace, &arguments.kernel, wanted, arguments.cgroups, arguments.jobs)?;
     if arguments.write {
@@ -208,7 +208,7 @@ fn install_qemu() -> Result<()> {
 /// The kernels, and a line for each that is not to be had.
 fn find_kernels(which: &Which, directory: &Path) -> Result<(Vec<Kernel>, Vec<String>)> {
     let known = match which {
-        Which::At(path) => return Ok((vec![Kernel::at(path)?], Vec::new())),
+        Which::At(kernel) => return Ok((vec![kernel.clone()], Vec::new())),
         Which::One(known) => slice::from_ref(*known),
         Which::All => &KNOWN[..],
     };
@@ -350,10 +350,24 @@ fn boot_guest(guest: &Guest<'_>, common: &[u8], directory: &Path) -> Result<Row>
 
 /// What only this boot has: modules and a plan.
 fn own_part(guest: &Guest<'_>, shares: &[Share], runs: &[Run<'_>]) -> Result<Vec<u8>> {
-    let (modules, absent) = guest.kernel.modules()?.in_order(&modules::WANTED)?;
-    for module in absent {
-        say(&format!("vm: {} has no module {module}, nor is it built in", guest.kernel.release));
-    }
+    let modules = match guest.kernel.modules()? {
+        Some(all) => {
+            let (modules, absent) = all.in_order(&modules::WANTED)?;
+            for module in absent {
+                say(&format!("vm: {} has no module {module}, nor is it built in", guest.kernel.release));
+            }
+            modules
+        }
+        None => {
+            say(&format!(
+                "vm: {} came without modules, and has to have {} built in: otherwise give the directory into which \
+                 its packages were unpacked",
+                guest.kernel.name,
+                modules::WANTED.join(", ")
+            ));
+            Vec::new()
+        }
+    };
     let mut archive = Archive::new()?;
     let mut files = Vec::new();
     for module in &modules {

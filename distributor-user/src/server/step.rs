@@ -259,7 +259,9 @@ impl Step<'_> {
                 }
                 let next = match then {
                     Then::ByItself => "it has its time to stop now",
-                    Then::Stopped | Then::Start | Then::Restart { .. } | Then::Failed(_) => "asked to stop now",
+                    Then::Stopped | Then::Start | Then::Restart { .. } | Then::Failed(_) => {
+                        "asked to stop now"
+                    }
                 };
                 let sentence = format!(
                     "still has connections {} after it was taken out; {next}",
@@ -409,9 +411,10 @@ impl Step<'_> {
                 }
                 Stopping { since, deadline, stage, run, then }
             }
-            (Stopping { since, deadline, stage: Stage::Asked, run, then }, Of(_, NotifyExtendTimeout(by))) => {
-                Stopping { since, deadline: deadline.max(self.after(by)), stage: Stage::Asked, run, then }
-            }
+            (
+                Stopping { since, deadline, stage: Stage::Asked, run, then },
+                Of(_, NotifyExtendTimeout(by)),
+            ) => Stopping { since, deadline: deadline.max(self.after(by)), stage: Stage::Asked, run, then },
             (Stopping { since, deadline, stage, run, then }, Of(_, CgroupEmpty)) => {
                 match run.main {
                     Main::Background => {
@@ -667,8 +670,11 @@ impl Step<'_> {
     /// Ends one that hangs, so that it leaves a core dump where these are wanted.
     fn abort(&mut self, run: Run, then: Then) -> State {
         self.signal(Signal::ABORT, &run);
-        let sentence =
-            format!("{}; gets SIGABRT, killed in {} unless it ends", then.why(), span(self.policy.stop_timeout));
+        let sentence = format!(
+            "{}; gets SIGABRT, killed in {} unless it ends",
+            then.why(),
+            span(self.policy.stop_timeout)
+        );
         self.log(Level::WARN, sentence);
         self.stopping(run, then)
     }

@@ -8,7 +8,8 @@
 
 use std::{
     fmt::Write as _,
-    fs,
+    fs::{self, File},
+    io::{self, Read as _, Seek as _, SeekFrom},
     path::{Path, PathBuf},
     process::Command,
 };
@@ -101,7 +102,7 @@ pub(crate) const KNOWN: [Known; 6] = [
 ];
 
 /// A kernel that can be booted.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Kernel {
     /// What was typed: `6.1`, or the path's last part.
     pub(crate) name: String,
@@ -113,27 +114,50 @@ pub(crate) struct Kernel {
 }
 
 impl Kernel {
-    pub(crate) fn modules(&self) -> Result<Modules> {
-        self.modules.as_deref().map_or_else(|| Ok(Modules::none()), Modules::find)
+    /// `None`: it came without any, and what it has built in is not known.
+    pub(crate) fn modules(&self) -> Result<Option<Modules>> {
+        self.modules.as_deref().map(Modules::find).transpose()
     }
 
-    /// A file that one can boot, or a directory into which a kernel's packages were unpacked.
+    /// An image that one can boot, or a directory into which a kernel's packages were unpacked.
     pub(crate) fn at(path: &Path) -> Result<Self> {
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
         if path.is_dir() {
             return Self::unpacked(name, Role::Works, path);
         }
-        ensure!(path.is_file(), "{} is neither a file nor a directory", path.display());
-        let release = "a file, without modules".to_owned();
-        Ok(Self { name, release, role: Role::Works, image: path.to_owned(), modules: None })
+        ensure!(
+            is_image(path).with_context(|| format!("read {}", path.display()))?,
+            "{} is no kernel that can be booted: give a file such as /boot/vmlinuz-6.12.0-amd64, or a directory \
+             into which a kernel's packages were unpacked",
+            path.display()
+        );
+        let modules = modules_of(path);
+        let release = match modules.as_deref().and_then(Path::file_name) {
+            Some(release) => release.to_string_lossy().into_owned(),
+            None => "a file, without modules".to_owned(),
+        };
+        Ok(Self { name, release, role: Role::Works, image: path.to_owned(), modules })
     }
 
     fn unpacked(name: String, role: Role, root: &Path) -> Result<Self> {
-        let modules = ["lib/modules", "usr/lib/modules"]
+        let found: Vec<_> = MODULES
             .into_iter()
-            .find_map(|directory| fs::read_dir(root.join(directory)).ok()?.next()?.ok())
-            .with_context(|| format!("{} has no lib/modules", root.display()))?
-            .path();
+            .filter_map(|directory| fs::read_dir(root.join(directory)).ok())
+            .flatten()
+            .collect::<Result<_, _>>()
+            .with_context(|| format!("read the directories of modules in {}", root.display()))?;
+        let Some(modules) = found.first().map(fs::DirEntry::path) else {
+            bail!(
+                "{} has no lib/modules: give a directory into which a kernel's packages were unpacked",
+                root.display()
+            );
+        };
+        ensure!(
+            found.iter().all(|other| Some(other.file_name().as_os_str()) == modules.file_name()),
+            "{} has several kernels: give the image of one, such as its boot/vmlinuz-{}",
+            root.display(),
+            modules.file_name().unwrap_or_default().display()
+        );
         let release = modules.file_name().context("a release has a name")?.to_string_lossy().into_owned();
         // Since 7.2 it lies with its modules.
         let image = [root.join("boot").join(format!("vmlinuz-{release}")), modules.join("vmlinuz")]
@@ -142,6 +166,32 @@ impl Kernel {
             .with_context(|| format!("{} has no vmlinuz", root.display()))?;
         Ok(Self { name, release, role, image, modules: Some(modules) })
     }
+}
+
+/// Where a package puts its modules, below the root.
+const MODULES: [&str; 2] = ["lib/modules", "usr/lib/modules"];
+
+/// Whether it begins as what a boot loader loads: "HdrS", at the place that the kernel's
+/// Documentation/arch/x86/boot.rst gives.
+fn is_image(path: &Path) -> io::Result<bool> {
+    const MAGIC: &[u8; 4] = b"HdrS";
+    const AT: u64 = 0x202;
+    let mut file = File::open(path)?;
+    file.seek(SeekFrom::Start(AT))?;
+    let mut found = Vec::new();
+    file.take(MAGIC.len() as u64).read_to_end(&mut found)?;
+    Ok(found == MAGIC)
+}
+
+/// The modules of an image that lies where a package puts it: in boot, or with its modules.
+fn modules_of(image: &Path) -> Option<PathBuf> {
+    let directory = image.parent()?;
+    if directory.join("modules.builtin").is_file() {
+        return Some(directory.to_owned());
+    }
+    let release = image.file_name()?.to_str()?.strip_prefix("vmlinuz-")?;
+    let root = directory.parent()?;
+    MODULES.into_iter().map(|modules| root.join(modules).join(release)).find(|modules| modules.is_dir())
 }
 
 impl Suite {
@@ -324,7 +374,52 @@ fn sources_of(suites: &[Suite]) -> Result<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::{env, process};
+
     use super::*;
+
+    #[test]
+    fn a_path_is_a_kernel_or_a_sentence_says_why_not() {
+        let root = env::temp_dir().join(format!("dist-ctl-kernels-{}", process::id()));
+        let at = |path: &str| Kernel::at(&root.join(path));
+        let write = |path: &str, bytes: &[u8]| {
+            let path = root.join(path);
+            fs::create_dir_all(path.parent().expect("it has one")).expect("make directories");
+            fs::write(path, bytes).expect("write a file");
+        };
+        let mut image = vec![0; 0x202];
+        image.extend(b"HdrS");
+        for path in ["bare/vmlinuz", "one/boot/vmlinuz-6.1.0", "new/usr/lib/modules/7.2.0/vmlinuz"] {
+            write(path, &image);
+        }
+        for path in
+            ["one/lib/modules/6.1.0", "new/usr/lib/modules/7.2.0", "two/lib/modules/1", "two/lib/modules/2"]
+        {
+            write(&format!("{path}/modules.builtin"), b"");
+        }
+        write("text", b"a text");
+        write("none/boot/config", b"");
+        for (path, release) in [
+            ("bare/vmlinuz", "a file, without modules"),
+            ("one", "6.1.0"),
+            ("one/boot/vmlinuz-6.1.0", "6.1.0"),
+            ("new", "7.2.0"),
+            ("new/usr/lib/modules/7.2.0/vmlinuz", "7.2.0"),
+        ] {
+            let kernel = at(path).unwrap_or_else(|error| panic!("{path}: {error:#}"));
+            assert_eq!(kernel.release, release, "{path}");
+        }
+        for (path, why) in [
+            ("text", "is no kernel"),
+            ("none", "has no lib/modules"),
+            ("two", "has several kernels"),
+            ("nothing", "No such file"),
+        ] {
+            let error = format!("{:#}", at(path).expect_err(path));
+            assert!(error.contains(why), "{path}: {error}");
+        }
+        fs::remove_dir_all(&root).expect("remove what was made here");
+    }
 
     #[test]
     fn the_newest_version_of_a_series_is_found_in_any_suite() {

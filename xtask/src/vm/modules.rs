@@ -14,11 +14,11 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-/// What the tests need and a cloud kernel need not have built in: pairs of links, the host's
-/// directories, and asking which sockets there are. The kernel would load the last by itself, if the
-/// guest had modprobe.
-pub(crate) const WANTED: [&str; 6] =
-    ["veth", "virtio_pci", "virtiofs", "inet_diag", "tcp_diag", "mptcp_diag"];
+/// What the tests need and a cloud kernel need not have built in: pairs of links, ends of wires, the
+/// host's directories, and asking which sockets there are. The kernel would load the last by itself,
+/// if the guest had modprobe.
+pub(crate) const WANTED: [&str; 7] =
+    ["veth", "tun", "virtio_pci", "virtiofs", "inet_diag", "tcp_diag", "mptcp_diag"];
 
 /// A module, ready to be loaded.
 pub(crate) struct Module {
@@ -41,11 +41,6 @@ impl Modules {
         let mut files = BTreeMap::new();
         walk(directory, &mut files)?;
         Ok(Self { files, built_in })
-    }
-
-    /// A kernel that has everything built in.
-    pub(crate) fn none() -> Self {
-        Self { files: BTreeMap::new(), built_in: BTreeSet::new() }
     }
 
     /// Those that are wanted and not built in, in the order in which they can be loaded; and the

@@ -132,6 +132,10 @@ pub struct Server {
     pub start_timeout: Duration,
     /// How long its connections may go on after it is taken out, before it is asked to stop.
     pub drain_timeout: Duration,
+    /// It gets connections only while no server is ready that is not a backup.
+    pub backup: bool,
+    /// How long its weight grows after it was started again. Zero: not at all.
+    pub slow_start: Duration,
     /// How long one that is ready may go without saying `WATCHDOG=1` (sd_notify). `None`: for ever.
     pub watchdog: Option<Duration>,
     /// What happens when it ends by itself.
@@ -264,7 +268,7 @@ impl fmt::Display for Config {
     }
 }
 
-/// `shop: [::]:8080, 5 servers (1 to 4, big), least-connections, socket own, user shop, limit 200, weight 100 (big: 200), waiting 1024 for 30s with a reply`
+/// `shop: [::]:8080, 5 servers (1 to 4, big as backup), least-connections, socket own, user shop, limit 200, weight 100 (big: 200), slow start 30s, waiting 1024 for 30s with a reply`
 impl fmt::Display for Service {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: ", self.name)?;
@@ -272,18 +276,16 @@ impl fmt::Display for Service {
             write!(f, "{}, ", String::from(*address))?;
         }
         let numbered = self.servers.iter().filter(|server| server.is_numbered());
-        let mut names: Vec<&str> = Vec::new();
-        let range;
-        match numbered.count() {
-            0 => {}
-            1 => names.push("1"),
-            count => {
-                range = format!("1 to {count}");
-                names.push(&range);
-            }
-        }
+        let mut names: Vec<String> = match numbered.count() {
+            0 => Vec::new(),
+            1 => vec!["1".to_owned()],
+            count => vec![format!("1 to {count}")],
+        };
         let named = self.servers.iter().filter(|server| !server.is_numbered());
-        names.extend(named.map(|server| server.short_name.as_str()));
+        names.extend(named.map(|server| match server.backup {
+            true => format!("{} as backup", server.short_name),
+            false => server.short_name.clone(),
+        }));
         let plural = if self.servers.len() == 1 { "" } else { "s" };
         write!(
             f,
@@ -302,7 +304,14 @@ impl fmt::Display for Service {
         };
         write!(f, ", limit {}", most_and_others(&self.servers, limit))?;
         let weight = |server: &Server| server.weight.to_string();
-        write!(f, ", weight {}, {}", most_and_others(&self.servers, weight), self.waiting)
+        write!(f, ", weight {}", most_and_others(&self.servers, weight))?;
+        match self.servers.first() {
+            Some(server) if !server.slow_start.is_zero() => {
+                write!(f, ", slow start {}", duration::write(server.slow_start))?;
+            }
+            _ => {}
+        }
+        write!(f, ", {}", self.waiting)
     }
 }
 

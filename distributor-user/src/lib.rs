@@ -41,6 +41,7 @@ pub mod recovery;
 pub mod room;
 pub mod server;
 pub mod service;
+pub mod share;
 pub mod shared;
 pub mod sock_diag;
 pub mod status;

@@ -50,6 +50,7 @@ use crate::{
     plan::{Indices, Slots, Wanted, WantedServer},
     record,
     server::{Action, Event, Instance, Recipient, Report, Server, Supervision},
+    share::{self, Share, Warming},
     trouble::Troubles,
 };
 
@@ -1025,11 +1026,32 @@ impl Service {
         }
     }
 
+    /// The share of each server, in their order.
+    fn shares(&self) -> Vec<Share> {
+        let now = Instant::now();
+        let candidate = |entry: &Entry| {
+            let run = entry.run.as_ref();
+            // The first time all are new. An adopted one is not.
+            let warms = run.filter(|run| run.guest.is_none() && run.instance > Instance(1));
+            share::Candidate {
+                included: run.is_some_and(|run| run.included),
+                backup: entry.config.backup,
+                weight: entry.weight,
+                warms: warms.filter(|_| !entry.config.slow_start.is_zero()).map(|_| Warming {
+                    passed: now.saturating_duration_since(entry.machine.since()),
+                    of: entry.config.slow_start,
+                }),
+            }
+        };
+        share::shares(&self.entries.iter().map(candidate).collect::<Vec<_>>())
+    }
+
     /// Tells the kernel what is wanted now, if that differs from what it was told last.
     fn write_plan(&mut self) {
         if self.taking_over {
             return;
         }
+        let shares = self.shares();
         let wanted = Wanted {
             policy: self.config.policy,
             capacity: self.config.waiting.capacity,
@@ -1039,13 +1061,14 @@ impl Service {
             servers: self
                 .entries
                 .iter()
-                .filter_map(|entry| {
+                .zip(shares)
+                .filter_map(|(entry, share)| {
                     let run = entry.run.as_ref()?;
                     Some(WantedServer {
                         slot: run.slot,
                         identity: entry.config.name.clone(),
-                        eligible: run.included,
-                        weight: entry.weight,
+                        eligible: share.eligible,
+                        weight: share.planned,
                         // What it had before it was adopted takes places that nobody counts.
                         limit: match &run.guest {
                             Some(guest) => entry.limit.map(|limit| limit.saturating_sub(guest.earlier_open)),

@@ -161,9 +161,19 @@ impl<'r> Reading<'r> {
             self.refuse(&given.place, sentence);
         }
         let user = self.user(shared);
+        let policy = self.choice(&written.policy, &Policy::ALL, Policy::name, Policy::default());
+        if policy == Policy::First
+            && let Some(given) = shared.slow_start.given()
+        {
+            let sentence = format!(
+                "{:?} stands beside policy \"first\", which goes by the order and not by weights, leave it out",
+                given.value
+            );
+            self.refuse(&given.place, sentence);
+        }
         Service {
             name: written.name.clone(),
-            policy: self.choice(&written.policy, &Policy::ALL, Policy::name, Policy::default()),
+            policy,
             occupied: self.choice(&written.occupied, &Occupied::ALL, Occupied::name, Occupied::Refuse),
             waiting: self.waiting(&written.waiting),
             socket,
@@ -276,6 +286,7 @@ impl<'r> Reading<'r> {
             stop_timeout: self.duration(&shared.stop_timeout, Duration::ZERO, STOP_TIMEOUT),
             start_timeout: self.duration(&shared.start_timeout, INSTANT, START_TIMEOUT),
             drain_timeout: self.duration(&shared.drain_timeout, Duration::ZERO, DRAIN_TIMEOUT),
+            slow_start: self.duration(&shared.slow_start, Duration::ZERO, Duration::ZERO),
             restart: self.restart(&shared.restart),
         };
         let none = written::Particulars::default();
@@ -380,6 +391,8 @@ impl<'r> Reading<'r> {
             stop_timeout: common.stop_timeout,
             start_timeout: common.start_timeout,
             drain_timeout: common.drain_timeout,
+            backup: own.backup.or(&shared.backup).given().is_some_and(|backup| backup.value),
+            slow_start: common.slow_start,
             watchdog: self.watchdog(own.watchdog.or(&shared.watchdog)),
             restart: common.restart,
             index,
@@ -657,6 +670,7 @@ struct Common<'a> {
     stop_timeout: Duration,
     start_timeout: Duration,
     drain_timeout: Duration,
+    slow_start: Duration,
     restart: Restart,
 }
 

@@ -198,6 +198,11 @@ group = "no-such-group""#,
         &[r#"shop.toml:5: service.shop.server.start_timeout: "0s" is too short, write at least "1ms""#],
     ),
     (
+        "a_backup_that_is_no_boolean",
+        r#"backup = "yes""#,
+        &[r#"shop.toml:5: service.shop.server.backup: "yes" is text, write true or false: backup = true"#],
+    ),
+    (
         "a_watchdog_that_leaves_no_time",
         r#"watchdog = "0s""#,
         &[r#"shop.toml:5: service.shop.server.watchdog: "0s" is too short, write at least "100ms""#],
@@ -372,7 +377,7 @@ max_delay = "1s""#,
         "a_field_that_is_not_there_yet",
         r#"health = "/""#,
         &[
-            "shop.toml:5: service.shop.server.health: unknown field, write one of restart, command, weight, limit, cpus, watchdog, environment, directory, output, errors, count, socket, readiness, user, group, umask, stop_signal, stop_timeout, start_timeout, drain_timeout, limits, backlog",
+            "shop.toml:5: service.shop.server.health: unknown field, write one of restart, command, weight, limit, cpus, watchdog, backup, environment, directory, output, errors, count, socket, readiness, user, group, umask, stop_signal, stop_timeout, start_timeout, drain_timeout, slow_start, limits, backlog",
         ],
     ),
     (
@@ -458,7 +463,7 @@ colour = "red""#,
             "shop.toml:5: service.shop.server.weight: 0 is out of range, write a number from 1 to 1000",
             r#"shop.toml:6: service.shop.server.limit: "no" is text, write a number: limit = 200"#,
             r#"shop.toml:7: service.shop.server.user: "no-such-user" is no user of this machine, write one that `getent passwd` lists"#,
-            "shop.toml:8: service.shop.server.colour: unknown field, write one of restart, command, weight, limit, cpus, watchdog, environment, directory, output, errors, count, socket, readiness, user, group, umask, stop_signal, stop_timeout, start_timeout, drain_timeout, limits, backlog",
+            "shop.toml:8: service.shop.server.colour: unknown field, write one of restart, command, weight, limit, cpus, watchdog, backup, environment, directory, output, errors, count, socket, readiness, user, group, umask, stop_signal, stop_timeout, start_timeout, drain_timeout, slow_start, limits, backlog",
         ],
     ),
 ];
@@ -691,6 +696,18 @@ command = [
   8080,
 ]"#,
         &[r#"shop.toml:6: service.shop.server.command: 8080 is a number, write it as text: "8080""#],
+    ),
+    (
+        "a_slow_start_without_weights",
+        r#"[service.shop]
+listen = [":8080"]
+policy = "first"
+[service.shop.server]
+command = ["shop"]
+slow_start = "30s""#,
+        &[
+            r#"shop.toml:6: service.shop.server.slow_start: "30s" stands beside policy "first", which goes by the order and not by weights, leave it out"#,
+        ],
     ),
     (
         "an_address_that_is_a_table",

@@ -66,6 +66,8 @@ fn what_is_left_out_has_its_default() {
         stop_timeout: Duration::from_secs(10),
         start_timeout: Duration::from_secs(60),
         drain_timeout: Duration::from_secs(5),
+        backup: false,
+        slow_start: Duration::ZERO,
         watchdog: None,
         restart: Restart {
             delay: Duration::from_millis(100),
@@ -114,6 +116,8 @@ fn the_example_means_what_it_says() {
     assert_eq!((big.name.as_str(), big.index), ("shop/big", 5));
     assert_eq!(big.command[2], "-Dname=big");
     assert_eq!((big.weight, big.limit), (200, Some(400)));
+    assert_eq!([first.slow_start, big.slow_start], [Duration::from_secs(30); 2]);
+    assert_eq!([first.backup, big.backup], [false, true]);
     let watchdogs = [first.watchdog, big.watchdog];
     assert_eq!(watchdogs, [10, 20].map(|seconds| Some(Duration::from_secs(seconds))));
     assert_eq!(big.directory, Some(PathBuf::from("/srv")));
@@ -322,7 +326,7 @@ fn check_says_what_was_understood() {
     );
     assert_eq!(
         parse(EXAMPLE).to_string(),
-        "shop: [::]:8080, 5 servers (1 to 4, big), least-connections, socket own, user daemon, limit 200 (big: 400), weight 100 (big: 200), waiting 1024 for 30s with a reply\n"
+        "shop: [::]:8080, 5 servers (1 to 4, big as backup), least-connections, socket own, user daemon, limit 200 (big: 400), weight 100 (big: 200), slow start 30s, waiting 1024 for 30s with a reply\n"
     );
 }
 

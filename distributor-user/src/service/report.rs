@@ -16,7 +16,8 @@ use rustix::time::{ClockId, clock_gettime};
 use super::Service;
 use crate::{
     accept_queue, config, listener,
-    status::{Bucket, DriftStatus, Histogram, ServerState, ServerStatus, ServiceStatus, WaitingStatus},
+    share::{HeldBack, Share},
+    status::{self, Bucket, DriftStatus, Histogram, ServerState, ServerStatus, ServiceStatus, WaitingStatus},
 };
 
 impl Service {
@@ -51,15 +52,16 @@ impl Service {
                 wait: histogram(&load),
             },
             drift: self.audit.status(),
-            servers: (0..self.entries.len())
-                .filter(|entry| !self.entries[*entry].gone)
-                .map(|entry| self.server_status(entry, &load))
+            servers: (0..)
+                .zip(self.shares())
+                .filter(|(entry, _)| !self.entries[*entry].gone)
+                .map(|(entry, share)| self.server_status(entry, share, &load))
                 .collect(),
             outcomes,
         })
     }
 
-    fn server_status(&self, entry: usize, load: &Load) -> ServerStatus {
+    fn server_status(&self, entry: usize, share: Share, load: &Load) -> ServerStatus {
         let server = &self.entries[entry];
         let now = Instant::now();
         let retired = || self.retired.iter().filter(|retired| retired.entry == Some(entry));
@@ -72,7 +74,7 @@ impl Service {
         ServerStatus {
             name: server.config.name.clone(),
             state: server.machine.status(),
-            reason: server.machine.reason(now, &server.policy),
+            reason: reason(server.machine.reason(now, &server.policy), share.held_back),
             pid: server.machine.pid(),
             connections,
             connections_max: run
@@ -82,7 +84,7 @@ impl Service {
             connections_total: server.total_before + total,
             limit: server.limit,
             weight: server.weight,
-            effective_weight: if run.is_some_and(|run| run.included) { server.weight } else { 0 },
+            effective_weight: share.effective,
             accept_queue: self.accept_queue(entry),
             restarts: server.machine.restarts(),
             adopted: run.is_some_and(|run| run.guest.is_some()),
@@ -104,6 +106,20 @@ impl Service {
             .filter(|found| adopted.contains(&found.cookie))
             .filter_map(|found| accept_queue::length(found.fd.as_fd()).ok());
         Some(lengths.sum())
+    }
+}
+
+/// What the server says, and why it does not get its whole share.
+fn reason(said: Option<String>, held_back: Option<HeldBack>) -> Option<String> {
+    let held_back = held_back.map(|why| match why {
+        HeldBack::Backup => "backup: gets connections when no other server is ready".to_owned(),
+        HeldBack::Warms { percent, left } => {
+            format!("slow start: {percent} % of its weight, all of it in {}", status::age(left))
+        }
+    });
+    match (said, held_back) {
+        (Some(said), Some(held_back)) => Some(format!("{said}; {held_back}")),
+        (said, held_back) => said.or(held_back),
     }
 }
 

@@ -1,0 +1,176 @@
+//! What share of the new connections each server of a service is to get: backup servers, and slow start.
+//!
+//! Pure. A server that was just started again is slower than it will be (a JVM compiles, caches are
+//! empty), so with `slow_start` its weight grows to its full value in that time, in equal steps. That
+//! holds only while a server that is warm takes the rest: where all are new, nobody else could.
+#![forbid(unsafe_code)]
+
+use std::time::Duration;
+
+use distributor_ebpf::contract::WEIGHT_MAX;
+
+/// A weight grows in so many steps. Each is a plan to write, and with source-hash moves some clients.
+const STEPS: u32 = 20;
+
+/// A server, ready or not.
+#[derive(Clone, Copy, Debug)]
+pub struct Candidate {
+    /// It is ready for connections.
+    pub included: bool,
+    /// It is to get none while another one is ready that is not a backup.
+    pub backup: bool,
+    pub weight: u32,
+    /// How far it is with its slow start. `None`: it has none.
+    pub warms: Option<Warming>,
+}
+
+/// A slow start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Warming {
+    /// Since it was ready.
+    pub passed: Duration,
+    pub of: Duration,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Share {
+    /// Gets connections.
+    pub eligible: bool,
+    /// As the configuration counts, at least 1; 0: it gets nothing.
+    pub effective: u32,
+    /// What the kernel is told: the shares of one service are as these numbers are.
+    pub planned: u32,
+    pub held_back: Option<HeldBack>,
+}
+
+/// Why a server that is ready does not get its whole share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HeldBack {
+    /// Others serve.
+    Backup,
+    /// It has this part of its weight, in percent, and all of it after that time.
+    Warms { percent: u32, left: Duration },
+}
+
+/// The shares of these servers, in the same order.
+pub fn shares(candidates: &[Candidate]) -> Vec<Share> {
+    let others_serve = candidates.iter().any(|it| it.included && !it.backup);
+    let is_eligible = |it: &Candidate| it.included && !(it.backup && others_serve);
+    let one_is_warm = candidates.iter().any(|it| is_eligible(it) && it.step() == STEPS);
+    let step = |it: &Candidate| if one_is_warm { it.step() } else { STEPS };
+    let one_warms = candidates.iter().any(|it| is_eligible(it) && step(it) < STEPS);
+    // A part of a small weight is no whole number, so all are multiplied as far as the kernel counts.
+    let largest = candidates.iter().map(|it| it.weight).max().unwrap_or(1).max(1);
+    let scale = if one_warms { (WEIGHT_MAX / largest).max(1) } else { 1 };
+    let share = |it: &Candidate| {
+        let (eligible, step) = (is_eligible(it), step(it));
+        let part = |weight: u32| (weight * step / STEPS).max(1);
+        let held_back = match it.warms {
+            _ if it.included && !eligible => Some(HeldBack::Backup),
+            Some(Warming { passed, of }) if eligible && step < STEPS => {
+                Some(HeldBack::Warms { percent: step * 100 / STEPS, left: of.saturating_sub(passed) })
+            }
+            _ => None,
+        };
+        let effective = if eligible { part(it.weight) } else { 0 };
+        Share { eligible, effective, planned: part(it.weight * scale), held_back }
+    };
+    candidates.iter().map(share).collect()
+}
+
+impl Candidate {
+    /// How many steps of its slow start it has come, from 1 to `STEPS`.
+    fn step(&self) -> u32 {
+        let Some(Warming { passed, of }) = self.warms else { return STEPS };
+        let come = (passed.as_secs_f64() / of.as_secs_f64() * f64::from(STEPS)) as u32;
+        // It begins with the first.
+        come.saturating_add(1).min(STEPS)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const OF: Duration = Duration::from_secs(20);
+
+    fn warm(weight: u32) -> Candidate {
+        Candidate { included: true, backup: false, weight, warms: None }
+    }
+
+    fn warming(weight: u32, seconds: u64) -> Candidate {
+        Candidate { warms: Some(Warming { passed: Duration::from_secs(seconds), of: OF }), ..warm(weight) }
+    }
+
+    fn backup(candidate: Candidate) -> Candidate {
+        Candidate { backup: true, ..candidate }
+    }
+
+    fn away(candidate: Candidate) -> Candidate {
+        Candidate { included: false, ..candidate }
+    }
+
+    #[test]
+    fn each_gets_its_share() {
+        for (row, candidates, effective, planned) in [
+            ("all warm", vec![warm(100), warm(50)], vec![100, 50], vec![100, 50]),
+            ("just started", vec![warm(100), warming(100, 0)], vec![100, 5], vec![1000, 50]),
+            ("half way", vec![warm(100), warming(100, 10)], vec![100, 55], vec![1000, 550]),
+            ("nearly there", vec![warm(100), warming(100, 18)], vec![100, 95], vec![1000, 950]),
+            ("there", vec![warm(100), warming(100, 19)], vec![100, 100], vec![100, 100]),
+            ("long there", vec![warm(100), warming(100, 99)], vec![100, 100], vec![100, 100]),
+            ("small weights", vec![warm(1), warming(1, 0)], vec![1, 1], vec![1000, 50]),
+            ("large weights", vec![warm(1000), warming(1000, 0)], vec![1000, 50], vec![1000, 50]),
+            ("all new", vec![warming(100, 3), warming(100, 0)], vec![100, 100], vec![100, 100]),
+            ("the warm one is away", vec![away(warm(100)), warming(100, 0)], vec![0, 100], vec![100, 100]),
+            ("a backup", vec![warm(100), backup(warm(100))], vec![100, 0], vec![100, 100]),
+            ("a warm backup is not there", vec![warming(9, 0), backup(warm(9))], vec![9, 0], vec![9, 9]),
+            ("in need", vec![away(warm(100)), backup(warm(100))], vec![0, 100], vec![100, 100]),
+            ("only backups", vec![backup(warm(7)), backup(warm(9))], vec![7, 9], vec![7, 9]),
+            ("none", vec![away(warm(7)), away(backup(warm(9)))], vec![0, 0], vec![7, 9]),
+        ] {
+            let shares = shares(&candidates);
+            assert_eq!(shares.iter().map(|share| share.effective).collect::<Vec<_>>(), effective, "{row}");
+            assert_eq!(shares.iter().map(|share| share.planned).collect::<Vec<_>>(), planned, "{row}");
+        }
+    }
+
+    #[test]
+    fn whoever_is_held_back_is_told_why() {
+        let shares = shares(&[warm(100), warming(100, 10), backup(warm(100)), away(backup(warm(100)))]);
+        let left = Duration::from_secs(10);
+        let warms = Some(HeldBack::Warms { percent: 55, left });
+        let why: Vec<_> = shares.iter().map(|share| share.held_back).collect();
+        assert_eq!(why, [None, warms, Some(HeldBack::Backup), None]);
+    }
+
+    fn candidate() -> impl Strategy<Value = Candidate> {
+        let warms = prop::option::of((0_u64..30_000, 1_u64..30_000));
+        (any::<bool>(), any::<bool>(), 1..=WEIGHT_MAX, warms).prop_map(|(included, backup, weight, warms)| {
+            let warms = warms.map(|(passed, of)| Warming {
+                passed: Duration::from_millis(passed),
+                of: Duration::from_millis(of),
+            });
+            Candidate { included, backup, weight, warms }
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn somebody_serves_if_anybody_can_and_weights_are_possible(
+            candidates in prop::collection::vec(candidate(), 0..20)
+        ) {
+            let shares = shares(&candidates);
+            let serves = shares.iter().any(|share| share.eligible);
+            prop_assert_eq!(serves, candidates.iter().any(|it| it.included));
+            for (it, share) in candidates.iter().zip(&shares) {
+                prop_assert!((1..=WEIGHT_MAX).contains(&share.planned));
+                prop_assert!(share.effective <= it.weight);
+                prop_assert_eq!(share.effective > 0, share.eligible);
+                prop_assert!(!share.eligible || it.included);
+            }
+        }
+    }
+}

@@ -18,7 +18,7 @@ use tests::{
     counts::Counts,
     host::{Host, Up, V4, V6},
     status::Drift,
-    wait::{seconds, stays, wait_for, wait_until_eq},
+    wait::{lasting, seconds, stays, wait_for, wait_until_eq},
 };
 
 /// Brings it up with checks that follow each other at this interval.
@@ -145,7 +145,7 @@ fn a_wrong_number_of_those_who_wait_is_found_and_repaired() {
 #[test]
 fn whoever_waits_gets_the_place_that_a_repair_frees() {
     let host = Host::new();
-    let up = up(&host, &limited(&host, 1, 2), "200ms");
+    let up = up(&host, &limited(&host, 1, 2), &lasting(0.2));
     let held = client::hold(V4, 1);
     Counts::of(&up).add_to_slot_with(1, 1);
     let waiting = client::connect(V4).expect("it waits");

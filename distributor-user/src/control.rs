@@ -50,7 +50,8 @@ pub const VERSION: u32 = 1;
 /// its sentence about what is wrong arrives.
 pub const ASK_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long for an answer to `upgrade`, which comes after the trial.
+/// How long where the kernel verifies programs first: for an answer to `upgrade`, which comes after the
+/// trial, and to `adopt`, with which a service may begin. On a slow machine that takes half a minute.
 pub const TRIAL_TIMEOUT: Duration = Duration::from_secs(40);
 
 /// What can be asked: `{"command":"weight","server":"shop/1","weight":50}`.
@@ -541,7 +542,7 @@ async fn converse(mut stream: UnixStream, peer: Peer, requests: mpsc::Sender<Req
             Line::Whole(line) => match Command::parse(&line) {
                 Ok(command) => {
                     let patience = match command {
-                        Command::Upgrade { .. } => TRIAL_TIMEOUT,
+                        Command::Adopt { .. } | Command::Upgrade { .. } => TRIAL_TIMEOUT,
                         _ => patience.distributor,
                     };
                     let response = answer(command, peer, &requests, patience).await;

@@ -16,7 +16,7 @@ use anyhow::{Context as _, bail};
 use distributor_user::{
     cli::{Command, Form, Invocation},
     config::Config,
-    control::{self, ASK_TIMEOUT},
+    control::{self, ASK_TIMEOUT, TRIAL_TIMEOUT},
     demo, distributor, doctor, error,
     instance::{self, Instance},
     keeper,
@@ -117,7 +117,11 @@ fn perform(invocation: &Invocation) -> anyhow::Result<ExitCode> {
 }
 
 fn ask(directory: &Path, command: &control::Command) -> anyhow::Result<Option<Status>> {
-    match control::ask(directory, command, ASK_TIMEOUT) {
+    let timeout = match command {
+        control::Command::Adopt { .. } => TRIAL_TIMEOUT,
+        _ => ASK_TIMEOUT,
+    };
+    match control::ask(directory, command, timeout) {
         Err(_) if !control::is_up(directory) && Instance::is_abandoned(directory) => bail!(
             "the dist-ctl on {} was killed; its servers run on, and nobody watches them: dist-ctl up \
              goes on with them, dist-ctl down ends them",

@@ -299,7 +299,19 @@ impl Up<'_> {
     /// What `status --json` says.
     #[track_caller]
     pub fn status(&self) -> Status {
-        Status::parse(&self.run(&["status", "--json"]).expect_done().stdout)
+        // It answers nobody while the kernel verifies its programs, which an emulated machine does for
+        // longer than a command waits. An ordinary one is asked once.
+        let mut late = None;
+        let asked = try_for(seconds(10.0), || {
+            let ended = self.run(&["status", "--json"]);
+            let is_late = ended.stderr.contains("no answer came within");
+            if is_late {
+                late = Some(ended);
+                return None;
+            }
+            Some(ended)
+        });
+        Status::parse(&asked.or(late).expect("it was asked").expect_done().stdout)
     }
 
     /// What it says of the only service.

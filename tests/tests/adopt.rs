@@ -15,7 +15,7 @@ use tests::{
     host::{Host, Up, V4},
     load::under_load,
     process::Process,
-    wait::{seconds, wait_for, wait_until_eq},
+    wait::{fewer, seconds, wait_for, wait_until_eq},
 };
 
 /// A server of somebody else's: nobody's, in nobody's cgroup, and without SO_REUSEPORT.
@@ -501,7 +501,8 @@ fn whoever_is_adopted_twice_is_in_the_end_as_before_the_first_time() {
 #[test]
 fn an_adoption_that_is_interrupted_is_finished_and_nobody_waits_for_ever() {
     let host = Host::new();
-    for delay in [0.0, 0.03, 0.06, 0.09, 0.12, 0.15, 0.2, 0.3] {
+    let delays = [0.0, 0.03, 0.06, 0.09, 0.12, 0.15, 0.2, 0.3];
+    for delay in delays.into_iter().step_by(delays.len() / fewer(delays.len(), 3)) {
         let own = Own::start(&host);
         let up = waiting(&host, App { limit: Some(4), ..App::of(&host, 1) });
         let old = up.distributor();

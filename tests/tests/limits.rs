@@ -21,7 +21,7 @@ use tests::{
     host::{Host, Up, V4, V6},
     network::{self, Clients},
     status::Status,
-    wait::{seconds, wait_for},
+    wait::{fewer, seconds, wait_for},
 };
 
 /// The kernel's counts of the servers, asked for on one connection to the control socket: a
@@ -116,11 +116,17 @@ fn a_limit_of_25_holds_under_200_client_threads() {
         assert!(most <= 25, "{most} connections inside {name} at some time");
     }
     let (served, refused) = (served.into_inner() as u64, refused.into_inner() as u64);
-    assert!(served > 1000 && refused > 100, "served {served}, refused {refused}");
-    assert_eq!(service.outcomes(["selected", "established"]), [served, served]);
+    assert!(
+        served > fewer(1000, 100) as u64 && refused > fewer(100, 10) as u64,
+        "served {served}, refused {refused}"
+    );
+    assert_eq!(service.outcome("established"), served);
     // The kernel sends a refused SYN again if its answer comes late, or comes from what is left
-    // of an older connection with these ports (TIME_WAIT).
+    // of an older connection with these ports (TIME_WAIT). The second one may find a place, and nobody
+    // who still wants it.
     let again = network::syns_sent_again();
+    let selected = service.outcome("selected");
+    assert!((served..=served + again).contains(&selected), "{selected}: {served} served, {again} again");
     let counted = service.outcome("refused_limit");
     assert!((refused..=refused + again).contains(&counted), "{counted}: {refused} refused, {again} again");
     up.wait_connections(&[0; 4]);
@@ -289,7 +295,8 @@ fn with_syn_cookies_a_limit_holds_under_50_client_threads() {
     let mut app = App::of(&host, 2).refusing();
     app.limit = Some(5);
     let up = host.up(&app);
-    client::in_threads(50, 0..2_000, |_| {
+    let all = fewer(2_000, 400);
+    client::in_threads(50, 0..all, |_| {
         // Who is let in at the SYN may find the place taken at the ACK: then it is reset. The
         // client closes first: a SYN that meets what is left of an older connection at the server
         // (TIME_WAIT) gets no cookie (tcp_conn_request, Linux 6.18), and so its ACK asks nobody.
@@ -300,7 +307,7 @@ fn with_syn_cookies_a_limit_holds_under_50_client_threads() {
     for server in &service.servers {
         assert_eq!(server.connections_max, 5, "{}", server.name);
     }
-    assert_eq!(service.outcomes(["established", "word_contended"]), [2_000, 0]);
+    assert_eq!(service.outcomes(["established", "word_contended"]), [all as u64, 0]);
     up.wait_connections(&[0, 0]);
 }
 

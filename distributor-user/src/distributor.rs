@@ -371,10 +371,11 @@ impl<'a> Distributor<'a> {
     ) -> anyhow::Result<()> {
         let mut recorded = record.map_or(Vec::new(), |record| record.services);
         let mut found: Vec<Found> = Vec::new();
-        let (mut strangers, mut released) = (Vec::new(), Vec::new());
+        let (mut strangers, mut released, mut former) = (Vec::new(), Vec::new(), Vec::new());
         for child in children {
             match serde_json::from_slice(&child.label) {
                 _ if child.label.starts_with(service::RELEASED) => released.push(child),
+                _ if child.label.starts_with(service::FORMER) => former.push(child),
                 Ok(label) => found.push(Found { label, child: Some(child) }),
                 Err(_) => strangers.push(child),
             }
@@ -424,7 +425,7 @@ impl<'a> Distributor<'a> {
                 service.remember_released(adopted);
             }
         }
-        for child in released.iter().filter(|child| child.exit.is_some()) {
+        for child in released.iter().chain(&former).filter(|child| child.exit.is_some()) {
             self.link.send(&ToMonitor::Forget { id: child.id }, None)?;
         }
         Ok(())

@@ -29,10 +29,7 @@ use rustix::{
     process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
     time::{ClockId, clock_gettime},
 };
-use tokio::{
-    sync::mpsc::UnboundedSender,
-    task::JoinSet,
-};
+use tokio::{sync::mpsc::UnboundedSender, task::JoinSet};
 use tracing::{debug, error, info, warn};
 
 use crate::{
@@ -61,6 +58,7 @@ pub use audit::Drift;
 pub use launch::{Found, Label, Ran, Succession};
 #[cfg(test)]
 pub(crate) use launch::{is_unaccounted, latest_first};
+pub use notified::FORMER;
 pub use report::vacant_status;
 pub use survey::{Left, left};
 
@@ -733,6 +731,7 @@ impl Service {
                 let told = self.entries[entry].machine.pid() == Some(pid);
                 if !told {
                     self.report(entry, Report::Launched { pid }, host);
+                    self.follow_main(entry, host);
                 }
             }
             (Launch::Failed | Launch::Nothing, _) => {}

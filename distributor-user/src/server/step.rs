@@ -31,7 +31,7 @@ impl Step<'_> {
         use Event::{Of, Resume, Start, Stop, Tick};
         use Report::{
             CgroupEmpty, DrainDone, LaunchFailed, LaunchInterrupted, LaunchLacked, Launched, ListenerAdopted,
-            ListenerGone, ListensElsewhere, MainExited, Misbound, NotifyExtendTimeout, NotifyReady,
+            ListenerGone, ListensElsewhere, MainExited, MainPid, Misbound, NotifyExtendTimeout, NotifyReady,
             NotifyStatus, NotifyStopping, NotifyWatchdog, NotifyWatchdogInterval, NotifyWatchdogTrigger,
         };
         use State::{Backoff, Draining, Failed, Ready, Starting, Stopped, Stopping};
@@ -259,7 +259,9 @@ impl Step<'_> {
                 }
                 let next = match then {
                     Then::ByItself => "it has its time to stop now",
-                    Then::Stopped | Then::Start | Then::Restart { .. } | Then::Failed(_) => "asked to stop now",
+                    Then::Stopped | Then::Start | Then::Restart { .. } | Then::Failed(_) => {
+                        "asked to stop now"
+                    }
                 };
                 let sentence = format!(
                     "still has connections {} after it was taken out; {next}",
@@ -281,7 +283,7 @@ impl Step<'_> {
                     return Draining { since, deadline, run, then };
                 }
                 let why = self.ended(&run, &exit.to_string());
-                let then = self.judged(then, why, exit == Exit::Code(0), &run);
+                let then = self.judged(then, why, is_good(exit), &run);
                 self.finish(run, others_left, then)
             }
             (Draining { run, then, .. }, Of(_, NotifyWatchdogTrigger)) => {
@@ -391,7 +393,7 @@ impl Step<'_> {
                     _ => exit.to_string(),
                 };
                 let why = self.ended(&run, &how);
-                let then = self.judged(then, why, exit == Exit::Code(0), &run);
+                let then = self.judged(then, why, is_good(exit), &run);
                 if !others_left {
                     return self.end(then);
                 }
@@ -409,9 +411,10 @@ impl Step<'_> {
                 }
                 Stopping { since, deadline, stage, run, then }
             }
-            (Stopping { since, deadline, stage: Stage::Asked, run, then }, Of(_, NotifyExtendTimeout(by))) => {
-                Stopping { since, deadline: deadline.max(self.after(by)), stage: Stage::Asked, run, then }
-            }
+            (
+                Stopping { since, deadline, stage: Stage::Asked, run, then },
+                Of(_, NotifyExtendTimeout(by)),
+            ) => Stopping { since, deadline: deadline.max(self.after(by)), stage: Stage::Asked, run, then },
             (Stopping { since, deadline, stage, run, then }, Of(_, CgroupEmpty)) => {
                 match run.main {
                     Main::Background => {
@@ -488,6 +491,22 @@ impl Step<'_> {
                 self.history.says = says;
                 state
             }
+            (
+                mut state @ (Starting { .. } | Ready { .. } | Draining { .. } | Stopping { .. }),
+                Of(_, MainPid { pid }),
+            ) => {
+                let (Starting { run, .. } | Ready { run, .. } | Draining { run, .. } | Stopping { run, .. }) =
+                    &mut state
+                else {
+                    return state;
+                };
+                match run.main {
+                    Main::Running { .. } | Main::Background => run.main = Main::Running { pid },
+                    // Nobody of it could have said so yet; it is being ended with all it has.
+                    Main::Launching | Main::Ended => {}
+                }
+                state
+            }
             (state, Of(_, NotifyWatchdogInterval(interval))) => self.watch(state, interval),
             // It has to say it only while it is ready.
             (
@@ -514,6 +533,7 @@ impl Step<'_> {
                     | NotifyReady
                     | NotifyStatus(_)
                     | NotifyStopping
+                    | MainPid { .. }
                     | NotifyWatchdogTrigger
                     | NotifyExtendTimeout(_)
                     | DrainDone
@@ -667,8 +687,11 @@ impl Step<'_> {
     /// Ends one that hangs, so that it leaves a core dump where these are wanted.
     fn abort(&mut self, run: Run, then: Then) -> State {
         self.signal(Signal::ABORT, &run);
-        let sentence =
-            format!("{}; gets SIGABRT, killed in {} unless it ends", then.why(), span(self.policy.stop_timeout));
+        let sentence = format!(
+            "{}; gets SIGABRT, killed in {} unless it ends",
+            then.why(),
+            span(self.policy.stop_timeout)
+        );
         self.log(Level::WARN, sentence);
         self.stopping(run, then)
     }
@@ -792,6 +815,11 @@ const LAST_PROCESS_ENDED: &str = "ended with its last process";
 /// other end of the main process is the server's, whatever it leaves behind.
 fn is_daemon(exit: Exit, others_left: bool) -> bool {
     exit == Exit::Code(0) && others_left
+}
+
+/// As far as is known.
+fn is_good(exit: Exit) -> bool {
+    matches!(exit, Exit::Code(0) | Exit::Unknown)
 }
 
 fn could_not_be_started(sentence: &str) -> String {

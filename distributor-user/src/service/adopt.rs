@@ -495,8 +495,8 @@ impl Service {
         true
     }
 
-    /// Has the monitor watch the process of an adopted server. If it is gone, so are we in a moment.
-    fn watch(&self, entry: usize, pidfd: BorrowedFd<'_>, host: &mut Host<'_>) {
+    /// Has the monitor watch a process that somebody else started. If it is gone, so are we in a moment.
+    pub(super) fn watch(&self, entry: usize, pidfd: BorrowedFd<'_>, host: &mut Host<'_>) {
         let Some(run) = &self.entries[entry].run else { return };
         let label = serde_json::to_vec(&self.label(entry)).unwrap_or_default();
         let watch = ToMonitor::Watch { id: run.id, pid: run.pid.unwrap_or(0), label };

@@ -484,7 +484,7 @@ impl Service {
                 }
             }
         });
-        Ok(Hearing { task, key })
+        Ok(Hearing::new(task, key))
     }
 
     fn exec(&self, entry: usize, cgroup: std::path::PathBuf) -> Exec {

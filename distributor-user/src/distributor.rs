@@ -59,6 +59,7 @@ use crate::{
     record::{self, Adopting, Record, Recorder},
     room, server,
     service::{self, Found, Host, Label, Left, Service, Succession},
+    systemd::{Manager, Summary},
     trouble::Troubles,
     upgrade::{self, Candidate},
 };
@@ -251,6 +252,8 @@ struct Distributor<'a> {
     adopting: Option<Adopting>,
     /// What is wrong with the machine, beside what its services know of.
     troubles: Troubles,
+    /// Who started us, if he wants to know how we are.
+    manager: Option<Manager>,
     /// Serves the control socket, if there is one.
     control: Option<ControlSocket>,
     /// For it.
@@ -327,6 +330,7 @@ impl<'a> Distributor<'a> {
             recorder,
             adopting: None,
             troubles: Troubles::default(),
+            manager: Manager::from_environment(parent_id(), Instant::now()),
             control: None,
             spare,
         };
@@ -561,12 +565,14 @@ impl<'a> Distributor<'a> {
             }
             self.write_down();
             self.announce();
+            self.tell_manager();
         }
         self.finish()
     }
 
     fn next_tick(&self, looked_around: Instant) -> Instant {
         let mut next = looked_around + LOOK_AROUND;
+        next = next.min(self.manager.as_ref().and_then(Manager::due).unwrap_or(next));
         for service in &self.services {
             next = next.min(service.deadline().unwrap_or(next));
             if service.is_restless() {
@@ -587,6 +593,19 @@ impl<'a> Distributor<'a> {
             format!("{what}; until there are more, no server is started again, and no room is made")
         });
         self.troubles.note("descriptors", lacking, SystemTime::now());
+        if let Some(manager) = &mut self.manager {
+            let summaries = self.services.iter().map(Service::summary);
+            manager.sum_up(summaries.fold(Summary::default(), Summary::and), Instant::now());
+        }
+    }
+
+    /// The loop has come round.
+    fn tell_manager(&mut self) {
+        if let Some(manager) = &mut self.manager {
+            // One that waits for its address does not hold up the others.
+            let serves = !self.services.is_empty() && self.services.iter().all(Service::serves);
+            manager.turn(serves && !self.stopping, Instant::now());
+        }
     }
 
     fn perform(&mut self, input: Input) -> anyhow::Result<()> {
@@ -702,6 +721,9 @@ impl<'a> Distributor<'a> {
     fn stop(&mut self) {
         if !self.stopping {
             info!("stops: takes no new connections, and ends the servers");
+            if let Some(manager) = &mut self.manager {
+                manager.stopping(Instant::now());
+            }
         }
         self.stopping = true;
         let (services, mut host) = self.split();

@@ -44,6 +44,7 @@ pub mod service;
 pub mod shared;
 pub mod sock_diag;
 pub mod status;
+pub mod systemd;
 pub mod trouble;
 pub mod upgrade;
 pub mod watch;

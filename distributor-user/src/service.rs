@@ -355,6 +355,11 @@ impl Service {
         entries.all(|entry| entry.run.as_ref().is_some_and(|run| run.included))
     }
 
+    /// Some server is ready.
+    pub fn serves(&self) -> bool {
+        self.entries.iter().any(|entry| entry.run.as_ref().is_some_and(|run| run.included))
+    }
+
     /// Every server has stopped.
     pub fn has_stopped(&self) -> bool {
         (0..self.entries.len()).all(|entry| {

@@ -19,6 +19,7 @@ pub mod host;
 pub mod http;
 pub mod inside;
 pub mod leftover;
+pub mod manager;
 pub mod netlink;
 pub mod network;
 pub mod process;

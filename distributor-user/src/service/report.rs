@@ -17,6 +17,7 @@ use super::Service;
 use crate::{
     accept_queue, config, listener,
     status::{Bucket, DriftStatus, Histogram, ServerState, ServerStatus, ServiceStatus, WaitingStatus},
+    systemd::Summary,
 };
 
 impl Service {
@@ -57,6 +58,17 @@ impl Service {
                 .collect(),
             outcomes,
         })
+    }
+
+    /// The same in a few numbers.
+    pub fn summary(&self) -> Summary {
+        let servers = self.entries.iter().filter(|entry| !entry.gone);
+        let ready = |entry: &&super::Entry| entry.run.as_ref().is_some_and(|run| run.included);
+        Summary {
+            servers: servers.clone().count(),
+            ready: servers.filter(ready).count(),
+            waiting: self.kernel.load().map_or(0, |load| load.waiting),
+        }
     }
 
     fn server_status(&self, entry: usize, load: &Load) -> ServerStatus {

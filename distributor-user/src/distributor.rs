@@ -101,6 +101,12 @@ pub enum Input {
         service: usize,
         says: attendant::Says,
     },
+    /// Connections that a drained server had left were closed.
+    Closed {
+        service: usize,
+        entry: usize,
+        result: anyhow::Result<usize>,
+    },
     /// The counts were compared with the sockets.
     Audited {
         service: usize,
@@ -637,6 +643,11 @@ impl<'a> Distributor<'a> {
             Input::Attendant { service, says } => {
                 if let Some(service) = services.get_mut(service) {
                     service.attendant_says(says)?;
+                }
+            }
+            Input::Closed { service, entry, result } => {
+                if let Some(service) = services.get_mut(service) {
+                    service.closed(entry, result);
                 }
             }
             Input::Audited { service, result } => {

@@ -672,7 +672,7 @@ const STOPS_BY_ITSELF: &str = "stops by itself";
 const MOST_ELSEWHERE: usize = 4;
 
 /// A length of time as short as a sentence wants it: `37ms`, `0.4s`, `2s`, `3m12s`.
-fn span(length: Duration) -> String {
+pub fn span(length: Duration) -> String {
     if length < Duration::from_millis(100) {
         return format!("{}ms", length.as_millis());
     }

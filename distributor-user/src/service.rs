@@ -7,6 +7,7 @@
 
 mod adopt;
 mod audit;
+mod drain;
 mod launch;
 mod notified;
 mod report;
@@ -40,6 +41,7 @@ use crate::{
     config,
     control::Response,
     distributor::Input,
+    drain::Drain,
     error, instance,
     keeper::{self, Keeper},
     kernel::{self, Desk, Kernel, ProgramLog},
@@ -151,6 +153,9 @@ struct Entry {
     /// Live: the configuration's, or what an operator set since.
     weight: u32,
     limit: Option<u32>,
+    /// An operator has taken it out.
+    drain: Option<Drain>,
+    closing: drain::Closing,
     run: Option<Running>,
     /// Of ended instances.
     total_before: u64,
@@ -330,6 +335,8 @@ impl Service {
                     weight: server.weight,
                     limit: server.limit,
                     config: server.clone(),
+                    drain: None,
+                    closing: drain::Closing::default(),
                     run: None,
                     total_before: 0,
                     most_before: 0,
@@ -389,9 +396,10 @@ impl Service {
             self.take_back(host);
         }
         self.stopping = true;
-        // Whoever was adopted serves on, and in the end alone.
-        let guests = (0..self.entries.len()).filter(|entry| self.is_guest(*entry)).count();
-        if guests == 0 {
+        // Whoever was adopted serves on, and in the end alone: also if he was drained.
+        let guests: Vec<usize> = (0..self.entries.len()).filter(|entry| self.is_guest(*entry)).collect();
+        guests.iter().for_each(|guest| self.end_drain(*guest));
+        if guests.is_empty() {
             self.closing = true;
             self.write_plan();
             // No server will be free for them.
@@ -450,6 +458,7 @@ impl Service {
         if self.stopping {
             return Response::failure(format!("service {} is being stopped", self.config.name));
         }
+        self.end_drain(entry);
         self.tell(entry, Event::Resume, host);
         Response::Done
     }
@@ -754,7 +763,9 @@ impl Service {
     /// When `tick` is next worth calling.
     pub fn deadline(&self) -> Option<Instant> {
         let machines = self.entries.iter().filter_map(|entry| entry.machine.deadline());
-        machines.chain(self.scans.iter().map(|scan| scan.at)).min()
+        let now = Instant::now();
+        let drains = self.entries.iter().filter_map(|entry| entry.drain?.deadline(now));
+        machines.chain(self.scans.iter().map(|scan| scan.at)).chain(drains).min()
     }
 
     /// Something is waited for that nobody tells: look often.
@@ -784,6 +795,7 @@ impl Service {
         }
         let Ok(load) = self.kernel.load() else { return };
         self.check_drained(&load, host);
+        self.close_rest(&load, now, host);
         self.free_retired(&load);
     }
 
@@ -1051,7 +1063,7 @@ impl Service {
                     Some(WantedServer {
                         slot: run.slot,
                         identity: entry.config.name.clone(),
-                        eligible: run.included,
+                        eligible: run.included && entry.drain.is_none(),
                         weight: entry.weight,
                         // What it had before it was adopted takes places that nobody counts.
                         limit: match &run.guest {

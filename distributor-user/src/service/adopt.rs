@@ -269,7 +269,7 @@ impl Service {
         if let Some(entry) = self.entries.iter().position(|entry| entry.config.name == name) {
             ensure!(self.entries[entry].gone, "a server is called {name} already: give it another --name");
             let entry_ = &mut self.entries[entry];
-            entry_.gone = false;
+            (entry_.gone, entry_.drain) = (false, None);
             entry_.config.command = command.to_vec();
             return Ok(entry);
         }
@@ -287,6 +287,8 @@ impl Service {
             machine: Server::new(Instance(0), Instant::now()),
             weight: config.weight,
             limit: config.limit,
+            drain: None,
+            closing: super::drain::Closing::default(),
             run: None,
             total_before: 0,
             most_before: 0,

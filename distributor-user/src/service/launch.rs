@@ -22,6 +22,7 @@ use crate::{
     affinity,
     config::{self, SocketMode},
     distributor::Input,
+    drain::Drain,
     error, foreign,
     launch::{self, Exec, Limit, Socket},
     link::{Child, Held},
@@ -44,6 +45,9 @@ pub struct Label {
     /// Live: the configuration's, or what an operator set since.
     pub weight: u32,
     pub limit: Option<u32>,
+    /// An operator has taken it out, and that holds until he resumes it.
+    #[serde(default)]
+    pub drain: Option<Drain>,
     /// Of ended instances that have no connections any more.
     pub total_before: u64,
     pub most_before: u64,
@@ -205,6 +209,9 @@ impl Service {
         if succession == Succession::Next {
             (server.weight, server.limit) = (label.weight, label.limit);
         }
+        // Of all that was said, this holds under another monitor too: what is not to be reached must not
+        // be reached because something else was killed.
+        server.drain = label.drain;
         (server.total_before, server.most_before) = (label.total_before, label.most_before);
         server.machine = match succession {
             Succession::Next => label.machine.clone(),
@@ -530,6 +537,7 @@ impl Service {
             }),
             weight: server.weight,
             limit: server.limit,
+            drain: server.drain,
             total_before: server.total_before,
             most_before: server.most_before,
             retired: retired.map(|retired| (retired.slot, retired.base)).collect(),

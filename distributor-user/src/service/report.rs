@@ -15,8 +15,12 @@ use rustix::time::{ClockId, clock_gettime};
 
 use super::Service;
 use crate::{
-    accept_queue, config, listener,
-    status::{Bucket, DriftStatus, Histogram, ServerState, ServerStatus, ServiceStatus, WaitingStatus},
+    accept_queue, config,
+    drain::Rest,
+    listener,
+    status::{
+        Bucket, DrainStatus, DriftStatus, Histogram, ServerState, ServerStatus, ServiceStatus, WaitingStatus,
+    },
     systemd::Summary,
 };
 
@@ -63,7 +67,9 @@ impl Service {
     /// The same in a few numbers.
     pub fn summary(&self) -> Summary {
         let servers = self.entries.iter().filter(|entry| !entry.gone);
-        let ready = |entry: &&super::Entry| entry.run.as_ref().is_some_and(|run| run.included);
+        let ready = |entry: &&super::Entry| {
+            entry.drain.is_none() && entry.run.as_ref().is_some_and(|run| run.included)
+        };
         Summary {
             servers: servers.clone().count(),
             ready: servers.filter(ready).count(),
@@ -75,16 +81,29 @@ impl Service {
         let server = &self.entries[entry];
         let now = Instant::now();
         let retired = || self.retired.iter().filter(|retired| retired.entry == Some(entry));
+        let wall = |then: Instant| (SystemTime::now() - now.saturating_duration_since(then)).into();
         let active = |slot: u32| word::active(load.word[slot as usize]);
         let run = server.run.as_ref();
         let connections: u64 =
             run.map(|run| run.slot).into_iter().chain(retired().map(|it| it.slot)).map(active).sum();
         let total = run.map_or(0, |run| load.total[run.slot as usize] - run.base)
             + retired().map(|it| load.total[it.slot as usize] - it.base).sum::<u64>();
+        let earlier = run.and_then(|run| run.guest.as_ref()).map_or(0, |guest| guest.earlier_open);
+        let included = run.is_some_and(|run| run.included);
+        let reason = server.machine.reason(now, &server.policy);
+        let drained = server.drain.map(|drain| drain.reason(now, connections + u64::from(earlier)));
+        let (state, since) = match server.drain {
+            // What else it does is more than that it would get none.
+            Some(drain) if included => (ServerState::Draining, drain.since.max(server.machine.since())),
+            _ => (server.machine.status(), server.machine.since()),
+        };
         ServerStatus {
             name: server.config.name.clone(),
-            state: server.machine.status(),
-            reason: server.machine.reason(now, &server.policy),
+            state,
+            reason: match (drained, reason) {
+                (Some(drained), Some(reason)) => Some(format!("{drained}; {reason}")),
+                (drained, reason) => drained.or(reason),
+            },
             pid: server.machine.pid(),
             connections,
             connections_max: run
@@ -94,12 +113,17 @@ impl Service {
             connections_total: server.total_before + total,
             limit: server.limit,
             weight: server.weight,
-            effective_weight: if run.is_some_and(|run| run.included) { server.weight } else { 0 },
+            effective_weight: if included && server.drain.is_none() { server.weight } else { 0 },
             accept_queue: self.accept_queue(entry),
             restarts: server.machine.restarts(),
             adopted: run.is_some_and(|run| run.guest.is_some()),
-            earlier: run.and_then(|run| run.guest.as_ref()).map_or(0, |guest| guest.earlier_open),
-            since: (SystemTime::now() - now.saturating_duration_since(server.machine.since())).into(),
+            earlier,
+            drain: server.drain.map(|drain| DrainStatus {
+                since: wall(drain.since),
+                then: drain.ahead(now).map_or(Rest::Leave, |(_, then)| then),
+                seconds_left: drain.ahead(now).map(|(left, _)| left.as_secs_f64()),
+            }),
+            since: wall(since),
         }
     }
 
@@ -150,6 +174,7 @@ pub fn vacant_status(config: &config::Service, why: &str, since: SystemTime) -> 
         restarts: 0,
         adopted: false,
         earlier: 0,
+        drain: None,
         since: since.into(),
     };
     ServiceStatus {

@@ -127,13 +127,24 @@ impl Service {
         });
         cgroup.create()?;
         let cgroup_id = cgroup.id().context("read the number of a cgroup")?;
-        let notify = self.listen_to(entry, instance, notify_path.clone(), None, host)?;
+        let notify = match self.listen_to(entry, instance, notify_path.clone(), None, host) {
+            Ok(notify) => Some(notify),
+            // It can do without, as on a full disk it has to.
+            Err(error) if !self.needs_notify(entry) => {
+                let name = &self.entries[entry].config.name;
+                warn!("server {name}: {}; starts it without NOTIFY_SOCKET", error::sentence(&error));
+                None
+            }
+            Err(error) => return Err(error),
+        };
         let mut exec = self.exec(entry, cgroup.path().to_owned());
-        exec.environment.push(("NOTIFY_SOCKET".to_owned(), notify_path.to_string_lossy().into_owned()));
+        if notify.is_some() {
+            exec.environment.push(("NOTIFY_SOCKET".to_owned(), notify_path.to_string_lossy().into_owned()));
+        }
         let label = self.label(entry);
         let run = self.entries[entry].run.as_mut().context("the instance was just made")?;
         run.cgroup_id = cgroup_id;
-        run.notify = Some(notify);
+        run.notify = notify;
         let (theirs, ours) = launch::pair().context("make a socket for the launcher")?;
         let start = ToMonitor::Start { id: run.id, label: serde_json::to_vec(&label)? };
         run.launch = Launch::UnderWay;
@@ -438,6 +449,11 @@ impl Service {
             });
             self.note(&format!("CPUs of {name}"), lacks);
         }
+    }
+
+    /// It would be taken for one that fails if it could say nothing.
+    fn needs_notify(&self, entry: usize) -> bool {
+        self.config.readiness == config::Readiness::Notify || self.entries[entry].config.watchdog.is_some()
     }
 
     /// The cgroup and the notify socket of an instance.

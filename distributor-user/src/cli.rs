@@ -9,6 +9,7 @@
 use std::{
     ffi::OsString,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use clap::{
@@ -19,8 +20,9 @@ use distributor_ebpf::contract::{LIMIT_MAX, WEIGHT_MAX};
 
 use crate::{
     address::ListenAddress,
-    config::{CommandForm, Config, DEFAULT_FILE, is_name},
+    config::{CommandForm, Config, DEFAULT_FILE, duration, is_name},
     control,
+    drain::Rest,
     error::UserError,
     logging::Verbosity,
 };
@@ -45,6 +47,8 @@ pub enum Command {
     Status(Form),
     /// Change a running instance.
     Change(control::Command),
+    /// Take a server out, and wait until its connections have ended.
+    DrainAndWait(control::Command, String),
     /// Stop a running instance.
     Down,
     /// Have the running distributor replaced by this program; `None` is this one.
@@ -106,6 +110,18 @@ impl Invocation {
             Verb::Weight { server, weight } => Command::Change(control::Command::Weight { server, weight }),
             Verb::Limit { server, limit: Limit(limit) } => {
                 Command::Change(control::Command::Limit { server, limit })
+            }
+            Verb::Drain { server, timeout, then, wait } => {
+                if timeout.is_none() && then == Rest::Close {
+                    let sentence = "--then close needs a --timeout, write for example --timeout 30s, or 0s";
+                    return Err(refusal(Some("drain"), ErrorKind::MissingRequiredArgument, sentence));
+                }
+                let timeout_seconds = timeout.map(|timeout| timeout.as_secs_f64());
+                let drain = control::Command::Drain { server: server.clone(), timeout_seconds, then };
+                match wait {
+                    true => Command::DrainAndWait(drain, server),
+                    false => Command::Change(drain),
+                }
             }
             Verb::Resume { server } => Command::Change(control::Command::Resume { server }),
             Verb::Adopt { service, pid, name, command } => {
@@ -291,8 +307,16 @@ Examples: 50 connections at a time, and as many as come
   dist-ctl limit shop/1 50
   dist-ctl limit shop/1 none";
 
+const DRAIN_EXAMPLE: &str = "\
+Examples: until its connections have ended, and at most for half a minute
+  dist-ctl drain shop/1 --wait
+  dist-ctl drain shop/1 --timeout 30s --then close --wait
+
+The server runs on, and `dist-ctl resume` puts it back.
+With --wait, exit status 0: it has no connections left. 1: some are left.";
+
 const RESUME_EXAMPLE: &str = "\
-Example: try again what failed too often
+Example: put back what was drained, or try again what failed too often
   dist-ctl resume shop/1";
 
 const ADOPT_EXAMPLE: &str = "\
@@ -394,7 +418,24 @@ enum Verb {
         limit: Limit,
     },
 
-    /// Start a server that was given up
+    /// Give a server no new connections, until it is resumed
+    #[command(after_help = DRAIN_EXAMPLE)]
+    Drain {
+        /// SERVICE/SERVER, as in `dist-ctl status`
+        #[arg(value_parser = server_name)]
+        server: String,
+        /// How long its connections have to end, such as 30s [default: any time]
+        #[arg(long, value_name = "TIME", value_parser = duration::parse)]
+        timeout: Option<Duration>,
+        /// What becomes of those that are left then: leave, they go on; close, they are reset
+        #[arg(long, value_name = "WHAT", default_value = "leave")]
+        then: Rest,
+        /// Return only when it has no connections, or its time is up
+        #[arg(long)]
+        wait: bool,
+    },
+
+    /// Put a server back that was drained, or start one that was given up
     #[command(after_help = RESUME_EXAMPLE)]
     Resume {
         /// SERVICE/SERVER, as in `dist-ctl status`
@@ -671,6 +712,25 @@ mod tests {
                 "dist-ctl limit shop/1 none",
                 Command::Change(control::Command::Limit { server: server(), limit: None }),
             ),
+            (
+                "dist-ctl drain shop/1",
+                Command::Change(control::Command::Drain {
+                    server: server(),
+                    timeout_seconds: None,
+                    then: Rest::Leave,
+                }),
+            ),
+            (
+                "dist-ctl drain shop/1 --timeout 1m30s --then close --wait",
+                Command::DrainAndWait(
+                    control::Command::Drain {
+                        server: server(),
+                        timeout_seconds: Some(90.0),
+                        then: Rest::Close,
+                    },
+                    server(),
+                ),
+            ),
             ("dist-ctl resume shop/1", Command::Change(control::Command::Resume { server: server() })),
             (
                 "dist-ctl adopt shop --pid 7",
@@ -809,8 +869,8 @@ mod tests {
         assert_eq!(
             seen,
             [
-                "up", "status", "weight", "limit", "resume", "adopt", "release", "down", "upgrade", "check",
-                "doctor"
+                "up", "status", "weight", "limit", "drain", "resume", "adopt", "release", "down", "upgrade",
+                "check", "doctor"
             ]
         );
         EXAMPLE.lines().filter_map(|line| line.strip_prefix("  ")).for_each(assert_meant_for_people);
@@ -960,6 +1020,18 @@ mod tests {
         (
             "dist-ctl resume Shop/1",
             "invalid value 'Shop/1' for '<SERVER>': write SERVICE/SERVER, for example shop/1",
+        ),
+        (
+            "dist-ctl drain shop/1 --timeout 30",
+            r#"invalid value '30' for '--timeout <TIME>': "30" has no unit, write "30s""#,
+        ),
+        (
+            "dist-ctl drain shop/1 --timeout 3s --then kill",
+            "invalid value 'kill' for '--then <WHAT>': write leave or close",
+        ),
+        (
+            "dist-ctl drain shop/1 --then close",
+            "--then close needs a --timeout, write for example --timeout 30s, or 0s",
         ),
         ("dist-ctl resume", "the following required arguments were not provided: <SERVER>"),
         ("dist-ctl launch now", "unexpected argument 'now' found"),

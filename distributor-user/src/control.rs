@@ -38,7 +38,7 @@ use tokio::{
 };
 use tracing::warn;
 
-use crate::{config::Control, error::UserError, status::Status};
+use crate::{config::Control, drain::Rest, error::UserError, status::Status};
 
 /// The socket's name in the runtime directory.
 pub const SOCKET: &str = "control.sock";
@@ -55,7 +55,7 @@ pub const ASK_TIMEOUT: Duration = Duration::from_secs(10);
 pub const TRIAL_TIMEOUT: Duration = Duration::from_secs(40);
 
 /// What can be asked: `{"command":"weight","server":"shop/1","weight":50}`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "lowercase")]
 pub enum Command {
     Status,
@@ -70,7 +70,17 @@ pub enum Command {
         #[serde(deserialize_with = "Option::deserialize")]
         limit: Option<u32>,
     },
-    /// Start a server again that has failed.
+    /// Take a server out of the plan until it is resumed, without stopping it.
+    Drain {
+        server: String,
+        /// How long its connections have; `None`: any time. Written as a number.
+        #[serde(default)]
+        timeout_seconds: Option<f64>,
+        /// What becomes of those that are left.
+        #[serde(default)]
+        then: Rest,
+    },
+    /// Start a server again that has failed; put one back that was drained.
     Resume {
         server: String,
     },
@@ -145,8 +155,8 @@ pub enum Level {
 
 impl Command {
     /// Every command, as it is written.
-    pub const NAMES: [&str; 8] =
-        ["status", "weight", "limit", "resume", "adopt", "release", "down", "upgrade"];
+    pub const NAMES: [&str; 9] =
+        ["status", "weight", "limit", "drain", "resume", "adopt", "release", "down", "upgrade"];
 
     /// What a client must be allowed to do to ask this.
     pub fn level(&self) -> Level {
@@ -154,6 +164,7 @@ impl Command {
             Self::Status => Level::ReadOnly,
             Self::Weight { .. }
             | Self::Limit { .. }
+            | Self::Drain { .. }
             | Self::Resume { .. }
             | Self::Adopt { .. }
             | Self::Release { .. }
@@ -310,6 +321,46 @@ pub fn down(runtime_dir: &Path, timeout: Duration) -> anyhow::Result<Response> {
     Ok(Response::Done)
 }
 
+/// Waits until a server that is drained has no connections, or its time is up.
+///
+/// # Errors
+/// Some are left; or it was resumed meanwhile.
+pub fn wait_drained(runtime_dir: &Path, server: &str) -> anyhow::Result<()> {
+    loop {
+        let Some(status) = ask(runtime_dir, &Command::Status, ASK_TIMEOUT)?.into_result()? else {
+            bail!("drain {server}: dist-ctl did not say how it stands");
+        };
+        let mut servers = status.services.iter().flat_map(|service| &service.servers);
+        let Some(its) = servers.find(|its| its.name == server) else {
+            bail!("drain {server}: it is gone");
+        };
+        let left = its.connections + u64::from(its.earlier);
+        let Some(drain) = its.drain else { bail!("drain {server}: it was resumed meanwhile") };
+        match (left, drain.then) {
+            (0, _) => return Ok(()),
+            (_, Rest::Leave) if drain.seconds_left == Some(0.0) => {
+                let noun = if left == 1 { "connection" } else { "connections" };
+                bail!(
+                    "drain {server}: it still has {left} {noun}: wait longer, or close them with --then close"
+                );
+            }
+            _ => match unclosed(&status, server) {
+                Some(trouble) => bail!("{trouble}"),
+                None => thread::sleep(LOOK_AGAIN),
+            },
+        }
+    }
+}
+
+/// Why the connections that a server has left cannot be closed.
+fn unclosed<'a>(status: &'a Status, server: &str) -> Option<&'a str> {
+    let says = format!("server {server}: {CANNOT_BE_CLOSED}");
+    status.troubles.iter().map(|trouble| trouble.what.as_str()).find(|what| what.starts_with(&says))
+}
+
+/// What is said then, after whose they are.
+pub const CANNOT_BE_CLOSED: &str = "the connections that it has left cannot be closed";
+
 /// How long a client or the loop may take before it is given up.
 #[derive(Clone, Copy)]
 struct Patience {
@@ -337,6 +388,9 @@ const CLIENTS_KEPT_FOR_ADMINS: usize = 16;
 /// Refused clients, and those for whom there is no descriptor, get into the log at most this often,
 /// for anybody whom the socket's mode admits can be refused as fast as he can connect.
 const REFUSAL_LOG_INTERVAL: Duration = Duration::from_secs(60);
+
+/// How often who waits for connections to end looks again.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// How often a waiting client looks again.
 const POLL: Duration = Duration::from_millis(20);
@@ -1017,6 +1071,14 @@ mod tests {
             (
                 r#"{"command":"limit","server":"shop/1","limit":null}"#,
                 Command::Limit { server: server(), limit: None },
+            ),
+            (
+                r#"{"command":"drain","server":"shop/1","timeout_seconds":1.5,"then":"close"}"#,
+                Command::Drain { server: server(), timeout_seconds: Some(1.5), then: Rest::Close },
+            ),
+            (
+                r#"{"command":"drain","server":"shop/1"}"#,
+                Command::Drain { server: server(), timeout_seconds: None, then: Rest::Leave },
             ),
             (r#"{"command":"resume","server":"shop/1"}"#, Command::Resume { server: server() }),
             (

@@ -59,6 +59,7 @@ use crate::{
     record::{self, Adopting, Record, Recorder},
     room, server,
     service::{self, Found, Host, Label, Left, Service, Succession},
+    systemd::{Manager, Summary},
     trouble::Troubles,
     upgrade::{self, Candidate},
 };
@@ -99,6 +100,12 @@ pub enum Input {
     Attendant {
         service: usize,
         says: attendant::Says,
+    },
+    /// Connections that a drained server had left were closed.
+    Closed {
+        service: usize,
+        entry: usize,
+        result: anyhow::Result<usize>,
     },
     /// The counts were compared with the sockets.
     Audited {
@@ -251,6 +258,8 @@ struct Distributor<'a> {
     adopting: Option<Adopting>,
     /// What is wrong with the machine, beside what its services know of.
     troubles: Troubles,
+    /// Who started us, if he wants to know how we are.
+    manager: Option<Manager>,
     /// Serves the control socket, if there is one.
     control: Option<ControlSocket>,
     /// For it.
@@ -327,6 +336,7 @@ impl<'a> Distributor<'a> {
             recorder,
             adopting: None,
             troubles: Troubles::default(),
+            manager: Manager::from_environment(parent_id(), Instant::now()),
             control: None,
             spare,
         };
@@ -371,10 +381,11 @@ impl<'a> Distributor<'a> {
     ) -> anyhow::Result<()> {
         let mut recorded = record.map_or(Vec::new(), |record| record.services);
         let mut found: Vec<Found> = Vec::new();
-        let (mut strangers, mut released) = (Vec::new(), Vec::new());
+        let (mut strangers, mut released, mut former) = (Vec::new(), Vec::new(), Vec::new());
         for child in children {
             match serde_json::from_slice(&child.label) {
                 _ if child.label.starts_with(service::RELEASED) => released.push(child),
+                _ if child.label.starts_with(service::FORMER) => former.push(child),
                 Ok(label) => found.push(Found { label, child: Some(child) }),
                 Err(_) => strangers.push(child),
             }
@@ -424,7 +435,7 @@ impl<'a> Distributor<'a> {
                 service.remember_released(adopted);
             }
         }
-        for child in released.iter().filter(|child| child.exit.is_some()) {
+        for child in released.iter().chain(&former).filter(|child| child.exit.is_some()) {
             self.link.send(&ToMonitor::Forget { id: child.id }, None)?;
         }
         Ok(())
@@ -560,12 +571,14 @@ impl<'a> Distributor<'a> {
             }
             self.write_down();
             self.announce();
+            self.tell_manager();
         }
         self.finish()
     }
 
     fn next_tick(&self, looked_around: Instant) -> Instant {
         let mut next = looked_around + LOOK_AROUND;
+        next = next.min(self.manager.as_ref().and_then(Manager::due).unwrap_or(next));
         for service in &self.services {
             next = next.min(service.deadline().unwrap_or(next));
             if service.is_restless() {
@@ -586,6 +599,19 @@ impl<'a> Distributor<'a> {
             format!("{what}; until there are more, no server is started again, and no room is made")
         });
         self.troubles.note("descriptors", lacking, SystemTime::now());
+        if let Some(manager) = &mut self.manager {
+            let summaries = self.services.iter().map(Service::summary);
+            manager.sum_up(summaries.fold(Summary::default(), Summary::and), Instant::now());
+        }
+    }
+
+    /// The loop has come round.
+    fn tell_manager(&mut self) {
+        if let Some(manager) = &mut self.manager {
+            // One that waits for its address does not hold up the others.
+            let serves = !self.services.is_empty() && self.services.iter().all(Service::serves);
+            manager.turn(serves && !self.stopping, Instant::now());
+        }
     }
 
     fn perform(&mut self, input: Input) -> anyhow::Result<()> {
@@ -617,6 +643,11 @@ impl<'a> Distributor<'a> {
             Input::Attendant { service, says } => {
                 if let Some(service) = services.get_mut(service) {
                     service.attendant_says(says)?;
+                }
+            }
+            Input::Closed { service, entry, result } => {
+                if let Some(service) = services.get_mut(service) {
+                    service.closed(entry, result);
                 }
             }
             Input::Audited { service, result } => {
@@ -701,6 +732,9 @@ impl<'a> Distributor<'a> {
     fn stop(&mut self) {
         if !self.stopping {
             info!("stops: takes no new connections, and ends the servers");
+            if let Some(manager) = &mut self.manager {
+                manager.stopping(Instant::now());
+            }
         }
         self.stopping = true;
         let (services, mut host) = self.split();

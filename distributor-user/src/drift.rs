@@ -208,7 +208,7 @@ pub fn tally(mut told: Vec<Told>, still: Option<Vec<u64>>) -> Counts {
 }
 
 /// Whose a connection is that never moved: as `track` has it.
-fn owner_by(tag: &Tag) -> u32 {
+pub fn owner_by(tag: &Tag) -> u32 {
     if tag.slot == ROOM || tag.slot == DISMISSED { in_room(tag.index) } else { tag.slot }
 }
 

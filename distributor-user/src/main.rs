@@ -73,6 +73,10 @@ fn perform(invocation: &Invocation) -> anyhow::Result<ExitCode> {
         Command::Change(command) => {
             ask(directory, command)?;
         }
+        Command::DrainAndWait(drain, server) => {
+            ask(directory, drain)?;
+            control::wait_drained(directory, server)?;
+        }
         Command::Down => match control::down(directory, DOWN_TIMEOUT) {
             Err(_) if !control::is_up(directory) && Instance::is_abandoned(directory) => {
                 let _lock = Lock::take(directory)?;

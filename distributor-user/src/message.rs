@@ -53,9 +53,10 @@ pub enum ToMonitor {
     /// Everything is stopped and cleaned up: exit with this.
     Finished { code: u8 },
     /// Treat this process as a child from now on, though somebody else started it. The
-    /// descriptor is its pidfd; the pid is only told on. Its end is told as `Exited` with
-    /// [`Exit::Unknown`]. Answered only if it cannot be: by `NotStarted`, with `EEXIST` if the
-    /// id is taken, `EMFILE` if the descriptor got lost on the way or there is no room for it.
+    /// descriptor is its pidfd; the pid is only told on. Its end is told as `Exited`, with
+    /// [`Exit::Unknown`] unless its parent has left it to the monitor. Answered only if it cannot
+    /// be watched: by `NotStarted`, with `EEXIST` if the id is taken, `EMFILE` if the descriptor got
+    /// lost on the way or there is no room for it.
     Watch { id: u64, pid: u32, label: Vec<u8> },
     /// The distributor exits now. The next one, and launchers from then on, are the program
     /// behind the descriptor, with the same arguments. Its first distributor has to say

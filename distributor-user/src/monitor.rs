@@ -103,8 +103,9 @@ fn supervise(programs: Programs, runtime_dir: &Path) -> anyhow::Result<u8> {
             }
         }
         monitor.read();
-        ended.into_iter().for_each(|id| monitor.step(Event::WatchedEnded { id }));
+        // First, because of who has become our child since we watch him we know how he ended.
         monitor.reap();
+        ended.into_iter().for_each(|id| monitor.step(Event::WatchedEnded { id }));
         monitor.write();
     };
     monitor.end_what_is_left();

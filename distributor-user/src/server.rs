@@ -156,7 +156,7 @@ struct Watchdog {
     until: Instant,
 }
 
-/// The process that was launched.
+/// The process that was launched, or the one that the server has named since.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Main {
     /// It does not run the server's command yet.
@@ -247,6 +247,8 @@ pub enum Report {
     NotifyStatus(String),
     /// STOPPING=1
     NotifyStopping,
+    /// MAINPID=: this process of its cgroup is the main one, and is watched as such.
+    MainPid { pid: u32 },
     /// WATCHDOG=1; or it could not have been heard lately.
     NotifyWatchdog,
     /// WATCHDOG=trigger
@@ -257,7 +259,7 @@ pub enum Report {
     NotifyExtendTimeout(Duration),
     /// After `Exclude`: it has no connections. Told at once where it has none.
     DrainDone,
-    /// The process that was launched has ended. `others_left`: its cgroup is not empty now.
+    /// The main process has ended. `others_left`: its cgroup is not empty now.
     MainExited { exit: Exit, others_left: bool },
     /// No process is left in its cgroup. Also told, at once, after a `KillCgroup` that finds
     /// none.
@@ -505,7 +507,7 @@ impl Server {
         self.history.instance
     }
 
-    /// The process that was launched, while it runs.
+    /// The main process, while it runs.
     pub fn pid(&self) -> Option<u32> {
         match self.run()?.main {
             Main::Running { pid } => Some(pid),
@@ -670,7 +672,7 @@ const STOPS_BY_ITSELF: &str = "stops by itself";
 const MOST_ELSEWHERE: usize = 4;
 
 /// A length of time as short as a sentence wants it: `37ms`, `0.4s`, `2s`, `3m12s`.
-fn span(length: Duration) -> String {
+pub fn span(length: Duration) -> String {
     if length < Duration::from_millis(100) {
         return format!("{}ms", length.as_millis());
     }

@@ -7,6 +7,7 @@
 
 mod adopt;
 mod audit;
+mod drain;
 mod launch;
 mod notified;
 mod report;
@@ -40,6 +41,7 @@ use crate::{
     config,
     control::Response,
     distributor::Input,
+    drain::Drain,
     error, instance,
     keeper::{self, Keeper},
     kernel::{self, Desk, Kernel, ProgramLog},
@@ -59,6 +61,7 @@ pub use audit::Drift;
 pub use launch::{Found, Label, Ran, Succession};
 #[cfg(test)]
 pub(crate) use launch::{is_unaccounted, latest_first};
+pub use notified::FORMER;
 pub use report::vacant_status;
 pub use survey::{Left, left};
 
@@ -151,6 +154,9 @@ struct Entry {
     /// Live: the configuration's, or what an operator set since.
     weight: u32,
     limit: Option<u32>,
+    /// An operator has taken it out.
+    drain: Option<Drain>,
+    closing: drain::Closing,
     run: Option<Running>,
     /// Of ended instances.
     total_before: u64,
@@ -330,6 +336,8 @@ impl Service {
                     weight: server.weight,
                     limit: server.limit,
                     config: server.clone(),
+                    drain: None,
+                    closing: drain::Closing::default(),
                     run: None,
                     total_before: 0,
                     most_before: 0,
@@ -353,6 +361,11 @@ impl Service {
     pub fn is_ready(&self) -> bool {
         let mut entries = self.entries.iter().filter(|entry| !entry.gone);
         entries.all(|entry| entry.run.as_ref().is_some_and(|run| run.included))
+    }
+
+    /// Some server is ready.
+    pub fn serves(&self) -> bool {
+        self.entries.iter().any(|entry| entry.run.as_ref().is_some_and(|run| run.included))
     }
 
     /// Every server has stopped.
@@ -384,9 +397,10 @@ impl Service {
             self.take_back(host);
         }
         self.stopping = true;
-        // Whoever was adopted serves on, and in the end alone.
-        let guests = (0..self.entries.len()).filter(|entry| self.is_guest(*entry)).count();
-        if guests == 0 {
+        // Whoever was adopted serves on, and in the end alone: also if he was drained.
+        let guests: Vec<usize> = (0..self.entries.len()).filter(|entry| self.is_guest(*entry)).collect();
+        guests.iter().for_each(|guest| self.end_drain(*guest));
+        if guests.is_empty() {
             self.closing = true;
             self.write_plan();
             // No server will be free for them.
@@ -445,6 +459,7 @@ impl Service {
         if self.stopping {
             return Response::failure(format!("service {} is being stopped", self.config.name));
         }
+        self.end_drain(entry);
         self.tell(entry, Event::Resume, host);
         Response::Done
     }
@@ -731,6 +746,7 @@ impl Service {
                 let told = self.entries[entry].machine.pid() == Some(pid);
                 if !told {
                     self.report(entry, Report::Launched { pid }, host);
+                    self.follow_main(entry, host);
                 }
             }
             (Launch::Failed | Launch::Nothing, _) => {}
@@ -748,7 +764,9 @@ impl Service {
     /// When `tick` is next worth calling.
     pub fn deadline(&self) -> Option<Instant> {
         let machines = self.entries.iter().filter_map(|entry| entry.machine.deadline());
-        machines.chain(self.scans.iter().map(|scan| scan.at)).min()
+        let now = Instant::now();
+        let drains = self.entries.iter().filter_map(|entry| entry.drain?.deadline(now));
+        machines.chain(self.scans.iter().map(|scan| scan.at)).chain(drains).min()
     }
 
     /// Something is waited for that nobody tells: look often.
@@ -778,6 +796,7 @@ impl Service {
         }
         let Ok(load) = self.kernel.load() else { return };
         self.check_drained(&load, host);
+        self.close_rest(&load, now, host);
         self.free_retired(&load);
     }
 
@@ -1034,7 +1053,7 @@ impl Service {
             // The first time all are new. An adopted one is not.
             let warms = run.filter(|run| run.guest.is_none() && run.instance > Instance(1));
             share::Candidate {
-                included: run.is_some_and(|run| run.included),
+                included: run.is_some_and(|run| run.included) && entry.drain.is_none(),
                 backup: entry.config.backup,
                 weight: entry.weight,
                 warms: warms.filter(|_| !entry.config.slow_start.is_zero()).map(|_| Warming {

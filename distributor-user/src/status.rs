@@ -14,6 +14,8 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+use crate::drain::Rest;
+
 /// Everything one instance of dist-ctl knows of its services.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Status {
@@ -136,8 +138,21 @@ pub struct ServerStatus {
     /// places of its limit.
     #[serde(default)]
     pub earlier: u32,
+    /// An operator has taken it out until he resumes it.
+    #[serde(default)]
+    pub drain: Option<DrainStatus>,
     /// When it entered its state.
     pub since: Timestamp,
+}
+
+/// Since when it is drained, and what becomes of its connections.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DrainStatus {
+    pub since: Timestamp,
+    /// What becomes of those that are left when the time is up.
+    pub then: Rest,
+    /// 0: the time is up. `None`: they have any time.
+    pub seconds_left: Option<f64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -505,6 +520,7 @@ mod tests {
             accept_queue: Some(0),
             adopted: false,
             earlier: 0,
+            drain: None,
             restarts: 0,
             since: "2026-01-02T03:04:05Z".parse().unwrap(),
         }

@@ -20,6 +20,7 @@ pub mod http;
 pub mod inside;
 pub mod leftover;
 pub mod load;
+pub mod manager;
 pub mod netlink;
 pub mod network;
 pub mod process;

@@ -94,7 +94,16 @@ pub struct Server {
     pub restarts: u64,
     pub adopted: bool,
     pub earlier: u64,
+    pub drain: Option<Drain>,
     pub since: String,
+}
+
+/// An operator has taken it out.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct Drain {
+    pub since: String,
+    pub then: String,
+    pub seconds_left: Option<f64>,
 }
 
 impl Status {

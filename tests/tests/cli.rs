@@ -313,7 +313,7 @@ fn a_trial_whose_verdict_nobody_reads_fails_with_a_sentence() {
 #[test]
 fn every_command_explains_itself_with_an_example() {
     let host = Host::new();
-    for command in ["up", "status", "weight", "limit", "resume", "down", "check"] {
+    for command in ["up", "status", "weight", "limit", "drain", "resume", "down", "check"] {
         let help = host.run(&[command, "--help"]).expect_done().stdout;
         assert!(help.contains("Example") && help.contains(&format!("dist-ctl {command}")), "{help}");
     }
@@ -352,7 +352,13 @@ fn readers_may_look_and_change_nothing() {
     let up = host.start_toml(&toml);
     up.wait_ready();
     as_user(&up, 65534, 33, &["status", "--json"]).expect_done();
-    for words in [&["weight", "app/1", "5"][..], &["limit", "app/1", "5"], &["resume", "app/1"], &["down"]] {
+    for words in [
+        &["weight", "app/1", "5"][..],
+        &["limit", "app/1", "5"],
+        &["drain", "app/1"],
+        &["resume", "app/1"],
+        &["down"],
+    ] {
         as_user(&up, 65534, 33, words).expect_refusal(1, &["65534"]);
     }
     // A stranger who gets as far as the socket is refused by who he is.

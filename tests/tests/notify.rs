@@ -8,7 +8,7 @@ use tests::{
     app::App,
     client::{self, Client},
     host::{Host, Up, V4},
-    process::Signal,
+    process::{Process, Signal},
     wait::{seconds, stays, wait_for, wait_until_eq},
 };
 
@@ -181,4 +181,91 @@ fn what_a_server_says_of_itself_is_shown_to_people_and_to_programs() {
     wait_reason(&up, "app/1", "says: 3 of 9 loaded");
     let table = up.run(&["status"]).expect_done().stdout;
     assert!(table.contains("says: 3 of 9 loaded"), "{table}");
+}
+
+/// Two servers of which each hands over to another process on SIGUSR1.
+fn with_successors(host: &Host) -> App {
+    let script = host.write("successor.py", include_str!("../fixtures/successor.py"));
+    App::running(2, ["/usr/bin/python3", &script, "{name}"].map(str::to_owned).to_vec())
+}
+
+/// Has it hand over, and waits until that is known.
+#[track_caller]
+fn hand_over(up: &Up<'_>, server: &str) -> [Process; 2] {
+    let before = up.process(server);
+    before.signal(Signal::USR1);
+    let after = wait_for("another main process", seconds(10.0), || {
+        up.process_if_any(server).filter(|process| *process != before)
+    });
+    assert_eq!(after.parent(), Some(before.pid));
+    [before, after]
+}
+
+#[test]
+fn the_process_that_a_server_names_is_its_main_one_from_then_on() {
+    let host = Host::new();
+    let mut app = with_successors(&host);
+    app.server = "restart = { healthy_after = \"1ms\" }".to_owned();
+    let up = host.up(&app);
+    let [before, after] = hand_over(&up, "app/1");
+    let held = client::hold(V4, 4);
+    let its: Vec<_> = held.iter().filter(|client| client.server == "1").map(|client| client.pid).collect();
+    assert_eq!(its, [after.pid, after.pid]);
+    // The one before is nobody's business, for the next distributor either.
+    let killed = up.distributor();
+    killed.kill(seconds(5.0));
+    wait_for("the next distributor", seconds(10.0), || (up.distributor() != killed).then_some(()));
+    up.wait_answering();
+    assert_eq!(up.process("app/1"), after);
+    assert!(before.runs());
+    before.kill(seconds(5.0));
+    stays("main process", Duration::from_millis(1500), Some(after), || up.process_if_any("app/1"));
+    assert_eq!((restarts(&up), up.service().states()), (vec![0, 0], vec!["ready", "ready"]));
+    // And its end is the server's. Its parent is dead, so that it is known how it ended.
+    after.kill(seconds(5.0));
+    wait_until_eq("restarts", seconds(10.0), vec![1, 0], || restarts(&up));
+    up.wait_ready();
+    let reason = reason(&up, "app/1");
+    assert!(reason.contains("was killed by SIGKILL after"), "{reason}");
+}
+
+#[test]
+fn the_process_that_a_server_names_is_the_one_that_is_stopped() {
+    let host = Host::new();
+    let up = host.up(&with_successors(&host));
+    let all = [hand_over(&up, "app/1"), hand_over(&up, "app/2")].concat();
+    let log = up.log();
+    up.stop();
+    assert!(all.iter().all(|process| !process.runs()));
+    assert!(!log.contains("watch"), "{log}");
+}
+
+#[test]
+fn a_monitor_that_was_killed_is_followed_by_one_that_watches_the_named_process() {
+    let host = Host::new();
+    let app = with_successors(&host);
+    let up = host.up(&app);
+    let [before, after] = hand_over(&up, "app/1");
+    let distributor = up.distributor();
+    up.signal(Signal::KILL);
+    wait_for("the distributor to end too", seconds(10.0), || (!distributor.runs()).then_some(()));
+    up.forget();
+    let up = host.up(&app);
+    assert_eq!(up.process("app/1"), after);
+    assert!(before.runs());
+    after.kill(seconds(5.0));
+    wait_until_eq("restarts", seconds(10.0), vec![1, 0], || restarts(&up));
+    up.wait_ready();
+}
+
+#[test]
+fn a_process_of_somebody_else_is_not_believed_to_be_the_main_one() {
+    let host = Host::new();
+    let up = host.up(&App::of(&host, 1));
+    let server = up.process("app/1");
+    let mut client = Client::open(V4).expect("connect");
+    client.say(&format!("notify MAINPID={}", std::process::id())).expect("tell it");
+    wait_for("a line in the log", seconds(10.0), || up.log().contains("ignores it").then_some(()));
+    assert_eq!(up.process("app/1"), server);
+    assert!(client.is_served());
 }

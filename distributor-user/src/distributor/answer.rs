@@ -1,7 +1,7 @@
 //! What operators ask, and what they are told.
 #![forbid(unsafe_code)]
 
-use std::os::fd::AsFd as _;
+use std::{os::fd::AsFd as _, time::Duration};
 
 use distributor_ebpf::contract;
 use tokio::{
@@ -13,6 +13,7 @@ use tracing::info;
 use super::{Distributor, Input};
 use crate::{
     control::{Command, Response},
+    drain::Rest,
     message::ToMonitor,
     service::{Host, Service},
     status::{Status, Trouble},
@@ -50,6 +51,16 @@ impl Distributor<'_> {
                     Ok(()) => Response::Done,
                     Err(error) => Response::input(format!("{error:#}")),
                 })
+            }
+            Command::Drain { server, timeout_seconds, then } => {
+                let timeout = match timeout_seconds.map(Duration::try_from_secs_f64).transpose() {
+                    Ok(timeout) => timeout,
+                    Err(error) => return Response::input(format!("timeout_seconds: {error}")),
+                };
+                if timeout.is_none() && then == Rest::Close {
+                    return Response::input("then: \"close\" needs timeout_seconds: write 0 for at once");
+                }
+                self.of_server(&server, |service, entry, _| service.drain(entry, timeout, then))
             }
             Command::Resume { server } => {
                 self.of_server(&server, |service, entry, host| service.resume(entry, host))

@@ -981,6 +981,7 @@ impl World {
             run: None,
             weight: entry.weight,
             limit: None,
+            drain: None,
             total_before: 0,
             most_before: 0,
             retired: Vec::new(),

@@ -362,9 +362,14 @@ impl<F> State<F> {
 
     /// A child of ours ended that is not the distributor.
     fn exited(&mut self, pid: u32, exit: Exit) -> Vec<Action<F>> {
-        let mut started = self.children.iter().filter(|(_, child)| matches!(child.is, Is::Started));
-        match started.find(|(_, child)| child.pid == pid) {
-            Some((&id, _)) => self.ended(id, exit),
+        let of = |is: fn(&Is<F>) -> bool| {
+            let mut its = self.children.iter().filter(|(_, child)| child.pid == pid && is(&child.is));
+            its.next().map(|(&id, _)| id)
+        };
+        // One that is watched was left to us by its parent. If its number is another's by now it has
+        // ended all the same, and only how would be wrong.
+        match of(|is| matches!(is, Is::Started)).or_else(|| of(|is| matches!(is, Is::Watched(_)))) {
+            Some(id) => self.ended(id, exit),
             // Without a distributor this is lost: the next one looks for itself what of its
             // servers is still there.
             None => self.tell(FromMonitor::Orphan { pid, exit }),
@@ -797,6 +802,17 @@ mod tests {
         assert_eq!(state.step(Event::WatchedEnded { id: 10 }, now), [Action::Tell(ended)]);
         assert_eq!(state.watched().count(), 0, "the descriptor is still there");
         assert_eq!(state.step(signal(), now), []);
+    }
+
+    #[test]
+    fn a_watched_process_that_was_left_to_us_is_known_to_have_ended_so() {
+        let now = Instant::now();
+        let mut state = ready(now);
+        watch(&mut state, 10, 110, 7, now);
+        let told = state.step(Event::Exited { pid: 110, exit: Exit::Signal(11) }, now);
+        let ended = FromMonitor::Exited { id: 10, pid: 110, exit: Exit::Signal(11) };
+        assert_eq!(told, [Action::Tell(ended)]);
+        assert_eq!(state.step(Event::WatchedEnded { id: 10 }, now), [], "told twice");
     }
 
     #[test]

@@ -31,7 +31,7 @@ impl Step<'_> {
         use Event::{Of, Resume, Start, Stop, Tick};
         use Report::{
             CgroupEmpty, DrainDone, LaunchFailed, LaunchInterrupted, LaunchLacked, Launched, ListenerAdopted,
-            ListenerGone, ListensElsewhere, MainExited, Misbound, NotifyExtendTimeout, NotifyReady,
+            ListenerGone, ListensElsewhere, MainExited, MainPid, Misbound, NotifyExtendTimeout, NotifyReady,
             NotifyStatus, NotifyStopping, NotifyWatchdog, NotifyWatchdogInterval, NotifyWatchdogTrigger,
         };
         use State::{Backoff, Draining, Failed, Ready, Starting, Stopped, Stopping};
@@ -283,7 +283,7 @@ impl Step<'_> {
                     return Draining { since, deadline, run, then };
                 }
                 let why = self.ended(&run, &exit.to_string());
-                let then = self.judged(then, why, exit == Exit::Code(0), &run);
+                let then = self.judged(then, why, is_good(exit), &run);
                 self.finish(run, others_left, then)
             }
             (Draining { run, then, .. }, Of(_, NotifyWatchdogTrigger)) => {
@@ -393,7 +393,7 @@ impl Step<'_> {
                     _ => exit.to_string(),
                 };
                 let why = self.ended(&run, &how);
-                let then = self.judged(then, why, exit == Exit::Code(0), &run);
+                let then = self.judged(then, why, is_good(exit), &run);
                 if !others_left {
                     return self.end(then);
                 }
@@ -491,6 +491,22 @@ impl Step<'_> {
                 self.history.says = says;
                 state
             }
+            (
+                mut state @ (Starting { .. } | Ready { .. } | Draining { .. } | Stopping { .. }),
+                Of(_, MainPid { pid }),
+            ) => {
+                let (Starting { run, .. } | Ready { run, .. } | Draining { run, .. } | Stopping { run, .. }) =
+                    &mut state
+                else {
+                    return state;
+                };
+                match run.main {
+                    Main::Running { .. } | Main::Background => run.main = Main::Running { pid },
+                    // Nobody of it could have said so yet; it is being ended with all it has.
+                    Main::Launching | Main::Ended => {}
+                }
+                state
+            }
             (state, Of(_, NotifyWatchdogInterval(interval))) => self.watch(state, interval),
             // It has to say it only while it is ready.
             (
@@ -517,6 +533,7 @@ impl Step<'_> {
                     | NotifyReady
                     | NotifyStatus(_)
                     | NotifyStopping
+                    | MainPid { .. }
                     | NotifyWatchdogTrigger
                     | NotifyExtendTimeout(_)
                     | DrainDone
@@ -798,6 +815,11 @@ const LAST_PROCESS_ENDED: &str = "ended with its last process";
 /// other end of the main process is the server's, whatever it leaves behind.
 fn is_daemon(exit: Exit, others_left: bool) -> bool {
     exit == Exit::Code(0) && others_left
+}
+
+/// As far as is known.
+fn is_good(exit: Exit) -> bool {
+    matches!(exit, Exit::Code(0) | Exit::Unknown)
 }
 
 fn could_not_be_started(sentence: &str) -> String {

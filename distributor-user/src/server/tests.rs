@@ -591,6 +591,37 @@ fn stop_takes_the_place_of_one_by_itself() {
     assert_eq!(story.status(), ServerState::Stopped);
 }
 
+// -- Another main process
+
+#[test]
+fn the_main_process_is_the_one_that_the_server_names() {
+    let mut story = Story::ready();
+    assert_eq!(story.report(Report::MainPid { pid: 4712 }), NOTHING);
+    assert_eq!(story.server.pid(), Some(4712));
+    assert_eq!(story.status(), ServerState::Ready);
+    assert_eq!(story.exits(Exit::Unknown), ["exclude 1", "remove 1", "launch 2"]);
+}
+
+#[test]
+fn a_daemon_that_names_its_main_process_is_watched_by_it() {
+    let mut story = Story::ready();
+    story.exits_leaving_others(Exit::Code(0));
+    assert_eq!(story.server.pid(), None);
+    story.report(Report::MainPid { pid: 4712 });
+    assert_eq!(story.server.pid(), Some(4712));
+    assert!(!story.server.awaits_empty());
+    story.tell(Event::Stop);
+    assert_eq!(story.report(Report::DrainDone), ["SIGTERM to main of 1"]);
+}
+
+#[test]
+fn one_whose_main_process_has_failed_names_no_other() {
+    let mut story = Story::ready();
+    assert_eq!(story.exits_leaving_others(Exit::Code(1)), ["exclude 1", "kill 1"]);
+    story.report(Report::MainPid { pid: 4712 });
+    assert_eq!(story.server.pid(), None);
+}
+
 // -- Saying that it is well
 
 fn watched() -> Story {
@@ -1008,6 +1039,7 @@ fn any_report() -> impl Strategy<Value = Report> {
         3 => Just(Report::NotifyReady),
         1 => Just(Report::NotifyStatus("fine".to_owned())),
         1 => Just(Report::NotifyStopping),
+        1 => Just(Report::MainPid { pid: 4712 }),
         2 => Just(Report::NotifyWatchdog),
         1 => Just(Report::NotifyWatchdogTrigger),
         1 => proptest::option::of(1..20_u64)

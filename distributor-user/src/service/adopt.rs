@@ -269,7 +269,7 @@ impl Service {
         if let Some(entry) = self.entries.iter().position(|entry| entry.config.name == name) {
             ensure!(self.entries[entry].gone, "a server is called {name} already: give it another --name");
             let entry_ = &mut self.entries[entry];
-            entry_.gone = false;
+            (entry_.gone, entry_.drain) = (false, None);
             entry_.config.command = command.to_vec();
             return Ok(entry);
         }
@@ -287,6 +287,8 @@ impl Service {
             machine: Server::new(Instance(0), Instant::now()),
             weight: config.weight,
             limit: config.limit,
+            drain: None,
+            closing: super::drain::Closing::default(),
             run: None,
             total_before: 0,
             most_before: 0,
@@ -495,8 +497,8 @@ impl Service {
         true
     }
 
-    /// Has the monitor watch the process of an adopted server. If it is gone, so are we in a moment.
-    fn watch(&self, entry: usize, pidfd: BorrowedFd<'_>, host: &mut Host<'_>) {
+    /// Has the monitor watch a process that somebody else started. If it is gone, so are we in a moment.
+    pub(super) fn watch(&self, entry: usize, pidfd: BorrowedFd<'_>, host: &mut Host<'_>) {
         let Some(run) = &self.entries[entry].run else { return };
         let label = serde_json::to_vec(&self.label(entry)).unwrap_or_default();
         let watch = ToMonitor::Watch { id: run.id, pid: run.pid.unwrap_or(0), label };

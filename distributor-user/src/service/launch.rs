@@ -22,6 +22,7 @@ use crate::{
     affinity,
     config::{self, SocketMode},
     distributor::Input,
+    drain::Drain,
     error, foreign,
     launch::{self, Exec, Limit, Socket},
     link::{Child, Held},
@@ -44,6 +45,9 @@ pub struct Label {
     /// Live: the configuration's, or what an operator set since.
     pub weight: u32,
     pub limit: Option<u32>,
+    /// An operator has taken it out, and that holds until he resumes it.
+    #[serde(default)]
+    pub drain: Option<Drain>,
     /// Of ended instances that have no connections any more.
     pub total_before: u64,
     pub most_before: u64,
@@ -123,13 +127,24 @@ impl Service {
         });
         cgroup.create()?;
         let cgroup_id = cgroup.id().context("read the number of a cgroup")?;
-        let notify = self.listen_to(entry, instance, notify_path.clone(), None, host)?;
+        let notify = match self.listen_to(entry, instance, notify_path.clone(), None, host) {
+            Ok(notify) => Some(notify),
+            // It can do without, as on a full disk it has to.
+            Err(error) if !self.needs_notify(entry) => {
+                let name = &self.entries[entry].config.name;
+                warn!("server {name}: {}; starts it without NOTIFY_SOCKET", error::sentence(&error));
+                None
+            }
+            Err(error) => return Err(error),
+        };
         let mut exec = self.exec(entry, cgroup.path().to_owned());
-        exec.environment.push(("NOTIFY_SOCKET".to_owned(), notify_path.to_string_lossy().into_owned()));
+        if notify.is_some() {
+            exec.environment.push(("NOTIFY_SOCKET".to_owned(), notify_path.to_string_lossy().into_owned()));
+        }
         let label = self.label(entry);
         let run = self.entries[entry].run.as_mut().context("the instance was just made")?;
         run.cgroup_id = cgroup_id;
-        run.notify = Some(notify);
+        run.notify = notify;
         let (theirs, ours) = launch::pair().context("make a socket for the launcher")?;
         let start = ToMonitor::Start { id: run.id, label: serde_json::to_vec(&label)? };
         run.launch = Launch::UnderWay;
@@ -205,6 +220,9 @@ impl Service {
         if succession == Succession::Next {
             (server.weight, server.limit) = (label.weight, label.limit);
         }
+        // Of all that was said, this holds under another monitor too: what is not to be reached must not
+        // be reached because something else was killed.
+        server.drain = label.drain;
         (server.total_before, server.most_before) = (label.total_before, label.most_before);
         server.machine = match succession {
             Succession::Next => label.machine.clone(),
@@ -433,6 +451,11 @@ impl Service {
         }
     }
 
+    /// It would be taken for one that fails if it could say nothing.
+    fn needs_notify(&self, entry: usize) -> bool {
+        self.config.readiness == config::Readiness::Notify || self.entries[entry].config.watchdog.is_some()
+    }
+
     /// The cgroup and the notify socket of an instance.
     fn places_of(
         &self,
@@ -484,7 +507,7 @@ impl Service {
                 }
             }
         });
-        Ok(Hearing { task, key })
+        Ok(Hearing::new(task, key))
     }
 
     fn exec(&self, entry: usize, cgroup: std::path::PathBuf) -> Exec {
@@ -530,6 +553,7 @@ impl Service {
             }),
             weight: server.weight,
             limit: server.limit,
+            drain: server.drain,
             total_before: server.total_before,
             most_before: server.most_before,
             retired: retired.map(|retired| (retired.slot, retired.base)).collect(),

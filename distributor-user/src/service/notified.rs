@@ -4,13 +4,17 @@
 //! told to its state machine.
 #![forbid(unsafe_code)]
 
-use tokio::task::JoinHandle;
-use tracing::debug;
+use std::os::fd::AsFd as _;
 
-use super::{Host, Service};
+use tokio::task::JoinHandle;
+use tracing::{debug, info, warn};
+
+use super::{Entry, Host, Service};
 use crate::{
+    message::ToMonitor,
     notify::{self, Notification},
-    server::{Instance, Report},
+    record,
+    server::{Instance, Main, Report},
 };
 
 /// Who listens to what an instance says.
@@ -18,7 +22,18 @@ pub(super) struct Hearing {
     pub(super) task: JoinHandle<()>,
     /// The monitor's number of the socket.
     pub(super) key: u64,
+    /// The main process that it has named before its launch was settled.
+    main: Option<u32>,
 }
+
+impl Hearing {
+    pub(super) fn new(task: JoinHandle<()>, key: u64) -> Self {
+        Self { task, key, main: None }
+    }
+}
+
+/// What the label of a process begins with that was a server's main one.
+pub const FORMER: &[u8] = b"former ";
 
 impl Service {
     pub fn notified(
@@ -48,10 +63,54 @@ impl Service {
                 Notification::WatchdogTrigger => Report::NotifyWatchdogTrigger,
                 Notification::WatchdogInterval(interval) => Report::NotifyWatchdogInterval(*interval),
                 Notification::ExtendTimeout(by) => Report::NotifyExtendTimeout(*by),
-                Notification::MainPid(_) | Notification::Other => continue,
+                Notification::MainPid(pid) => {
+                    if let Some(hearing) =
+                        self.entries[entry].run.as_mut().and_then(|run| run.notify.as_mut())
+                    {
+                        hearing.main = Some(*pid);
+                    }
+                    self.follow_main(entry, host);
+                    continue;
+                }
+                Notification::Other => continue,
             };
             self.report(entry, report, host);
         }
+    }
+
+    /// Has the monitor watch the process that the server has named as its main one, in the place of
+    /// the one before. That is no business of ours any more, until its cgroup is cleared.
+    pub(super) fn follow_main(&mut self, entry: usize, host: &mut Host<'_>) {
+        let Entry { config, machine, run, .. } = &mut self.entries[entry];
+        let is_settled = machine.run().is_some_and(|run| match run.main() {
+            Main::Running { .. } | Main::Background => true,
+            Main::Launching | Main::Ended => false,
+        });
+        let name = &config.name;
+        let Some(run) = run.as_mut().filter(|_| is_settled) else { return };
+        let Some(pid) = run.notify.as_mut().and_then(|hearing| hearing.main.take()) else { return };
+        if machine.pid() == Some(pid) {
+            return;
+        }
+        // In there after it was opened: so it is no other process of the same number.
+        let process = record::process(pid).filter(|_| run.cgroup.processes().contains(&pid));
+        let Some((pidfd, start_time)) = process else {
+            warn!(
+                "server {name} says that process {pid} is its main one, and has none of that number: ignores it"
+            );
+            return;
+        };
+        info!("server {name} goes on with process {pid} as its main one");
+        // Before the other is watched: two children with the label of one server would be one too many
+        // to the next distributor.
+        let former = ToMonitor::Relabel { id: run.id, label: [FORMER, name.as_bytes()].concat() };
+        self.ended.push(run.id);
+        (run.id, run.pid, run.start_time) = (host.link.number(), Some(pid), Some(start_time));
+        if let Err(error) = host.link.send(&former, None) {
+            debug!("server {name}: {error:#}");
+        }
+        self.report(entry, Report::MainPid { pid }, host);
+        self.watch(entry, pidfd.as_fd(), host);
     }
 
     /// It is well, as far as we know: it has its whole time again to say so.

@@ -15,9 +15,15 @@ use rustix::time::{ClockId, clock_gettime};
 
 use super::Service;
 use crate::{
-    accept_queue, config, listener,
+    accept_queue, config,
+    drain::Rest,
+    listener,
     share::{HeldBack, Share},
-    status::{self, Bucket, DriftStatus, Histogram, ServerState, ServerStatus, ServiceStatus, WaitingStatus},
+    status::{
+        self, Bucket, DrainStatus, DriftStatus, Histogram, ServerState, ServerStatus, ServiceStatus,
+        WaitingStatus,
+    },
+    systemd::Summary,
 };
 
 impl Service {
@@ -61,20 +67,43 @@ impl Service {
         })
     }
 
+    /// The same in a few numbers.
+    pub fn summary(&self) -> Summary {
+        let servers = self.entries.iter().filter(|entry| !entry.gone);
+        let ready = |entry: &&super::Entry| {
+            entry.drain.is_none() && entry.run.as_ref().is_some_and(|run| run.included)
+        };
+        Summary {
+            servers: servers.clone().count(),
+            ready: servers.filter(ready).count(),
+            waiting: self.kernel.load().map_or(0, |load| load.waiting),
+        }
+    }
+
     fn server_status(&self, entry: usize, share: Share, load: &Load) -> ServerStatus {
         let server = &self.entries[entry];
         let now = Instant::now();
         let retired = || self.retired.iter().filter(|retired| retired.entry == Some(entry));
+        let wall = |then: Instant| (SystemTime::now() - now.saturating_duration_since(then)).into();
         let active = |slot: u32| word::active(load.word[slot as usize]);
         let run = server.run.as_ref();
         let connections: u64 =
             run.map(|run| run.slot).into_iter().chain(retired().map(|it| it.slot)).map(active).sum();
         let total = run.map_or(0, |run| load.total[run.slot as usize] - run.base)
             + retired().map(|it| load.total[it.slot as usize] - it.base).sum::<u64>();
+        let earlier = run.and_then(|run| run.guest.as_ref()).map_or(0, |guest| guest.earlier_open);
+        let included = run.is_some_and(|run| run.included);
+        let machine_reason = server.machine.reason(now, &server.policy);
+        let drained = server.drain.map(|drain| drain.reason(now, connections + u64::from(earlier)));
+        let (state, since) = match server.drain {
+            // What else it does is more than that it would get none.
+            Some(drain) if included => (ServerState::Draining, drain.since.max(server.machine.since())),
+            _ => (server.machine.status(), server.machine.since()),
+        };
         ServerStatus {
             name: server.config.name.clone(),
-            state: server.machine.status(),
-            reason: reason(server.machine.reason(now, &server.policy), share.held_back),
+            state,
+            reason: reason([drained, machine_reason, share.held_back.map(held_back)]),
             pid: server.machine.pid(),
             connections,
             connections_max: run
@@ -88,8 +117,13 @@ impl Service {
             accept_queue: self.accept_queue(entry),
             restarts: server.machine.restarts(),
             adopted: run.is_some_and(|run| run.guest.is_some()),
-            earlier: run.and_then(|run| run.guest.as_ref()).map_or(0, |guest| guest.earlier_open),
-            since: (SystemTime::now() - now.saturating_duration_since(server.machine.since())).into(),
+            earlier,
+            drain: server.drain.map(|drain| DrainStatus {
+                since: wall(drain.since),
+                then: drain.ahead(now).map_or(Rest::Leave, |(_, then)| then),
+                seconds_left: drain.ahead(now).map(|(left, _)| left.as_secs_f64()),
+            }),
+            since: wall(since),
         }
     }
 
@@ -109,17 +143,19 @@ impl Service {
     }
 }
 
-/// What the server says, and why it does not get its whole share.
-fn reason(said: Option<String>, held_back: Option<HeldBack>) -> Option<String> {
-    let held_back = held_back.map(|why| match why {
+/// What is to be said of a server, in one line.
+fn reason(parts: [Option<String>; 3]) -> Option<String> {
+    let parts: Vec<String> = parts.into_iter().flatten().collect();
+    (!parts.is_empty()).then(|| parts.join("; "))
+}
+
+/// Why it does not get its whole share.
+fn held_back(why: HeldBack) -> String {
+    match why {
         HeldBack::Backup => "backup: gets connections when no other server is ready".to_owned(),
         HeldBack::Warms { percent, left } => {
             format!("slow start: {percent} % of its weight, all of it in {}", status::age(left))
         }
-    });
-    match (said, held_back) {
-        (Some(said), Some(held_back)) => Some(format!("{said}; {held_back}")),
-        (said, held_back) => said.or(held_back),
     }
 }
 
@@ -154,6 +190,7 @@ pub fn vacant_status(config: &config::Service, why: &str, since: SystemTime) -> 
         restarts: 0,
         adopted: false,
         earlier: 0,
+        drain: None,
         since: since.into(),
     };
     ServiceStatus {

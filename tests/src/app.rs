@@ -107,10 +107,11 @@ impl App {
         if let Some(socket) = self.socket {
             line(format!("socket = {}", quoted(socket)));
         }
-        // A test that stops servers on purpose says so; the others should not wait for them.
-        for name in ["stop_timeout", "drain_timeout"] {
+        // The default, but where servers start slowly. A test that stops servers on purpose says so; the
+        // others should not wait for them.
+        for (name, time) in [("start_timeout", 60.0), ("stop_timeout", 3.0), ("drain_timeout", 3.0)] {
             if !self.server.contains(name) {
-                line(format!("{name} = \"{}s\"", seconds(3.0).as_secs()));
+                line(format!("{name} = \"{}s\"", seconds(time).as_secs()));
             }
         }
         line(self.server.clone());

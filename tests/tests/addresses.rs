@@ -232,7 +232,7 @@ fn a_server_that_uses_multipath_tcp_is_stopped_with_a_reason() {
 fn a_server_that_listens_on_another_port_never_becomes_ready_and_says_where_it_listens() {
     let host = Host::new();
     let mut app = App::with(&host, 1, &["--listen", "[::]:9090"]);
-    app.server = format!("start_timeout = \"{}\"", lasting(1.0));
+    app.server = format!("start_timeout = \"{}\"", lasting(2.0));
     let up = host.start(&app);
     let server = wait_for("a reason that names the address", seconds(5.0), || {
         let server = up.service().server("app/1").clone();

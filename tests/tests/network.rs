@@ -21,7 +21,7 @@ use tests::{
     host::{Host, Up, heavy},
     network,
     site::{self, CLIENTS, ETHERNET, Site},
-    wait::{seconds, stays, wait_until_eq},
+    wait::{fewer, seconds, stays, wait_until_eq},
     wire::Segment,
 };
 
@@ -514,8 +514,9 @@ fn a_flood_from_another_host_over_ipv6_takes_nobody_his_place() {
     let up = up(host, &App { limit: Some(LIMIT), ..App::of(host, SERVERS) });
     let [v4, v6] = site.service(1);
     let over = AtomicBool::new(false);
+    let per_second = fewer(PER_SECOND as usize, 2_000) as u32;
     let (sent, served) = thread::scope(|scope| {
-        let flooding = scope.spawn(|| flood.run_to(v6, PER_SECOND, &over));
+        let flooding = scope.spawn(|| flood.run_to(v6, per_second, &over));
         let served = site.clients.run(|| {
             let _end = Ends(&over);
             let mut serial = Serial::free(v6);

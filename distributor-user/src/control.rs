@@ -1077,7 +1077,7 @@ mod tests {
                 Command::Drain { server: server(), timeout_seconds: Some(1.5), then: Rest::Close },
             ),
             (
-                r#"{"command":"drain","server":"shop/1"}"#,
+                r#"{"command":"drain","server":"shop/1","timeout_seconds":null,"then":"leave"}"#,
                 Command::Drain { server: server(), timeout_seconds: None, then: Rest::Leave },
             ),
             (r#"{"command":"resume","server":"shop/1"}"#, Command::Resume { server: server() }),
@@ -1117,16 +1117,16 @@ mod tests {
             (
                 "[]",
                 "read the request: it has no \"command\": write one object on a line, like \
-                 {\"command\":\"status\"}; the commands are status, weight, limit, resume, adopt, release, down, upgrade",
+                 {\"command\":\"status\"}; the commands are status, weight, limit, drain, resume, adopt, release, down, upgrade",
             ),
             (
                 r#"{"command":5}"#,
                 "read the request: it has no \"command\": write one object on a line, like \
-                 {\"command\":\"status\"}; the commands are status, weight, limit, resume, adopt, release, down, upgrade",
+                 {\"command\":\"status\"}; the commands are status, weight, limit, drain, resume, adopt, release, down, upgrade",
             ),
             (
                 r#"{"command":"explode"}"#,
-                "no command is called \"explode\": the commands are status, weight, limit, \
+                "no command is called \"explode\": the commands are status, weight, limit, drain, \
                  resume, adopt, release, down, upgrade",
             ),
             (r#"{"command":"weight","weight":5}"#, "command \"weight\": missing field `server`"),

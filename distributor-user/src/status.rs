@@ -613,6 +613,7 @@ mod tests {
                     "accept_queue": null,
                     "adopted": false,
                     "earlier": 0,
+                    "drain": null,
                     "restarts": 3,
                     "since": "2026-01-02T03:07:15Z",
                 }],

@@ -52,7 +52,7 @@ use crate::{
     plan::{Indices, Slots, Wanted, WantedServer},
     record,
     server::{Action, Event, Instance, Recipient, Report, Server, Supervision},
-    share::{self, Share, Warming},
+    share::{self, HeldBack, Share, Warming},
     trouble::Troubles,
 };
 
@@ -71,6 +71,9 @@ const RUN: u32 = 8;
 const SCAN_TRIES: u32 = 50;
 /// ...with this pause. After that, the tick finds it.
 const SCAN_PAUSE: Duration = Duration::from_millis(1);
+
+/// Weights do not grow more often than that.
+const SHORTEST_STEP: Duration = Duration::from_millis(20);
 
 /// So many may wait while a service begins whose address is in use.
 const BRIEFLY: u32 = 1_024;
@@ -115,6 +118,8 @@ pub struct Service {
     /// The kernel does not wake a server to which it moves a connection.
     bell: bool,
     entries: Vec<Entry>,
+    /// How long a step of the shortest slow start lasts that is under way.
+    warms: Option<Duration>,
     cpus: affinity::Watch,
     /// Slots of ended instances that still hold connections.
     retired: Vec<Retired>,
@@ -304,6 +309,7 @@ impl Service {
             audit: audit::Audit::start(number, auditor, options.audit, host),
             bell: options.bell,
             entries: Vec::new(),
+            warms: None,
             cpus: affinity::Watch::default(),
             retired: Vec::new(),
             slots: Slots::default(),
@@ -763,10 +769,11 @@ impl Service {
 
     /// When `tick` is next worth calling.
     pub fn deadline(&self) -> Option<Instant> {
-        let machines = self.entries.iter().filter_map(|entry| entry.machine.deadline());
         let now = Instant::now();
+        let step = self.warms.map(|step| now + step);
+        let machines = self.entries.iter().filter_map(|entry| entry.machine.deadline());
         let drains = self.entries.iter().filter_map(|entry| entry.drain?.deadline(now));
-        machines.chain(self.scans.iter().map(|scan| scan.at)).chain(drains).min()
+        machines.chain(self.scans.iter().map(|scan| scan.at)).chain(drains).chain(step).min()
     }
 
     /// Something is waited for that nobody tells: look often.
@@ -798,6 +805,9 @@ impl Service {
         self.check_drained(&load, host);
         self.close_rest(&load, now, host);
         self.free_retired(&load);
+        if self.warms.is_some() {
+            self.write_plan();
+        }
     }
 
     /// Once a second: what is cheap to look at, and would otherwise depend on an event that
@@ -1071,6 +1081,10 @@ impl Service {
             return;
         }
         let shares = self.shares();
+        let warms = |share: &Share| matches!(share.held_back, Some(HeldBack::Warms { .. }));
+        let step = |entry: &Entry| (entry.config.slow_start / share::STEPS).max(SHORTEST_STEP);
+        let its = self.entries.iter().zip(&shares).filter(|(_, share)| warms(share));
+        self.warms = its.map(|(entry, _)| step(entry)).min();
         let wanted = Wanted {
             policy: self.config.policy,
             capacity: self.config.waiting.capacity,

@@ -10,7 +10,7 @@ use std::time::Duration;
 use distributor_ebpf::contract::WEIGHT_MAX;
 
 /// A weight grows in so many steps. Each is a plan to write, and with source-hash moves some clients.
-const STEPS: u32 = 20;
+pub const STEPS: u32 = 20;
 
 /// A server, ready or not.
 #[derive(Clone, Copy, Debug)]

@@ -81,7 +81,12 @@ fn a_slow_start_ends() {
     assert!(
         !up.service().server("app/2").reason.as_ref().is_some_and(|reason| reason.contains("slow start"))
     );
-    assert_eq!(by_name(&client::hold(V4, 20), ["1", "2"]), [10, 10]);
+    // What it shows is what it is now; the kernel is told a moment later.
+    wait_until_eq("the shares", seconds(10.0), [10, 10], || {
+        let shares = by_name(&client::hold(V4, 20), ["1", "2"]);
+        up.wait_connections(&[0, 0]);
+        shares
+    });
     up.stop();
 }
 

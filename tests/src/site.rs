@@ -82,6 +82,9 @@ impl Site {
         let ends = [(&self.router, &*link(number), ROUTER), (network, FAR, MEMBER)];
         for (network, link, member) in ends {
             network.run(|| {
+                // Or the link's own address cannot be used for its first second, and until then nobody
+                // can ask who has another one.
+                fs::write(format!("/proc/sys/net/ipv6/conf/{link}/accept_dad"), "0")?;
                 netlink::set_mtu(link, mtu)?;
                 netlink::bring_up(link)?;
                 netlink::add_address(link, v4(number, member), 24)?;

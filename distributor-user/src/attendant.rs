@@ -84,8 +84,8 @@ const KEEPER: u64 = 2;
 const CROWD: u32 = 80;
 
 /// How often the attendant looks around: while somebody waits, places become free without a
-/// word when reservations expire...
-const WATCHFUL: Duration = Duration::from_millis(100);
+/// word when reservations expire, and rooms are used up, the last of which would soon be full...
+const WATCHFUL: Duration = Duration::from_millis(20);
 /// ...and otherwise it only shows that it is there, well within `distributor_ebpf::contract::UNATTENDED`.
 const IDLE: Duration = Duration::from_millis(250);
 /// When a place is free and nobody could be handed over to it.
@@ -94,8 +94,6 @@ const STUCK: Duration = Duration::from_millis(20);
 const TENDING: u64 = SOON.as_nanos() as u64;
 /// How often the words are stamped, far more often than their epochs repeat.
 const STAMPING: u64 = 60_000_000_000;
-/// While rooms are used up: in that time a fast client uses up 50 of them.
-const BRIEF: Duration = Duration::from_millis(2);
 /// When it was left for later.
 const SOON: Duration = Duration::from_millis(5);
 /// Rooms to which nobody came are closed so often, in nanoseconds. Who is still on his way to one
@@ -238,8 +236,6 @@ pub struct Attendant {
     /// Of what wakes it.
     epoll: OwnedFd,
     hears_keeper: bool,
-    /// How many rooms had been current when it last went to sleep.
-    used: u64,
     oldest: Arc<AtomicU64>,
     tended: u64,
     stamped: u64,
@@ -288,7 +284,6 @@ impl Attendant {
             poke,
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC).context("make an epoll")?,
             hears_keeper: false,
-            used: 0,
             oldest,
             tended: 0,
             stamped: 0,
@@ -492,18 +487,14 @@ impl Attendant {
                 || !group.corridor.deserted().is_empty()
                 || !group.closed.is_empty()
         });
-        // Nobody wakes us because rooms are used up, and the last one would be full before we look.
-        let used = (0..self.groups.len()).map(|number| self.desk.current(number)).sum();
-        let uses = std::mem::replace(&mut self.used, used) != used;
         let within = match (served, busy || self.desk.waiting() > 0) {
-            (_, true) if uses => BRIEF,
             (false, _) => STUCK,
             (true, true) if self.groups.iter().any(|group| !group.closed.is_empty()) => SOON,
             (true, true) => WATCHFUL.min(self.duty.timeout / 4).max(SOON),
             (true, false) => IDLE,
         };
         // What the keeper brings can wait as long as there are rooms.
-        let is_urgent = self.groups.iter().any(|group| group.asked > 0 && (uses || group.lacks_rooms()));
+        let is_urgent = self.groups.iter().any(|group| group.asked > 0 && group.lacks_rooms());
         if is_urgent != self.hears_keeper {
             let events = if is_urgent { EventFlags::IN } else { EventFlags::empty() };
             let changed = epoll::modify(&self.epoll, &self.keeper, EventData::new_u64(KEEPER), events);

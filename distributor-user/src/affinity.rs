@@ -16,8 +16,8 @@ use rustix::{
     thread::{CpuSet, sched_getaffinity, sched_setaffinity},
 };
 
-/// How long nothing is looked at while no CPU goes or comes. One that was away for less than a
-/// second goes unseen.
+/// How long nothing is looked at while no CPU is seen to go or come. One that was away for less than
+/// a second may not be, so masks are looked at after this time in any case.
 const PAUSE: Duration = Duration::from_secs(5);
 
 /// Whether masks are to be looked at.
@@ -39,16 +39,19 @@ impl Watch {
     }
 }
 
-/// The CPUs as a mask. `None`: one of them is beyond what a mask can name.
-pub fn mask(cpus: &[usize]) -> Option<CpuSet> {
+/// The CPUs as a mask.
+///
+/// # Errors
+/// The first one that is beyond what a mask can name.
+pub fn mask(cpus: &[usize]) -> Result<CpuSet, usize> {
     let mut mask = CpuSet::new();
     for &cpu in cpus {
         if cpu >= CpuSet::MAX_CPU {
-            return None;
+            return Err(cpu);
         }
         mask.set(cpu);
     }
-    Some(mask)
+    Ok(mask)
 }
 
 /// Sets the masks of all threads that may run elsewhere than on `wanted`. Those that the server has
@@ -101,7 +104,7 @@ mod tests {
 
     #[test]
     fn a_cpu_beyond_every_mask_makes_none() {
-        assert!(mask(&[0, CpuSet::MAX_CPU]).is_none());
-        assert!(mask(&[0, 1]).is_some_and(|mask| mask.is_set(1) && !mask.is_set(2)));
+        assert_eq!(mask(&[0, CpuSet::MAX_CPU]), Err(CpuSet::MAX_CPU));
+        assert!(mask(&[0, 1]).is_ok_and(|mask| mask.is_set(1) && !mask.is_set(2)));
     }
 }

@@ -30,7 +30,7 @@ use rustix::{
 
 use crate::{
     address::ListenAddress,
-    affinity,
+    affinity, config,
     launch::{Exec, Identity, LaunchError, Limit, MAX_JOB, Output, Socket, failed, reason},
     logging,
     monitor::OPEN_FILES,
@@ -341,15 +341,14 @@ fn set_cpus(cpus: &[usize]) -> Result<()> {
     if cpus.is_empty() {
         return Ok(());
     }
-    let list = || cpus.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
-    let mask = affinity::mask(cpus).ok_or_else(|| {
-        failed(format!("run on CPUs {}", list()), "one is over the kernel's limit".to_owned())
-    })?;
+    let step = || format!("run on CPUs {}", config::list_of_cpus(cpus));
+    let mask =
+        affinity::mask(cpus).map_err(|cpu| failed(step(), format!("{cpu} is over the kernel's limit")))?;
     match rustix::thread::sched_setaffinity(None, &mask) {
         // None of them is online: better on others than not at all. The distributor says so, and
         // sets it when one is back.
         Ok(()) | Err(Errno::INVAL) => Ok(()),
-        Err(error) => Err(failed(format!("run on CPUs {}", list()), reason(error))),
+        Err(error) => Err(failed(step(), reason(error))),
     }
 }
 

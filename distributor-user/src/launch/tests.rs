@@ -423,7 +423,7 @@ async fn what_cannot_be_done_is_said_in_a_sentence() {
         (
             "a CPU that cannot be",
             Exec { cpus: vec![0, 5000], ..sleep(&cgroup) },
-            "run on CPUs 0,5000: one is over the kernel's limit".into(),
+            "run on CPUs 0,5000: 5000 is over the kernel's limit".into(),
         ),
         (
             "a port that is taken",

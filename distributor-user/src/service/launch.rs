@@ -436,7 +436,7 @@ impl Service {
             }
             // An adopted server runs where it did.
             let run = run.as_ref().filter(|run| run.launch == Launch::Running && run.guest.is_none());
-            let lacks = run.zip(affinity::mask(cpus)).and_then(|(run, mask)| {
+            let lacks = run.zip(affinity::mask(cpus).ok()).and_then(|(run, mask)| {
                 let error = affinity::restore(&run.cgroup.processes(), &mask).err()?;
                 let cpus = config::list_of_cpus(cpus);
                 Some(match error {

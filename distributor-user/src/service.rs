@@ -72,9 +72,6 @@ const SCAN_TRIES: u32 = 50;
 /// ...with this pause. After that, the tick finds it.
 const SCAN_PAUSE: Duration = Duration::from_millis(1);
 
-/// Weights do not grow more often than that.
-const SHORTEST_STEP: Duration = Duration::from_millis(20);
-
 /// So many may wait while a service begins whose address is in use.
 const BRIEFLY: u32 = 1_024;
 
@@ -170,6 +167,13 @@ struct Entry {
     changed: bool,
     /// It was adopted, and is none of the service's any more.
     gone: bool,
+}
+
+impl Entry {
+    /// It may get connections, as far as it and the operator are concerned.
+    fn is_open(&self) -> bool {
+        self.drain.is_none() && self.run.as_ref().is_some_and(|run| run.included)
+    }
 }
 
 /// The instance of a server that runs.
@@ -1063,7 +1067,7 @@ impl Service {
             // The first time all are new. An adopted one is not.
             let warms = run.filter(|run| run.guest.is_none() && run.instance > Instance(1));
             share::Candidate {
-                included: run.is_some_and(|run| run.included) && entry.drain.is_none(),
+                included: entry.is_open(),
                 backup: entry.config.backup,
                 weight: entry.weight,
                 warms: warms.filter(|_| !entry.config.slow_start.is_zero()).map(|_| Warming {
@@ -1081,10 +1085,11 @@ impl Service {
             return;
         }
         let shares = self.shares();
-        let warms = |share: &Share| matches!(share.held_back, Some(HeldBack::Warms { .. }));
-        let step = |entry: &Entry| (entry.config.slow_start / share::STEPS).max(SHORTEST_STEP);
-        let its = self.entries.iter().zip(&shares).filter(|(_, share)| warms(share));
-        self.warms = its.map(|(entry, _)| step(entry)).min();
+        let steps = shares.iter().filter_map(|share| match share.held_back {
+            Some(HeldBack::Warms { step, .. }) => Some(step),
+            _ => None,
+        });
+        self.warms = steps.min();
         let wanted = Wanted {
             policy: self.config.policy,
             capacity: self.config.waiting.capacity,

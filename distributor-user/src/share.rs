@@ -10,7 +10,10 @@ use std::time::Duration;
 use distributor_ebpf::contract::WEIGHT_MAX;
 
 /// A weight grows in so many steps. Each is a plan to write, and with source-hash moves some clients.
-pub const STEPS: u32 = 20;
+const STEPS: u32 = 20;
+
+/// No step is shorter.
+const SHORTEST_STEP: Duration = Duration::from_millis(20);
 
 /// A server, ready or not.
 #[derive(Clone, Copy, Debug)]
@@ -48,8 +51,8 @@ pub struct Share {
 pub enum HeldBack {
     /// Others serve.
     Backup,
-    /// It has this part of its weight, in percent, and all of it after that time.
-    Warms { percent: u32, left: Duration },
+    /// It has this part of its weight, in percent, and all of it in `left`. A part lasts for `step`.
+    Warms { percent: u32, left: Duration, step: Duration },
 }
 
 /// The shares of these servers, in the same order.
@@ -67,9 +70,11 @@ pub fn shares(candidates: &[Candidate]) -> Vec<Share> {
         let part = |weight: u32| (weight * step / STEPS).max(1);
         let held_back = match it.warms {
             _ if it.included && !eligible => Some(HeldBack::Backup),
-            Some(Warming { passed, of }) if eligible && step < STEPS => {
-                Some(HeldBack::Warms { percent: step * 100 / STEPS, left: of.saturating_sub(passed) })
-            }
+            Some(Warming { passed, of }) if eligible && step < STEPS => Some(HeldBack::Warms {
+                percent: step * 100 / STEPS,
+                left: of.saturating_sub(passed),
+                step: (of / STEPS).max(SHORTEST_STEP),
+            }),
             _ => None,
         };
         let effective = if eligible { part(it.weight) } else { 0 };
@@ -141,7 +146,7 @@ mod tests {
     fn whoever_is_held_back_is_told_why() {
         let shares = shares(&[warm(100), warming(100, 10), backup(warm(100)), away(backup(warm(100)))]);
         let left = Duration::from_secs(10);
-        let warms = Some(HeldBack::Warms { percent: 55, left });
+        let warms = Some(HeldBack::Warms { percent: 55, left, step: Duration::from_secs(1) });
         let why: Vec<_> = shares.iter().map(|share| share.held_back).collect();
         assert_eq!(why, [None, warms, Some(HeldBack::Backup), None]);
     }

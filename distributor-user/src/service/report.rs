@@ -70,12 +70,9 @@ impl Service {
     /// The same in a few numbers.
     pub fn summary(&self) -> Summary {
         let servers = self.entries.iter().filter(|entry| !entry.gone);
-        let ready = |entry: &&super::Entry| {
-            entry.drain.is_none() && entry.run.as_ref().is_some_and(|run| run.included)
-        };
         Summary {
             servers: servers.clone().count(),
-            ready: servers.filter(ready).count(),
+            ready: servers.filter(|entry| entry.is_open()).count(),
             waiting: self.kernel.load().map_or(0, |load| load.waiting),
         }
     }
@@ -153,7 +150,7 @@ fn reason(parts: [Option<String>; 3]) -> Option<String> {
 fn held_back(why: HeldBack) -> String {
     match why {
         HeldBack::Backup => "backup: gets connections when no other server is ready".to_owned(),
-        HeldBack::Warms { percent, left } => {
+        HeldBack::Warms { percent, left, .. } => {
             format!("slow start: {percent} % of its weight, all of it in {}", status::age(left))
         }
     }

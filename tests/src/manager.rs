@@ -10,7 +10,6 @@ use std::{
         unix::net::{SocketAddr, UnixDatagram},
     },
     path::Path,
-    time::Duration,
 };
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg, sockopt};
@@ -71,13 +70,8 @@ impl Manager {
     /// Waits for this word, and gives all that was said until then.
     #[track_caller]
     pub fn wait_for(&self, word: &str) -> Vec<Said> {
-        self.wait_within(word, seconds(20.0))
-    }
-
-    #[track_caller]
-    fn wait_within(&self, word: &str, within: Duration) -> Vec<Said> {
         let mut heard = Vec::new();
-        let found = try_for(within, || {
+        let found = try_for(seconds(20.0), || {
             while let Some(said) = self.hear() {
                 let is_it = said.words.iter().any(|its| its == word);
                 heard.push(said);

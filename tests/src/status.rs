@@ -92,7 +92,6 @@ pub struct Server {
     pub effective_weight: u64,
     pub accept_queue: Option<u64>,
     pub restarts: u64,
-    pub adopted: bool,
     pub earlier: u64,
     pub drain: Option<Drain>,
     pub since: String,

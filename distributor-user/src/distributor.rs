@@ -491,7 +491,6 @@ impl<'a> Distributor<'a> {
 
     fn open_control(&mut self, config: &Config) -> anyhow::Result<()> {
         let listener = control::bind(&self.place.runtime_dir, &config.control)?;
-        self.troubles.note("control", None, SystemTime::now());
         let (requests, mut received) = mpsc::channel(64);
         let spare = self.spare.take();
         let task = spawn_local(control::serve(listener, config.control.clone(), requests, spare));

@@ -1,7 +1,7 @@
 //! The names and places of one `dist-ctl up`, all made from its runtime directory.
 //!
-//! Gives the cgroup, with its lock, and the directory for pins, mounts a bpffs where there is none, and removes
-//! what an instance leaves behind. Two instances with different runtime directories share
+//! Gives the cgroup, with its lock, and the directory for pins, mounts a bpffs where there is none, and
+//! removes what an instance leaves behind. Two instances with different runtime directories share
 //! nothing.
 #![forbid(unsafe_code)]
 

@@ -138,8 +138,9 @@ const MAX_PACKET: usize = 64 * 1024;
 const COOKIES: usize = 2048;
 /// A keeper answers within this time: a hundred times what a busy machine needs.
 const TIME_LIMIT: Duration = Duration::from_secs(3);
-/// One that we have just started answers within this time: it has to be loaded first, which an emulated
-/// machine that was busy did not do within the other limit. If it ends instead, that is seen at once.
+/// One that we have started ourselves answers within this time: it may have to be loaded first, which an
+/// emulated machine that was busy did not do within the other limit. If it ends instead, that is seen at
+/// once.
 const START_LIMIT: Duration = Duration::from_secs(20);
 /// Nobody but the next distributor knocks.
 const BACKLOG: i32 = 8;

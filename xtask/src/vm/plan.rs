@@ -58,7 +58,7 @@ struct LeftOut {
     why: &'static str,
 }
 
-const LEFT_OUT: [LeftOut; 8] = [
+const LEFT_OUT: [LeftOut; 7] = [
     LeftOut {
         program: "docs",
         test: None,
@@ -88,12 +88,6 @@ const LEFT_OUT: [LeftOut; 8] = [
         test: Some("the_largest_service_has_256_servers"),
         on: |_| true,
         why: "emulated, so many servers take a quarter of an hour to start",
-    },
-    LeftOut {
-        program: "limits",
-        test: Some("a_limit_of_25_holds_under_200_client_threads"),
-        on: |_| true,
-        why: "emulated, a handshake beside so many threads takes longer than its reservation lives",
     },
     LeftOut {
         program: "waiting",

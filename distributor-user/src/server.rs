@@ -40,7 +40,7 @@ pub struct Server {
 }
 
 /// The number of an instance. A server's first is 1; none is used twice.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Instance(pub u32);
 
 impl Instance {
@@ -66,6 +66,8 @@ pub struct Supervision {
     /// How often one that is ready has to say that it is well.
     pub watchdog: Option<Duration>,
     pub backoff: Backoff,
+    /// It has one try: if its instance fails, there is another one that serves.
+    pub once: bool,
 }
 
 /// Where a server is. Each state owns what it needs to go on.
@@ -202,6 +204,8 @@ pub enum Fault {
     CrashLoop { failures: u32, why: String },
     /// It does what its service cannot have, and would do so again.
     Misconfigured { sentence: String },
+    /// It had one try.
+    OnlyTry { why: String },
 }
 
 /// What a server is told.
@@ -302,6 +306,9 @@ pub enum Recipient {
 struct History {
     /// The newest instance.
     instance: Instance,
+    /// Up to here the numbers are taken, by others of the same name.
+    #[serde(default)]
+    taken: Instance,
     /// In a row, since the last healthy run.
     failures: u32,
     /// In a row, starts for which the machine lacked something.
@@ -326,6 +333,7 @@ impl Supervision {
             stop_timeout: server.stop_timeout,
             watchdog: server.watchdog,
             backoff: Backoff::try_new(server.restart)?,
+            once: false,
         })
     }
 }
@@ -345,6 +353,7 @@ impl Server {
             state: State::Stopped { since: now },
             history: History {
                 instance: newest,
+                taken: newest,
                 failures: 0,
                 lacked: 0,
                 restarts: 0,
@@ -389,6 +398,16 @@ impl Server {
         Self { state, history }
     }
 
+    /// This number is somebody else's: its next instance gets a higher one.
+    pub fn take_number(&mut self, taken: Instance) {
+        self.history.taken = self.history.taken.max(taken);
+    }
+
+    /// It takes the place of this one: what is said of both together goes on.
+    pub fn succeed(&mut self, before: &Self) {
+        self.history.restarts = self.history.restarts.saturating_add(before.history.restarts);
+    }
+
     /// What was known of its instance has come to nothing; the next one has a number of its own.
     pub fn interrupted(self, newest: Instance, now: Instant) -> Self {
         let mut history = self.history;
@@ -410,6 +429,17 @@ impl Server {
     /// It is in the plan.
     pub fn is_included(&self) -> bool {
         matches!(self.state, State::Ready { .. })
+    }
+
+    /// It does not run and will not, or is on its way there.
+    pub fn is_ending(&self) -> bool {
+        match &self.state {
+            State::Stopped { .. } | State::Failed { .. } => true,
+            State::Draining { then, .. } | State::Stopping { then, .. } => {
+                matches!(then, Then::Stopped | Then::Failed(_))
+            }
+            State::Starting { .. } | State::Ready { .. } | State::Backoff { .. } => false,
+        }
     }
 
     /// `DrainDone` is to be told.
@@ -642,6 +672,7 @@ impl Fault {
     fn explained(self, why: String) -> Self {
         match self {
             Self::CrashLoop { failures, .. } => Self::CrashLoop { failures, why },
+            Self::OnlyTry { .. } => Self::OnlyTry { why },
             misconfigured @ Self::Misconfigured { .. } => misconfigured,
         }
     }
@@ -655,6 +686,7 @@ impl fmt::Display for Fault {
                 write!(f, "{why}; given up after {failures} failures in a row")
             }
             Self::Misconfigured { sentence } => f.write_str(sentence),
+            Self::OnlyTry { why } => f.write_str(why),
         }
     }
 }

@@ -131,6 +131,9 @@ pub struct ServerStatus {
     /// `None` while it has no listener.
     pub accept_queue: Option<u32>,
     pub restarts: u64,
+    /// The number of the instance that runs, or of the last one that did; 0: none has.
+    #[serde(default)]
+    pub instance: u32,
     /// It was started by somebody else, and adopted.
     #[serde(default)]
     pub adopted: bool,
@@ -522,6 +525,7 @@ mod tests {
             earlier: 0,
             drain: None,
             restarts: 0,
+            instance: 1,
             since: "2026-01-02T03:04:05Z".parse().unwrap(),
         }
     }
@@ -615,6 +619,7 @@ mod tests {
                     "earlier": 0,
                     "drain": null,
                     "restarts": 3,
+                    "instance": 1,
                     "since": "2026-01-02T03:07:15Z",
                 }],
                 "outcomes": {"selected": 1234},

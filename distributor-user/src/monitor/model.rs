@@ -26,7 +26,7 @@ use crate::{
     record::{self, Record},
     recovery::{Decision, Finding, Group, Past, examine},
     server::{self, Instance, Main, Recipient, Report, Run, Server, Supervision, Then},
-    service::{Drift, Found, Label, Succession, is_unaccounted, latest_first},
+    service::{Drift, Found, Label, Role, Succession, is_unaccounted, latest_first},
 };
 
 const SERVERS: usize = 2;
@@ -66,6 +66,7 @@ fn policy() -> Supervision {
         stop_timeout: seconds(10),
         watchdog: None,
         backoff: Backoff::try_new(restart).unwrap(),
+        once: false,
     }
 }
 
@@ -977,6 +978,7 @@ impl World {
         Ok(Label {
             service: SERVICE.into(),
             server: name(server),
+            role: Role::Current,
             machine: entry.machine.clone(),
             run: None,
             weight: entry.weight,
@@ -987,6 +989,7 @@ impl World {
             retired: Vec::new(),
             adopted: None,
             extra: None,
+            not_replaced: None,
         })
     }
 

@@ -28,6 +28,7 @@ fn policy() -> Supervision {
         stop_timeout: second,
         watchdog: None,
         backoff: Backoff::try_new(restart).unwrap(),
+        once: false,
     }
 }
 

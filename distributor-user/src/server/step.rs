@@ -559,7 +559,7 @@ impl Step<'_> {
     }
 
     fn launch(&mut self) -> State {
-        let instance = self.history.instance.next();
+        let instance = self.history.instance.max(self.history.taken).next();
         self.history.instance = instance;
         self.actions.push(Action::Launch { instance });
         State::Starting {
@@ -620,6 +620,9 @@ impl Step<'_> {
         if !run.healthy {
             self.history.failures = self.history.failures.saturating_add(1);
         }
+        if self.policy.once {
+            return Then::Failed(Fault::OnlyTry { why });
+        }
         let failures = self.history.failures;
         let backoff = &self.policy.backoff;
         if failures > 0 && backoff.gives_up(failures) {
@@ -649,6 +652,9 @@ impl Step<'_> {
     /// fault, so it counts as no failure, and it is never given up.
     fn lacked(&mut self, why: String) -> Then {
         self.history.last_end = Some(why.clone());
+        if self.policy.once {
+            return Then::Failed(Fault::OnlyTry { why });
+        }
         self.history.lacked = self.history.lacked.saturating_add(1);
         let delay = self.policy.backoff.delay(self.history.lacked.saturating_add(1), self.random);
         Then::Restart { why, delay: delay.min(LACKING) }
@@ -767,7 +773,10 @@ impl Step<'_> {
                 State::Backoff { since, until: self.after(delay), attempt, why }
             }
             Then::Failed(fault) => {
-                self.log(Level::ERROR, format!("{fault}; not started again until it is resumed"));
+                // Whoever wanted it says what follows.
+                if !self.policy.once {
+                    self.log(Level::ERROR, format!("{fault}; not started again until it is resumed"));
+                }
                 State::Failed { since, fault }
             }
         }

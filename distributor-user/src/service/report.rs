@@ -13,7 +13,7 @@ use distributor_ebpf::{
 };
 use rustix::time::{ClockId, clock_gettime};
 
-use super::Service;
+use super::{Role, Running, Service};
 use crate::{
     accept_queue, config,
     drain::Rest,
@@ -41,6 +41,7 @@ impl Service {
             [Outcome::RefusedLimit, Outcome::RefusedCapacity, Outcome::RefusedNoRoom].map(count).iter().sum();
         let now = clock_gettime(ClockId::Monotonic);
         let now = now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64;
+        let shares = self.shares();
         let oldest = self.attendant.oldest().filter(|_| load.waiting > 0);
         Ok(ServiceStatus {
             name: self.config.name.clone(),
@@ -58,10 +59,10 @@ impl Service {
                 wait: histogram(&load),
             },
             drift: self.audit.status(),
-            servers: (0..)
-                .zip(self.shares())
-                .filter(|(entry, _)| !self.entries[*entry].gone)
-                .map(|(entry, share)| self.server_status(entry, share, &load))
+            servers: self
+                .in_order()
+                .into_iter()
+                .map(|entry| self.server_status(entry, shares[entry], &load))
                 .collect(),
             outcomes,
         })
@@ -69,7 +70,7 @@ impl Service {
 
     /// The same in a few numbers.
     pub fn summary(&self) -> Summary {
-        let servers = self.entries.iter().filter(|entry| !entry.gone);
+        let servers = self.entries.iter().filter(|entry| entry.is_current());
         Summary {
             servers: servers.clone().count(),
             ready: servers.filter(|entry| entry.is_open()).count(),
@@ -86,7 +87,10 @@ impl Service {
         let run = server.run.as_ref();
         let connections: u64 =
             run.map(|run| run.slot).into_iter().chain(retired().map(|it| it.slot)).map(active).sum();
-        let total = run.map_or(0, |run| load.total[run.slot as usize] - run.base)
+        let total_of = |run: &Running| load.total[run.slot as usize] - run.base;
+        // What a server has had, it has had in all its instances.
+        let others = self.leaving(&server.config.name).filter(|_| server.is_current());
+        let total = run.into_iter().chain(others.filter_map(|it| it.run.as_ref())).map(total_of).sum::<u64>()
             + retired().map(|it| load.total[it.slot as usize] - it.base).sum::<u64>();
         let earlier = run.and_then(|run| run.guest.as_ref()).map_or(0, |guest| guest.earlier_open);
         let included = run.is_some_and(|run| run.included);
@@ -98,9 +102,14 @@ impl Service {
             _ => (server.machine.status(), server.machine.since()),
         };
         ServerStatus {
-            name: server.config.name.clone(),
+            name: server.name(),
             state,
-            reason: reason([drained, machine_reason, share.held_back.map(held_back)]),
+            reason: reason([
+                self.beside(entry, now),
+                drained,
+                machine_reason,
+                share.held_back.map(held_back),
+            ]),
             pid: server.machine.pid(),
             connections,
             connections_max: run
@@ -113,6 +122,7 @@ impl Service {
             effective_weight: share.effective,
             accept_queue: self.accept_queue(entry),
             restarts: server.machine.restarts(),
+            instance: server.machine.instance().0,
             adopted: run.is_some_and(|run| run.guest.is_some()),
             earlier,
             drain: server.drain.map(|drain| DrainStatus {
@@ -121,6 +131,22 @@ impl Service {
                 seconds_left: drain.ahead(now).map(|(left, _)| left.as_secs_f64()),
             }),
             since: wall(since),
+        }
+    }
+
+    /// What an instance is beside its server; or why the server was not replaced.
+    fn beside(&self, entry: usize, now: Instant) -> Option<String> {
+        let it = &self.entries[entry];
+        let server = &it.config.name;
+        match it.role {
+            Role::Current => it.not_replaced.as_ref().map(|not_replaced| not_replaced.reason(now)),
+            Role::Successor => Some(format!("is to take the place of {server}")),
+            Role::Leaving => Some(match self.find(server) {
+                Some(current) => {
+                    format!("replaced by instance {}", self.entries[current].machine.instance())
+                }
+                None => "removed".to_owned(),
+            }),
         }
     }
 
@@ -141,7 +167,7 @@ impl Service {
 }
 
 /// What is to be said of a server, in one line.
-fn reason(parts: [Option<String>; 3]) -> Option<String> {
+fn reason(parts: [Option<String>; 4]) -> Option<String> {
     let parts: Vec<String> = parts.into_iter().flatten().collect();
     (!parts.is_empty()).then(|| parts.join("; "))
 }
@@ -185,6 +211,7 @@ pub fn vacant_status(config: &config::Service, why: &str, since: SystemTime) -> 
         effective_weight: 0,
         accept_queue: None,
         restarts: 0,
+        instance: 0,
         adopted: false,
         earlier: 0,
         drain: None,

@@ -14,6 +14,7 @@ mod notified;
 mod report;
 mod role;
 mod survey;
+mod update;
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -53,6 +54,7 @@ use crate::{
     message::{Exit, ToMonitor},
     plan::{Indices, Slots, Wanted, WantedServer},
     record,
+    scale::Scaler,
     server::{Action, Event, Instance, Recipient, Report, Server, Supervision},
     share::{self, HeldBack, Share, Warming},
     trouble::Troubles,
@@ -122,6 +124,9 @@ pub struct Service {
     /// How long a step of the shortest slow start lasts that is under way.
     warms: Option<Duration>,
     cpus: affinity::Watch,
+    scaler: Scaler,
+    /// Why it has as many servers as it has, and since when.
+    rescaled: Option<(String, SystemTime)>,
     /// Slots of ended instances that still hold connections.
     retired: Vec<Retired>,
     slots: Slots,
@@ -291,9 +296,7 @@ impl Service {
             cgroup: rooms_cgroup.path().to_owned(),
             cgroup_id: rooms_cgroup.id().context("read the number of a cgroup")?,
             keeper: socket,
-            capacity: config.waiting.capacity,
-            timeout: config.waiting.timeout,
-            reply: config.waiting.reply.as_slice().into(),
+            waiting: config.waiting.clone(),
             in_use: options.in_use,
             most_rooms: most_rooms(config.listen.len()),
             bell: options.bell,
@@ -324,6 +327,8 @@ impl Service {
             entries: Vec::new(),
             warms: None,
             cpus: affinity::Watch::default(),
+            scaler: Scaler::default(),
+            rescaled: None,
             retired: Vec::new(),
             slots: Slots::default(),
             indices: Indices::default(),
@@ -355,6 +360,16 @@ impl Service {
 
     pub fn name(&self) -> &str {
         &self.config.name
+    }
+
+    /// What `Input` names it by.
+    pub fn number(&self) -> usize {
+        self.number
+    }
+
+    /// It is being stopped, and will be gone.
+    pub fn is_leaving(&self) -> bool {
+        self.stopping
     }
 
     pub fn config(&self) -> &config::Service {
@@ -415,8 +430,8 @@ impl Service {
         }
         for entry in 0..self.entries.len() {
             let it = &self.entries[entry];
-            // Who leaves has been told, and told again he hurries.
-            let is_told = it.role == Role::Leaving && !hurries;
+            // Whoever ends already was told by us or by the distributor before us, and told again he hurries.
+            let is_told = !hurries && it.machine.is_ending();
             if !self.is_guest(entry) && !it.gone && !is_told {
                 self.tell(entry, Event::Stop, host);
             }

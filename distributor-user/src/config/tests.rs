@@ -28,7 +28,7 @@ fn machine() -> Machine {
 }
 
 fn parse(text: &str) -> Config {
-    Config::parse_for(text, "shop.toml", &machine()).unwrap()
+    Config::parse_for(text, "shop.toml", &Counts::new(), &machine()).unwrap()
 }
 
 fn strings<const N: usize>(texts: [&str; N]) -> Vec<String> {
@@ -83,7 +83,8 @@ fn what_is_left_out_has_its_default() {
             name: "shop".to_owned(),
             listen: vec!["[::]:8080".parse().unwrap()],
             policy: Policy::LeastConnections,
-            waiting: Waiting { capacity: 1024, timeout: Duration::from_secs(30), reply: Vec::new() },
+            waiting: Waiting { capacity: 1024, timeout: Duration::from_secs(30), reply: [].into() },
+            scale: None,
             user: None,
             socket: SocketMode::Own,
             readiness: Readiness::Listening,
@@ -102,12 +103,16 @@ fn the_example_means_what_it_says() {
     let (uid, gid) = service.user.as_ref().map(|user| (user.uid, user.gid)).unwrap();
 
     assert_eq!(config.control.mode, 0o660);
-    assert_eq!(service.waiting.reply, BUSY.as_bytes());
+    assert_eq!(*service.waiting.reply, *BUSY.as_bytes());
     assert_eq!(uid, nix_uid("daemon"));
     assert!(service.user.as_ref().unwrap().groups.contains(&gid));
     assert_eq!(first.command, strings(["java", "-Dname=1", "-jar", "shop.jar"]));
     assert_eq!(first.output, Output::File(PathBuf::from("/var/log/shop-1.log")));
     assert_eq!(first.errors, Output::Inherit);
+    assert_eq!(
+        service.scale.map(|scale| (scale.min, scale.max, scale.up_at, scale.down_at)),
+        Some((2, 8, 80, 40))
+    );
     assert_eq!((first.weight, first.limit), (100, Some(200)));
     assert_eq!(
         first.limits,
@@ -173,17 +178,22 @@ fn the_defaults_that_the_example_names_are_the_defaults() {
                 assert!(default.starts_with(char::is_alphabetic), "{key}: {default}");
                 continue;
             };
-            let mut text: Table = toml::from_str(LEAST).unwrap();
+            // That table has no defaults of its own.
+            let base = match table.ends_with(".scale") {
+                true => &format!("{LEAST}limit = 9\n[service.shop.scale]\nmin = 1\nmax = 2"),
+                false => LEAST,
+            };
+            let mut text: Table = toml::from_str(base).unwrap();
             let place = table.split('.').fold(&mut text, |text, name| {
                 let inner = text.entry(name).or_insert_with(|| Value::Table(Table::new()));
                 inner.as_table_mut().unwrap()
             });
             place.extend(value);
-            assert_eq!(parse(&text.to_string()), parse(LEAST), "{table}.{key} = {default}");
+            assert_eq!(parse(&text.to_string()), parse(base), "{table}.{key} = {default}");
             checked += 1;
         }
     }
-    assert_eq!(checked, 26);
+    assert_eq!(checked, 30);
 }
 
 #[test]
@@ -238,7 +248,12 @@ fn readers_get_through_the_mode_by_default() {
 fn a_reply_is_the_same_from_the_file_and_from_a_file_of_its_own() {
     let path = std::env::temp_dir().join(format!("dist-ctl-test-reply-{}", std::process::id()));
     let waiting = |reply: &str| {
-        let config = Config::parse_for(&format!("{LEAST}[service.shop.waiting]\n{reply}"), "", &machine());
+        let config = Config::parse_for(
+            &format!("{LEAST}[service.shop.waiting]\n{reply}"),
+            "",
+            &Counts::new(),
+            &machine(),
+        );
         config.map(|mut config| config.services.remove(0).waiting.reply)
     };
     let from_file = |reply: &[u8]| {
@@ -252,9 +267,9 @@ fn a_reply_is_the_same_from_the_file_and_from_a_file_of_its_own() {
     let longest = from_file(&[b'x'; 65_536]);
     std::fs::remove_file(&path).unwrap();
 
-    assert_eq!(text, Ok(BUSY.as_bytes().to_vec()));
+    assert_eq!(text, Ok(BUSY.as_bytes().into()));
     assert_eq!(file, text);
-    assert_eq!(bytes, Ok(b"belegt f\xfcr heute\0".to_vec()));
+    assert_eq!(bytes, Ok(b"belegt f\xfcr heute\0"[..].into()));
     assert_eq!(longest.map(|reply| reply.len()), Ok(65_536));
 }
 
@@ -267,7 +282,7 @@ fn the_extremes_of_waiting_are_accepted() {
         ("timeout = \"168h\"", 1024, Duration::from_hours(168)),
     ] {
         let config = parse(&format!("{LEAST}[service.shop.waiting]\n{text}"));
-        let meant = Waiting { capacity, timeout, reply: Vec::new() };
+        let meant = Waiting { capacity, timeout, reply: [].into() };
         assert_eq!(config.services[0].waiting, meant, "{text}");
     }
 }
@@ -315,7 +330,7 @@ fn the_command_form_means_the_same_as_a_file() {
         socket = "systemd"
         user = "root"
     "#;
-    assert_eq!(Config::from_command_for(&form, &machine()), Ok(parse(file)));
+    assert_eq!(Config::from_command_for(&form, &Counts::new(), &machine()), Ok(parse(file)));
 }
 
 #[test]
@@ -326,7 +341,7 @@ fn check_says_what_was_understood() {
     );
     assert_eq!(
         parse(EXAMPLE).to_string(),
-        "shop: [::]:8080, 5 servers (1 to 4, big as backup), least-connections, socket own, user daemon, limit 200 (big: 400), weight 100 (big: 200), slow start 30s, waiting 1024 for 30s with a reply\n"
+        "shop: [::]:8080, 5 servers (1 to 4, big as backup), least-connections, socket own, user daemon, limit 200 (big: 400), weight 100 (big: 200), slow start 30s, scaled from 2 to 8, waiting 1024 for 30s with a reply\n"
     );
 }
 

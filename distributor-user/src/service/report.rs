@@ -20,8 +20,8 @@ use crate::{
     listener,
     share::{HeldBack, Share},
     status::{
-        self, Bucket, DrainStatus, DriftStatus, Histogram, ServerState, ServerStatus, ServiceStatus,
-        WaitingStatus,
+        self, Bucket, DrainStatus, DriftStatus, Histogram, ScaleStatus, ServerState, ServerStatus,
+        ServiceStatus, WaitingStatus,
     },
     systemd::Summary,
 };
@@ -64,6 +64,13 @@ impl Service {
                 .into_iter()
                 .map(|entry| self.server_status(entry, shares[entry], &load))
                 .collect(),
+            scale: self.config.scale.map(|scale| ScaleStatus {
+                servers: self.config.numbered() as u64,
+                min: scale.min as u64,
+                max: scale.max as u64,
+                reason: self.rescaled.as_ref().map(|(why, _)| why.clone()),
+                since: self.rescaled.as_ref().map(|(_, since)| (*since).into()),
+            }),
             outcomes,
         })
     }
@@ -224,6 +231,7 @@ pub fn vacant_status(config: &config::Service, why: &str, since: SystemTime) -> 
         waiting: WaitingStatus { capacity: u64::from(config.waiting.capacity), ..WaitingStatus::default() },
         drift: DriftStatus::default(),
         servers: config.servers.iter().map(server).collect(),
+        scale: None,
         outcomes: BTreeMap::new(),
     }
 }

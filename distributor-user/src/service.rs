@@ -1096,6 +1096,7 @@ impl Service {
             closing: self.closing,
             cookies: self.syncookies,
             bell: self.bell,
+            checks: false,
             servers: self
                 .entries
                 .iter()

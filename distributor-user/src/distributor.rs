@@ -45,6 +45,7 @@ use self::vacancy::Vacancy;
 use crate::{
     attendant, auditor, bell,
     cgroup::Cgroup,
+    check,
     cli::Source,
     config::{self, Config, Occupied},
     control::{self, Command, Request, Response},
@@ -111,6 +112,13 @@ pub enum Input {
     Audited {
         service: usize,
         result: anyhow::Result<auditor::Checked>,
+    },
+    /// A check of a server is over.
+    Checked {
+        service: usize,
+        entry: usize,
+        instance: server::Instance,
+        outcome: check::Outcome,
     },
     Control(Request),
     /// The trial of another program is over.
@@ -652,6 +660,11 @@ impl<'a> Distributor<'a> {
             Input::Audited { service, result } => {
                 if let Some(service) = services.get_mut(service) {
                     service.audited(result);
+                }
+            }
+            Input::Checked { service, entry, instance, outcome } => {
+                if let Some(service) = services.get_mut(service) {
+                    service.checked(entry, instance, outcome, &mut host);
                 }
             }
             Input::Control(Request { command, reply, peer }) => {

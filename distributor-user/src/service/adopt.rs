@@ -25,12 +25,13 @@ use crate::{
     cgroup::Cgroup,
     config,
     foreign::{self, Before, EarlierConnections, Foreign},
+    health::Health,
     kernel::{self, Ledger},
     link::Child,
     listener,
     message::ToMonitor,
     record,
-    server::{self, Instance, Main, Server, Supervision},
+    server::{self, Instance, Main, Remedies, Server, Supervision},
     sock_diag::{self, States},
 };
 
@@ -271,6 +272,7 @@ impl Service {
             let entry_ = &mut self.entries[entry];
             (entry_.gone, entry_.drain) = (false, None);
             entry_.config.command = command.to_vec();
+            entry_.policy.remedies = remedies(&self.config, &entry_.config)?;
             return Ok(entry);
         }
         // It is a server of the service in everything that the configuration says of all.
@@ -283,12 +285,18 @@ impl Service {
             ..like.clone()
         };
         self.entries.push(Entry {
-            policy: Supervision::of(&self.config, &config)?,
+            policy: Supervision {
+                remedies: remedies(&self.config, &config)?,
+                ..Supervision::of(&self.config, &config)?
+            },
             machine: Server::new(Instance(0), Instant::now()),
             weight: config.weight,
             limit: config.limit,
             drain: None,
             closing: super::drain::Closing::default(),
+            health: Health::default(),
+            checking: super::check::Checking::default(),
+            queue: None,
             run: None,
             total_before: 0,
             most_before: 0,
@@ -605,6 +613,14 @@ fn released(listener: BorrowedFd<'_>, before: &Before, processes: &[u32]) -> any
 /// A cgroup that nothing is in.
 pub(super) fn nobodys(service: &Cgroup) -> Cgroup {
     service.child("nobody")
+}
+
+/// What is done about one that is not well. One that was adopted without a command is never stopped.
+fn remedies(service: &config::Service, server: &config::Server) -> anyhow::Result<Remedies> {
+    match server.command.is_empty() {
+        true => Ok(Remedies::default()),
+        false => Ok(Supervision::of(service, server)?.remedies),
+    }
 }
 
 fn fewer(mut before: Before) -> Before {

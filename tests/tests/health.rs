@@ -477,7 +477,7 @@ fn a_check_by_a_command_runs_as_the_server_does_and_is_killed_in_time() {
     // A distributor that is killed over one leaves it to the next.
     does("exec sleep 1000");
     let left = wait_for("a check to hang", seconds(20.0), || {
-        process::in_cgroup(&checks.join("1")).into_iter().find(sleeps)
+        process::in_cgroup(&checks.join("1.1")).into_iter().find(sleeps)
     });
     let old = up.distributor();
     old.kill(seconds(5.0));
@@ -781,7 +781,7 @@ fn nothing_is_left_of_checks_when_it_is_stopped() {
                   \"1000s\""
             .to_owned();
     let up = host.up(&app);
-    let checks: PathBuf = leftover::cgroup(up.runtime()).join("app.checks/1");
+    let checks: PathBuf = leftover::cgroup(up.runtime()).join("app.checks/1.1");
     let hangs = wait_for("a check to hang", seconds(20.0), || {
         process::in_cgroup(&checks).into_iter().find(sleeps_absolutely)
     });

@@ -57,7 +57,9 @@ impl Service {
                 }
                 continue;
             }
-            if server.checking.under_way.is_some() {
+            // One of the instance before is nobody's business any more.
+            let instance = server.machine.instance();
+            if server.checking.under_way.is_some_and(|(_, of)| of == instance) {
                 continue;
             }
             if server.checking.next.is_none_or(|next| next <= now) {
@@ -111,7 +113,9 @@ impl Service {
     /// As the server itself is started, but for what is the check's own.
     fn check_exec(&self, entry: usize, command: Vec<String>, host: &Host<'_>) -> Exec {
         let server = &self.entries[entry];
-        let cgroup = super::checks(host.place, &self.config.name).child(&server.config.short_name);
+        // Of the instance before, one may still be on its way out.
+        let name = format!("{}.{}", server.config.short_name, server.machine.instance());
+        let cgroup = super::checks(host.place, &self.config.name).child(&name);
         let mut exec = self.exec(entry, cgroup.path().to_owned());
         exec.command = command;
         (exec.stdout, exec.stderr) = (Output::Inherit, Output::Inherit);
@@ -126,9 +130,9 @@ impl Service {
     pub fn checked(&mut self, entry: usize, instance: Instance, outcome: Outcome, host: &mut Host<'_>) {
         let now = Instant::now();
         let server = &mut self.entries[entry];
-        let Some((begun, of)) = server.checking.under_way.take() else { return };
+        let Some((begun, _)) = server.checking.under_way.take_if(|(_, of)| *of == instance) else { return };
         let Some(its) = server.config.check.clone() else { return };
-        let is_over = server.run.as_ref().is_none_or(|run| run.instance != instance || of != instance);
+        let is_over = server.run.as_ref().is_none_or(|run| run.instance != instance);
         if is_over || !server.machine.is_to_be_checked(&server.policy) {
             return;
         }

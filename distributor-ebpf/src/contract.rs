@@ -11,7 +11,7 @@
 //! [`Load`] or [`State`] gets its line in `LOAD_FIELDS` or `STATE_FIELDS` there.
 
 /// The version of everything in this file. Part of the directory that holds the pins.
-pub const VERSION: u32 = if cfg!(feature = "next-contract") { 4 } else { 3 };
+pub const VERSION: u32 = if cfg!(feature = "next-contract") { 5 } else { 4 };
 
 /// Server instances of one service that can hold connections at the same time.
 ///
@@ -136,6 +136,10 @@ pub const FLAG_COOKIES: u32 = 1 << 1;
 /// The kernel moves connections without waking their new server, so a bell is rung: BELLS
 /// tells which connections are one.
 pub const FLAG_BELL: u32 = 1 << 2;
+
+/// Servers are checked over the network: DIRECTED tells which connections are one of ours, and for
+/// which server.
+pub const FLAG_CHECKS: u32 = 1 << 3;
 
 /// User space's decisions for one service. PLAN holds two copies; ACTIVE says which is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -273,7 +277,7 @@ pub struct State {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Owner {
-    /// A slot, or [`in_room`].
+    /// A slot, [`in_room`], or [`CHECKER`].
     pub owner: u32,
     /// Zero; keeps the size a multiple of 8 without padding.
     pub reserved: u32,
@@ -281,6 +285,20 @@ pub struct Owner {
     pub since: u64,
     /// Its place in the order: see [`State::first`].
     pub order: u64,
+}
+
+/// The server to which a connection of ours is to go, and no other. DIRECTED holds it by the
+/// connection's client address as long as that is open. One writer: user space.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Directed {
+    pub slot: u32,
+    /// [`Server::generation`]: the slot may have a new owner by now.
+    pub generation: u32,
+    /// Which of its listeners in the group, counted round and round.
+    pub nth: u32,
+    /// Zero; keeps the size a multiple of 8 without padding.
+    pub reserved: u32,
 }
 
 /// Where a closing listener's connections are parked. PARKED holds it by the listener's cookie.
@@ -321,8 +339,8 @@ pub const fn wait_bucket(microseconds: u64) -> usize {
 pub struct Tag {
     /// A slot, [`ROOM`] or [`DISMISSED`].
     pub slot: u32,
-    /// [`COUNTED`] while this connection is counted, and [`GONE`] after that. 0 before, and in a
-    /// listener's own tag.
+    /// [`COUNTED`] while this connection is counted, [`CHECK`] if it never is, and [`GONE`] after
+    /// either. 0 before, and in a listener's own tag.
     pub counted: u32,
     /// The room's index in SOCKETS.
     pub index: u32,
@@ -346,6 +364,12 @@ pub const COUNTED: u32 = 1;
 /// [`Tag::counted`] of one that was counted down when it closed. Nobody sees it but `track`, if it
 /// runs twice for that close.
 pub const GONE: u32 = 2;
+
+/// [`Tag::counted`] of one that was directed, and counts for nobody.
+pub const CHECK: u32 = 3;
+
+/// [`Owner::owner`] of a connection that was directed. It goes to nobody else.
+pub const CHECKER: u32 = u32::MAX >> 1;
 
 /// The slot number that means "waits in a room".
 pub const ROOM: u32 = u32::MAX;
@@ -512,6 +536,16 @@ outcomes! {
     EventLost = "event_lost",
     /// The owner of a connection could not be recorded: OWNERS is full.
     OwnerLost = "owner_lost",
+    /// A connection of ours went to the server that it is to check.
+    Directed = "directed",
+    /// A connection of ours was refused: the server that it is to check has no listener there.
+    DirectedRefused = "directed_refused",
+    /// A connection of ours was established. It counts for nobody.
+    CheckEstablished = "check_established",
+    /// A connection of ours is gone.
+    CheckClosed = "check_closed",
+    /// A connection of ours was given up, because the listener of the server that it is to check closed.
+    CheckGivenUp = "check_given_up",
 }
 
 const _: () = {
@@ -525,6 +559,8 @@ const _: () = {
     assert!(size_of::<State>() == 56);
     assert!(size_of::<Owner>() == 24);
     assert!(size_of::<Parked>() == 8);
+    assert!(size_of::<Directed>() == 16);
+    assert!(room_of(CHECKER).is_none() && CHECKER as usize >= SLOTS);
     assert!(size_of::<Tag>() == 16);
     assert!(size_of::<Home>() == 8);
     assert!(size_of::<Address>() == 24);
@@ -580,7 +616,7 @@ impl Load {
 
 #[cfg(feature = "user")]
 mod pod {
-    use super::{Address, Event, Home, Load, Owner, Parked, Plan, Rooms, State, Tag};
+    use super::{Address, Directed, Event, Home, Load, Owner, Parked, Plan, Rooms, State, Tag};
 
     macro_rules! pod {
         ($($name:ty),*) => {$(
@@ -590,5 +626,5 @@ mod pod {
         )*};
     }
 
-    pod!(Address, Event, Home, Load, Owner, Parked, Plan, Rooms, State, Tag);
+    pod!(Address, Directed, Event, Home, Load, Owner, Parked, Plan, Rooms, State, Tag);
 }

@@ -25,6 +25,26 @@ pub struct ListenAddress {
 }
 
 impl ListenAddress {
+    /// Where a client on this machine connects to: the loopback, if it is every address.
+    pub fn reached_at(&self) -> SocketAddr {
+        let ip = match self.socket.ip() {
+            IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::from(Ipv4Addr::LOCALHOST),
+            IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::from(Ipv6Addr::LOCALHOST),
+            ip => ip,
+        };
+        let mut address = self.socket;
+        address.set_ip(ip);
+        address
+    }
+
+    /// Its listeners take clients over IPv4.
+    pub fn takes_ipv4(&self) -> bool {
+        match self.socket.ip() {
+            IpAddr::V4(_) => true,
+            IpAddr::V6(ip) => ip.is_unspecified() && !self.v6only,
+        }
+    }
+
     /// True if a client of `other` could as well be a client of `self`.
     pub fn covers(&self, other: &Self) -> bool {
         self.socket.port() == other.socket.port()

@@ -8,7 +8,7 @@
 
 use std::{
     env, io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     os::fd::AsFd as _,
     path::Path,
     time::Duration,
@@ -125,17 +125,11 @@ pub struct Bell {
 
 /// A bell for the servers at this address.
 pub fn prepare(address: &ListenAddress) -> io::Result<Bell> {
-    let target = match address.socket.ip() {
-        IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::from(Ipv4Addr::LOCALHOST),
-        IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::from(Ipv6Addr::LOCALHOST),
-        ip => ip,
-    };
-    let mut target_address = address.socket;
-    target_address.set_ip(target);
-    let socket = Socket::new(Domain::for_address(target_address), Type::STREAM, None)?;
-    socket.bind(&SocketAddr::new(target, 0).into())?;
+    let target = address.reached_at();
+    let socket = Socket::new(Domain::for_address(target), Type::STREAM, None)?;
+    socket.bind(&SocketAddr::new(target.ip(), 0).into())?;
     let client = socket.local_addr()?.as_socket().ok_or(io::ErrorKind::Unsupported)?;
-    Ok(Bell { socket, target: target_address.into(), client })
+    Ok(Bell { socket, target: target.into(), client })
 }
 
 impl Bell {

@@ -144,6 +144,13 @@ impl Cgroup {
         }
     }
 
+    /// Kills what is in it and removes it, as far as that is done at once. What is left is its next
+    /// user's.
+    pub fn end(&self) {
+        let _ = self.kill();
+        let _ = self.remove();
+    }
+
     /// Removes it and those below it.
     ///
     /// # Errors

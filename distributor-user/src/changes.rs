@@ -292,6 +292,16 @@ fn server_settings(old: &Server, new: &Server) -> Vec<Setting> {
     settings.note("cpus", cpus(&old.cpus), cpus(&new.cpus));
     settings.note("backup", old.backup, new.backup);
     settings.note("slow_start", span(old.slow_start), span(new.slow_start));
+    let check = |check: &Option<config::Check>| match check {
+        Some(check) => format!("{} every {}", check.kind.name(), span(check.interval)),
+        None => "none".to_owned(),
+    };
+    settings.note_if(old.check != new.check, "check", check(&old.check), check(&new.check));
+    let stall = |stall: &Option<config::Stall>| match stall {
+        Some(stall) => format!("after {}", span(stall.after)),
+        None => "never".to_owned(),
+    };
+    settings.note_if(old.stall != new.stall, "stalled", stall(&old.stall), stall(&new.stall));
     settings.note("start_timeout", span(old.start_timeout), span(new.start_timeout));
     settings.note("drain_timeout", span(old.drain_timeout), span(new.drain_timeout));
     settings.note("stop_timeout", span(old.stop_timeout), span(new.stop_timeout));
@@ -335,6 +345,8 @@ fn started_with(old: &Server, new: &Server) -> Vec<&'static str> {
         backup: _,
         slow_start: _,
         watchdog,
+        check: _,
+        stall: _,
         restart: _,
     } = new;
     let fields = [
@@ -367,7 +379,11 @@ impl Settings {
         to: impl fmt::Display,
     ) {
         if differs {
-            self.0.push(Setting { field, from: from.to_string(), to: to.to_string() });
+            let (from, mut to) = (from.to_string(), to.to_string());
+            if from == to {
+                to.push_str(", otherwise than before");
+            }
+            self.0.push(Setting { field, from, to });
         }
     }
 }

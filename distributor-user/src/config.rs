@@ -24,6 +24,7 @@ use std::{
     cell::RefCell,
     collections::BTreeMap,
     fmt, io,
+    ops::RangeInclusive,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -146,8 +147,51 @@ pub struct Server {
     pub slow_start: Duration,
     /// How long one that is ready may go without saying `WATCHDOG=1` (sd_notify). `None`: for ever.
     pub watchdog: Option<Duration>,
+    /// How it is checked. `None`: it is not.
+    pub check: Option<Check>,
+    /// When it is taken for one that hangs. `None`: never.
+    pub stall: Option<Stall>,
     /// What happens when it ends by itself.
     pub restart: Restart,
+}
+
+/// How a server is checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Check {
+    pub kind: CheckKind,
+    /// From the beginning of one check to that of the next.
+    pub interval: Duration,
+    /// The same while it is undecided how the server is. Not above `interval`.
+    pub fast_interval: Duration,
+    pub timeout: Duration,
+    /// So many good ones in a row, and one that was unhealthy is well.
+    pub rise: u32,
+    /// So many bad ones in a row, and it is unhealthy.
+    pub fall: u32,
+    /// It is started again when it has been unhealthy for so long. `None`: never for that.
+    pub restart_after: Option<Duration>,
+}
+
+/// What a check does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CheckKind {
+    /// Connects.
+    Tcp,
+    /// Asks for a path, and wants one of these statuses.
+    Http { path: String, host: String, statuses: Vec<RangeInclusive<u16>> },
+    /// Runs a program, which is to exit with 0.
+    Command { command: Vec<String> },
+}
+
+/// When a server is taken for one that hangs, and what is done about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stall {
+    /// So long its accept queue has not moved.
+    pub after: Duration,
+    /// What is in there goes to the others, and it is started again.
+    pub move_queue: bool,
+    /// It is killed when it has been stalled for so long. `None`: never for that.
+    pub kill_after: Option<Duration>,
 }
 
 /// How a server gets its listener.
@@ -177,6 +221,8 @@ pub enum Readiness {
     Listening,
     /// And it said `READY=1` (sd_notify).
     Notify,
+    /// And a check of it was good.
+    Check,
 }
 
 /// Where a server writes to.
@@ -295,7 +341,7 @@ impl fmt::Display for Config {
     }
 }
 
-/// `shop: [::]:8080, 5 servers (1 to 4, big as backup), least-connections, socket own, user shop, limit 200, weight 100 (big: 200), slow start 30s, waiting 1024 for 30s with a reply`
+/// `shop: [::]:8080, 5 servers (1 to 4, big as backup), least-connections, socket own, user shop, limit 200, weight 100 (big: 200), slow start 30s, check http every 2s, waiting 1024 for 30s with a reply`
 impl fmt::Display for Service {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: ", self.name)?;
@@ -340,6 +386,14 @@ impl fmt::Display for Service {
         if let Some(Scale { min, max, .. }) = self.scale {
             write!(f, ", scaled from {min} to {max}")?;
         }
+
+        if self.servers.iter().any(|server| server.check.is_some()) {
+            let check = |server: &Server| match &server.check {
+                Some(check) => format!("{} every {}", check.kind.name(), duration::write(check.interval)),
+                None => "none".to_owned(),
+            };
+            write!(f, ", check {}", most_and_others(&self.servers, check))?;
+        }
         write!(f, ", {}", self.waiting)
     }
 }
@@ -372,6 +426,25 @@ impl Server {
     }
 }
 
+impl CheckKind {
+    /// The name an operator writes.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Http { .. } => "http",
+            Self::Command { .. } => "command",
+        }
+    }
+
+    /// It goes over the network, to the server's listeners.
+    pub const fn is_directed(&self) -> bool {
+        match self {
+            Self::Tcp | Self::Http { .. } => true,
+            Self::Command { .. } => false,
+        }
+    }
+}
+
 impl SocketMode {
     /// Every mode.
     pub const ALL: [Self; 3] = [Self::Own, Self::Systemd, Self::Stdin];
@@ -400,13 +473,14 @@ impl Occupied {
 
 impl Readiness {
     /// Every one.
-    pub const ALL: [Self; 2] = [Self::Listening, Self::Notify];
+    pub const ALL: [Self; 3] = [Self::Listening, Self::Notify, Self::Check];
 
     /// The name an operator writes.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Listening => "listening",
             Self::Notify => "notify",
+            Self::Check => "check",
         }
     }
 }

@@ -48,6 +48,7 @@ use self::{
 use crate::{
     attendant, auditor, bell,
     cgroup::Cgroup,
+    check,
     cli::Source,
     config::{self, Config, Occupied},
     control::{self, Command, Request, Response},
@@ -114,6 +115,13 @@ pub enum Input {
     Audited {
         service: usize,
         result: anyhow::Result<auditor::Checked>,
+    },
+    /// A check of a server is over.
+    Checked {
+        service: usize,
+        entry: usize,
+        instance: server::Instance,
+        outcome: check::Outcome,
     },
     Control(Request),
     /// The trial of another program is over.
@@ -646,6 +654,11 @@ impl<'a> Distributor<'a> {
             Input::Audited { service, result } => {
                 if let Some(service) = numbered(services, service) {
                     service.audited(result);
+                }
+            }
+            Input::Checked { service, entry, instance, outcome } => {
+                if let Some(service) = services.get_mut(service) {
+                    service.checked(entry, instance, outcome, &mut host);
                 }
             }
             Input::Control(Request { command, reply, peer }) => {

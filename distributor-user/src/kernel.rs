@@ -6,6 +6,7 @@
 //! those that run in one step, once everything that can fail is done.
 
 mod counters;
+mod directions;
 mod foreign;
 mod ledger;
 mod links;
@@ -54,6 +55,7 @@ use self::{
 use crate::{address::ListenAddress, cgroup::Cgroup, error, room::Room, shared::Shared, watch::Watch};
 
 pub use self::{
+    directions::{Direction, Directions},
     foreign::detach,
     ledger::Ledger,
     trial::{Trial, trial},
@@ -725,10 +727,14 @@ pub fn remember_wakes(root: &Path, wakes: bool) -> anyhow::Result<()> {
 /// The directory of what was found out about the kernel. No service's: those end with a version.
 const PROBED: &str = "probed";
 
-/// An address as the programs know it: the IP in network byte order.
 fn key(address: &ListenAddress) -> Address {
-    let port = u32::from(address.socket.port());
-    match address.socket.ip() {
+    address_of(address.socket)
+}
+
+/// An address as the programs know it: the IP in network byte order.
+fn address_of(socket: SocketAddr) -> Address {
+    let port = u32::from(socket.port());
+    match socket.ip() {
         IpAddr::V4(ip) => Address { ip: [u32::from_ne_bytes(ip.octets()), 0, 0, 0], family: AF_INET, port },
         IpAddr::V6(ip) => {
             let octets = ip.octets();

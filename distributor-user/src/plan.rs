@@ -9,8 +9,8 @@ use std::collections::{BTreeMap, VecDeque};
 use anyhow::{Context as _, ensure};
 use distributor_ebpf::{
     contract::{
-        self, BUCKETS, FLAG_BELL, FLAG_CLOSING, FLAG_COOKIES, GROUPS, LIMIT_MAX, Plan, Policy, Run,
-        SERVERS_END, SLOTS,
+        self, BUCKETS, FLAG_BELL, FLAG_CHECKS, FLAG_CLOSING, FLAG_COOKIES, GROUPS, LIMIT_MAX, Plan, Policy,
+        Run, SERVERS_END, SLOTS,
     },
     select::{NO_SLOT, mix, stride},
 };
@@ -30,6 +30,8 @@ pub struct Wanted {
     pub cookies: bool,
     /// The kernel does not wake a server to which it moves a connection.
     pub bell: bool,
+    /// Servers are checked over the network.
+    pub checks: bool,
     /// In the configuration's order.
     pub servers: Vec<WantedServer>,
 }
@@ -60,6 +62,7 @@ impl Wanted {
             closing: false,
             cookies: false,
             bell: false,
+            checks: false,
             servers: Vec::new(),
         }
     }
@@ -68,9 +71,12 @@ impl Wanted {
     pub fn plan(&self) -> Box<Plan> {
         let mut plan = Box::new(Plan::EMPTY);
         plan.policy = self.policy as u32;
-        for (flag, is_set) in
-            [(FLAG_CLOSING, self.closing), (FLAG_COOKIES, self.cookies), (FLAG_BELL, self.bell)]
-        {
+        for (flag, is_set) in [
+            (FLAG_CLOSING, self.closing),
+            (FLAG_COOKIES, self.cookies),
+            (FLAG_BELL, self.bell),
+            (FLAG_CHECKS, self.checks),
+        ] {
             plan.flags |= if is_set { flag } else { 0 };
         }
         plan.capacity = self.capacity;
@@ -246,6 +252,7 @@ mod tests {
             closing: false,
             cookies: false,
             bell: false,
+            checks: false,
             servers,
         }
     }

@@ -65,9 +65,21 @@ pub struct Supervision {
     pub stop_timeout: Duration,
     /// How often one that is ready has to say that it is well.
     pub watchdog: Option<Duration>,
+    pub remedies: Remedies,
     pub backoff: Backoff,
     /// It has one try: if its instance fails, there is another one that serves.
     pub once: bool,
+}
+
+/// What is done about a server that is ready and not well, beside giving it nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Remedies {
+    /// It is started again when its checks have been bad for so long.
+    pub restart_after: Option<Duration>,
+    /// What is in the accept queue of one that is stalled goes to the others, and it is started again.
+    pub move_queue: bool,
+    /// It is killed when it has been stalled for so long.
+    pub hang_kill: Option<Duration>,
 }
 
 /// Where a server is. Each state owns what it needs to go on.
@@ -86,7 +98,7 @@ pub enum State {
         deadline: Instant,
         run: Run,
     },
-    /// It is in the plan. The only state in which it is.
+    /// It is in the plan, unless it is unhealthy. The only state in which it is.
     Ready {
         #[serde(with = "moment")]
         since: Instant,
@@ -147,7 +159,33 @@ pub struct Run {
     /// It has to say that it is well while it is ready.
     #[serde(default)]
     watchdog: Option<Watchdog>,
+    /// A check of it was good.
+    #[serde(default)]
+    checked: bool,
+    /// Its checks are bad. Of meaning only while it is ready, and so are the next two.
+    #[serde(default)]
+    unhealthy: Option<Ailment>,
+    /// Its accept queue does not move.
+    #[serde(default)]
+    stalled: Option<Ailment>,
+    /// Why it is not ready yet, if it waits for a good check.
+    #[serde(default)]
+    unchecked: Option<String>,
 }
+
+/// What a server that is ready suffers from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Ailment {
+    #[serde(with = "moment")]
+    since: Instant,
+    why: String,
+    /// When something is done about it.
+    due: Option<Due>,
+}
+
+/// An instant that may be missing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Due(#[serde(with = "moment")] Instant);
 
 /// What is left of a server's time to say that it is well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -261,6 +299,14 @@ pub enum Report {
     NotifyWatchdogInterval(Option<Duration>),
     /// EXTEND_TIMEOUT_USEC=
     NotifyExtendTimeout(Duration),
+    /// Its checks have become good, or it is the first of all and good.
+    Well,
+    /// Its checks have become bad.
+    Unwell { why: String },
+    /// Its accept queue has not moved for too long.
+    QueueStands { why: String },
+    /// It moves again, or is empty.
+    QueueMoves,
     /// After `Exclude`: it has no connections. Told at once where it has none.
     DrainDone,
     /// The main process has ended. `others_left`: its cgroup is not empty now.
@@ -281,6 +327,11 @@ pub enum Action {
     /// any signal: in the other order a connection could still be steered to a listener that
     /// nobody will accept from.
     Exclude { instance: Instance },
+    /// Take it out of the plan; it goes on otherwise.
+    Withhold { instance: Instance },
+    /// Have the kernel move what is in its accept queues to the others, which ends its listeners.
+    /// Comes after `Exclude`.
+    MoveQueue { instance: Instance },
     /// Send it a signal.
     Signal { instance: Instance, signal: Signal, to: Recipient },
     /// Kill every process of its cgroup.
@@ -332,6 +383,11 @@ impl Supervision {
             stop_signal: server.stop_signal,
             stop_timeout: server.stop_timeout,
             watchdog: server.watchdog,
+            remedies: Remedies {
+                restart_after: server.check.as_ref().and_then(|check| check.restart_after),
+                move_queue: server.stall.is_some_and(|stall| stall.move_queue),
+                hang_kill: server.stall.and_then(|stall| stall.kill_after),
+            },
             backoff: Backoff::try_new(server.restart)?,
             once: false,
         })
@@ -428,6 +484,21 @@ impl Server {
 
     /// It is in the plan.
     pub fn is_included(&self) -> bool {
+        matches!(&self.state, State::Ready { run, .. } if run.unhealthy.is_none())
+    }
+
+    /// It is out of the plan, and not because it starts or ends.
+    pub fn is_withheld(&self) -> bool {
+        matches!(&self.state, State::Ready { run, .. } if run.unhealthy.is_some())
+    }
+
+    /// It is in the plan for when no other one is.
+    pub fn is_stalled(&self) -> bool {
+        matches!(&self.state, State::Ready { run, .. } if run.stalled.is_some())
+    }
+
+    /// Whether and how it is ready, so that its queue is to be looked at.
+    pub fn is_ready(&self) -> bool {
         matches!(self.state, State::Ready { .. })
     }
 
@@ -439,6 +510,19 @@ impl Server {
                 matches!(then, Then::Stopped | Then::Failed(_))
             }
             State::Starting { .. } | State::Ready { .. } | State::Backoff { .. } => false,
+        }
+    }
+
+    /// What checks come to is to be told.
+    pub fn is_to_be_checked(&self, policy: &Supervision) -> bool {
+        match &self.state {
+            State::Ready { .. } => true,
+            State::Starting { run, .. } => run.waits_for_check(policy),
+            State::Stopped { .. }
+            | State::Draining { .. }
+            | State::Stopping { .. }
+            | State::Backoff { .. }
+            | State::Failed { .. } => false,
         }
     }
 
@@ -457,7 +541,7 @@ impl Server {
     pub fn deadline(&self) -> Option<Instant> {
         match self.state {
             State::Stopped { .. } | State::Failed { .. } => None,
-            State::Ready { ref run, .. } => run.watchdog.map(|watchdog| watchdog.until),
+            State::Ready { ref run, .. } => run.due(),
             State::Starting { deadline, .. }
             | State::Draining { deadline, .. }
             | State::Stopping { deadline, .. } => Some(deadline),
@@ -475,6 +559,8 @@ impl Server {
         match &self.state {
             State::Stopped { .. } => ServerState::Stopped,
             State::Starting { .. } => ServerState::Starting,
+            State::Ready { run, .. } if run.unhealthy.is_some() => ServerState::Unhealthy,
+            State::Ready { run, .. } if run.stalled.is_some() => ServerState::Stalled,
             State::Ready { .. } => ServerState::Ready,
             State::Draining { .. } => ServerState::Draining,
             State::Stopping { then, .. } => match then {
@@ -490,9 +576,9 @@ impl Server {
     /// When it entered its state.
     pub fn since(&self) -> Instant {
         match self.state {
+            State::Ready { since, ref run } => run.ailment().map_or(since, |ailment| ailment.since),
             State::Stopped { since }
             | State::Starting { since, .. }
-            | State::Ready { since, .. }
             | State::Draining { since, .. }
             | State::Stopping { since, .. }
             | State::Backoff { since, .. }
@@ -507,6 +593,7 @@ impl Server {
         let reason = match &self.state {
             State::Stopped { .. } => self.history.last_end.clone(),
             State::Starting { run, .. } => Some(run.awaits(policy)),
+            State::Ready { run, .. } if run.ailment().is_some() => run.suffers(now),
             State::Ready { .. } => self.history.last_end.as_ref().map(|end| format!("the one before {end}")),
             State::Draining { deadline, then, .. } => {
                 Some(format!("{}; its connections have {} to end", then.why(), left(*deadline)))
@@ -580,7 +667,13 @@ impl Run {
 
     /// An instance of which nothing was written down: it runs, and may have served.
     pub fn found(pid: u32, started: Instant) -> Self {
-        Self { main: Main::Running { pid }, notified: true, served: true, ..Self::new(started) }
+        Self {
+            main: Main::Running { pid },
+            notified: true,
+            checked: true,
+            served: true,
+            ..Self::new(started)
+        }
     }
 
     fn new(started: Instant) -> Self {
@@ -593,7 +686,48 @@ impl Run {
             served: false,
             healthy: false,
             watchdog: None,
+            checked: false,
+            unhealthy: None,
+            stalled: None,
+            unchecked: None,
         }
+    }
+
+    /// The worse one of what it suffers from.
+    fn ailment(&self) -> Option<&Ailment> {
+        self.unhealthy.as_ref().or(self.stalled.as_ref())
+    }
+
+    /// When something is to be done while it is ready.
+    fn due(&self) -> Option<Instant> {
+        let of = |ailment: &Option<Ailment>| ailment.as_ref()?.due.map(|Due(due)| due);
+        let watchdog = self.watchdog.map(|watchdog| watchdog.until);
+        [watchdog, of(&self.unhealthy), of(&self.stalled)].into_iter().flatten().min()
+    }
+
+    /// What it suffers from, and what comes next.
+    fn suffers(&self, now: Instant) -> Option<String> {
+        let left = |Due(due): Due| span(due.saturating_duration_since(now));
+        let told = |ailment: &Ailment, gets: &str, then: &str| match ailment.due {
+            Some(due) => format!("{}; {gets}, {then} in {}", ailment.why, left(due)),
+            None => format!("{}; {gets}", ailment.why),
+        };
+        let unhealthy = self.unhealthy.as_ref().map(|it| told(it, UNHEALTHY, "started again"));
+        let stalled = self.stalled.as_ref().map(|it| told(it, STALLED, "killed"));
+        let parts: Vec<String> = unhealthy.into_iter().chain(stalled).collect();
+        (!parts.is_empty()).then(|| parts.join("; "))
+    }
+
+    /// What it suffered from is over, because it is not ready any more.
+    fn recover(&mut self) {
+        (self.unhealthy, self.stalled, self.unchecked) = (None, None, None);
+    }
+
+    /// Nothing is missing but a good check.
+    fn waits_for_check(&self, policy: &Supervision) -> bool {
+        policy.readiness == Readiness::Check
+            && self.main != Main::Launching
+            && self.missing(policy).is_empty()
     }
 
     /// The service's addresses on which it does not listen.
@@ -610,6 +744,7 @@ impl Run {
             && match policy.readiness {
                 Readiness::Listening => true,
                 Readiness::Notify => self.notified,
+                Readiness::Check => self.checked,
             }
     }
 
@@ -620,6 +755,11 @@ impl Run {
         let missing = missing.join(" and ");
         if self.main == Main::Launching {
             "is being launched".to_owned()
+        } else if missing.is_empty() && policy.readiness == Readiness::Check {
+            match &self.unchecked {
+                Some(why) => format!("listens, waits for a good check: {why}"),
+                None => "listens, waits for a good check".to_owned(),
+            }
         } else if missing.is_empty() {
             "listens, waits for READY=1".to_owned()
         } else if !self.elsewhere.is_empty() {
@@ -699,6 +839,11 @@ impl fmt::Display for Instance {
 }
 
 const STOPS_BY_ITSELF: &str = "stops by itself";
+
+/// What becomes of a server whose checks are bad...
+const UNHEALTHY: &str = "gets no connections until its checks are good";
+/// ...and of one that does not accept.
+const STALLED: &str = "gets none while another server can take them, until its queue moves";
 
 /// Where else a server listens is for a person to read.
 const MOST_ELSEWHERE: usize = 4;

@@ -8,11 +8,13 @@
 mod adopt;
 mod audit;
 mod change;
+mod check;
 mod drain;
 mod launch;
 mod notified;
 mod report;
 mod role;
+mod stall;
 mod survey;
 mod update;
 
@@ -20,6 +22,7 @@ use std::{
     collections::{HashMap, VecDeque},
     fs,
     os::fd::AsFd as _,
+    rc::Rc,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
@@ -45,9 +48,11 @@ use crate::{
     control::Response,
     distributor::Input,
     drain::Drain,
-    error, instance,
+    error,
+    health::Health,
+    instance,
     keeper::{self, Keeper},
-    kernel::{self, Desk, Kernel, ProgramLog},
+    kernel::{self, Desk, Directions, Kernel, ProgramLog},
     launch::LaunchError,
     link::Link,
     listener::{self, Verdict},
@@ -57,6 +62,7 @@ use crate::{
     scale::Scaler,
     server::{Action, Event, Instance, Recipient, Report, Server, Supervision},
     share::{self, HeldBack, Share, Warming},
+    stall::Queue,
     trouble::Troubles,
 };
 
@@ -120,6 +126,12 @@ pub struct Service {
     audit: audit::Audit,
     /// The kernel does not wake a server to which it moves a connection.
     bell: bool,
+    /// Connections of ours that check servers.
+    directions: Rc<Directions>,
+    /// When the next check is due that can begin.
+    next_check: Option<Instant>,
+    /// When accept queues are looked at again.
+    next_look: Option<Instant>,
     entries: Vec<Entry>,
     /// How long a step of the shortest slow start lasts that is under way.
     warms: Option<Duration>,
@@ -173,6 +185,11 @@ struct Entry {
     /// An operator has taken it out.
     drain: Option<Drain>,
     closing: drain::Closing,
+    /// What its checks have come to.
+    health: Health,
+    checking: check::Checking,
+    /// What was seen of its accept queues.
+    queue: Option<Queue>,
     run: Option<Running>,
     /// Of ended instances.
     total_before: u64,
@@ -317,6 +334,8 @@ impl Service {
         kernel.take_charge(&rooms.collect::<Result<Vec<_>, _>>()?)?;
         attendant.start(&mut handle)?;
         let auditor = Auditor::open(&pins, &config.listen)?;
+        let directions = Directions::open(&pins)?;
+        checks(host.place, &config.name).end();
 
         let mut service = Self {
             number,
@@ -324,6 +343,9 @@ impl Service {
             _tasks: tasks,
             audit: audit::Audit::start(number, auditor, options.audit, host),
             bell: options.bell,
+            directions,
+            next_check: None,
+            next_look: None,
             entries: Vec::new(),
             warms: None,
             cpus: affinity::Watch::default(),
@@ -792,14 +814,16 @@ impl Service {
         let step = self.warms.map(|step| now + step);
         let machines = self.entries.iter().filter_map(|entry| entry.machine.deadline());
         let drains = self.entries.iter().filter_map(|entry| entry.drain?.deadline(now));
-        machines.chain(self.scans.iter().map(|scan| scan.at)).chain(drains).chain(step).min()
+        let looks = self.next_check.into_iter().chain(self.next_look);
+        machines.chain(self.scans.iter().map(|scan| scan.at)).chain(drains).chain(step).chain(looks).min()
     }
 
     /// Something is waited for that nobody tells: look often.
     pub fn is_restless(&self) -> bool {
         !self.retired.is_empty()
             || self.entries.iter().any(|entry| {
-                entry.run.as_ref().is_some_and(|run| run.draining || run.emptying || !run.included)
+                let waits = !entry.machine.is_withheld();
+                entry.run.as_ref().is_some_and(|run| run.draining || run.emptying || !run.included && waits)
             })
     }
 
@@ -823,10 +847,12 @@ impl Service {
         let Ok(load) = self.kernel.load() else { return };
         self.check_drained(&load, host);
         self.close_rest(&load, now, host);
+        self.look_at_queues(&load, now, host);
         self.free_retired(&load);
         if self.warms.is_some() {
             self.write_plan();
         }
+        self.check_due(now, host);
     }
 
     /// Once a second: what is cheap to look at, and would otherwise depend on an event that
@@ -968,6 +994,14 @@ impl Service {
                 }
                 if drained { of(Report::DrainDone) } else { None }
             }
+            Action::Withhold { .. } => {
+                self.set_included(entry, false);
+                None
+            }
+            Action::MoveQueue { .. } => {
+                self.move_queue(entry);
+                None
+            }
             Action::Signal { signal, to, .. } => {
                 self.signal(entry, signal, to, host);
                 None
@@ -1090,6 +1124,7 @@ impl Service {
             share::Candidate {
                 included: entry.is_open(),
                 backup: entry.config.backup,
+                stalled: entry.machine.is_stalled(),
                 weight: entry.weight,
                 warms: warms.filter(|_| !entry.config.slow_start.is_zero()).map(|_| Warming {
                     passed: now.saturating_duration_since(entry.machine.since()),
@@ -1117,6 +1152,7 @@ impl Service {
             closing: self.closing,
             cookies: self.syncookies,
             bell: self.bell,
+            checks: self.checks_directly(),
             servers: self
                 .in_order()
                 .into_iter()
@@ -1172,6 +1208,12 @@ fn not_launched(sentence: String) -> Report {
         Some(sentence) => Report::LaunchLacked { sentence },
         None => Report::LaunchFailed { sentence },
     }
+}
+
+/// Where the commands run that check a service's servers: outside of its cgroup, where nobody can be
+/// taken for a server.
+fn checks(place: &instance::Instance, service: &str) -> Cgroup {
+    place.cgroup.child(&format!("{service}.checks"))
 }
 
 /// The uid of all its sockets.

@@ -1,4 +1,5 @@
-//! What share of the new connections each server of a service is to get: backup servers, and slow start.
+//! What share of the new connections each server of a service is to get: stalled servers, backup servers,
+//! and slow start.
 //!
 //! Pure. A server that was just started again is slower than it will be (a JVM compiles, caches are
 //! empty), so with `slow_start` its weight grows to its full value in that time, in equal steps. That
@@ -22,6 +23,8 @@ pub struct Candidate {
     pub included: bool,
     /// It is to get none while another one is ready that is not a backup.
     pub backup: bool,
+    /// It does not accept: it is to get none while another one is ready that does.
+    pub stalled: bool,
     pub weight: u32,
     /// How far it is with its slow start. `None`: it has none.
     pub warms: Option<Warming>,
@@ -51,14 +54,17 @@ pub struct Share {
 pub enum HeldBack {
     /// Others serve.
     Backup,
+    /// Others accept.
+    Stalled,
     /// It has this part of its weight, in percent, and all of it in `left`. A part lasts for `step`.
     Warms { percent: u32, left: Duration, step: Duration },
 }
 
 /// The shares of these servers, in the same order.
 pub fn shares(candidates: &[Candidate]) -> Vec<Share> {
-    let others_serve = candidates.iter().any(|it| it.included && !it.backup);
-    let is_eligible = |it: &Candidate| it.included && !(it.backup && others_serve);
+    // The best that there are.
+    let rank = candidates.iter().filter(|it| it.included).map(Candidate::rank).min();
+    let is_eligible = |it: &Candidate| it.included && Some(it.rank()) == rank;
     let one_is_warm = candidates.iter().any(|it| is_eligible(it) && it.step() == STEPS);
     let step = |it: &Candidate| if one_is_warm { it.step() } else { STEPS };
     let one_warms = candidates.iter().any(|it| is_eligible(it) && step(it) < STEPS);
@@ -69,6 +75,7 @@ pub fn shares(candidates: &[Candidate]) -> Vec<Share> {
         let (eligible, step) = (is_eligible(it), step(it));
         let part = |weight: u32| (weight * step / STEPS).max(1);
         let held_back = match it.warms {
+            _ if it.included && !eligible && it.stalled => Some(HeldBack::Stalled),
             _ if it.included && !eligible => Some(HeldBack::Backup),
             Some(Warming { passed, of }) if eligible && step < STEPS => Some(HeldBack::Warms {
                 percent: step * 100 / STEPS,
@@ -84,6 +91,15 @@ pub fn shares(candidates: &[Candidate]) -> Vec<Share> {
 }
 
 impl Candidate {
+    /// Who comes before whom: a backup accepts at least, and of those that do not, none is better.
+    fn rank(&self) -> u32 {
+        match (self.stalled, self.backup) {
+            (false, false) => 0,
+            (false, true) => 1,
+            (true, _) => 2,
+        }
+    }
+
     /// How many steps of its slow start it has come, from 1 to `STEPS`.
     fn step(&self) -> u32 {
         let Some(Warming { passed, of }) = self.warms else { return STEPS };
@@ -102,7 +118,34 @@ mod tests {
     const OF: Duration = Duration::from_secs(20);
 
     fn warm(weight: u32) -> Candidate {
-        Candidate { included: true, backup: false, weight, warms: None }
+        Candidate { included: true, backup: false, stalled: false, weight, warms: None }
+    }
+
+    fn stalled(candidate: Candidate) -> Candidate {
+        Candidate { stalled: true, ..candidate }
+    }
+
+    #[test]
+    fn a_stalled_server_gets_nothing_while_another_one_accepts() {
+        let eligible = |candidates: &[Candidate]| {
+            shares(candidates).iter().map(|share| share.eligible).collect::<Vec<_>>()
+        };
+        let backup = |candidate: Candidate| Candidate { backup: true, ..candidate };
+        let away = |candidate: Candidate| Candidate { included: false, ..candidate };
+        let it = warm(100);
+        for (candidates, expected) in [
+            (vec![stalled(it), it], vec![false, true]),
+            (vec![stalled(it), backup(it)], vec![false, true]),
+            (vec![stalled(it), away(it), backup(away(it))], vec![true, false, false]),
+            (vec![stalled(it), stalled(it)], vec![true, true]),
+            (vec![stalled(it), backup(stalled(it))], vec![true, true]),
+            (vec![it, backup(stalled(it))], vec![true, false]),
+        ] {
+            assert_eq!(eligible(&candidates), expected, "{candidates:?}");
+        }
+        let held_back = |candidates: &[Candidate]| shares(candidates)[0].held_back;
+        assert_eq!(held_back(&[stalled(it), it]), Some(HeldBack::Stalled));
+        assert_eq!(held_back(&[stalled(it), stalled(it)]), None);
     }
 
     fn warming(weight: u32, seconds: u64) -> Candidate {
@@ -153,12 +196,14 @@ mod tests {
 
     fn candidate() -> impl Strategy<Value = Candidate> {
         let warms = prop::option::of((0_u64..30_000, 1_u64..30_000));
-        (any::<bool>(), any::<bool>(), 1..=WEIGHT_MAX, warms).prop_map(|(included, backup, weight, warms)| {
+        let (included, backup, stalled) = (any::<bool>(), any::<bool>(), any::<bool>());
+        let all = (included, backup, stalled, 1..=WEIGHT_MAX, warms);
+        all.prop_map(|(included, backup, stalled, weight, warms)| {
             let warms = warms.map(|(passed, of)| Warming {
                 passed: Duration::from_millis(passed),
                 of: Duration::from_millis(of),
             });
-            Candidate { included, backup, weight, warms }
+            Candidate { included, backup, stalled, weight, warms }
         })
     }
 

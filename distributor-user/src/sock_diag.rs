@@ -68,6 +68,8 @@ pub struct Socket {
     pub remote: SocketAddr,
     /// The device it is bound to; 0: none.
     pub device: u32,
+    /// Of a listener: how many connections lie in its accept queue, dead ones included.
+    pub queue: u32,
     /// The cgroup (inode number) in which it was made, or its listener; `None` if the kernel does
     /// not tell (before Linux 5.7).
     pub cgroup: Option<u64>,
@@ -235,6 +237,7 @@ fn socket(message: &[u8]) -> Option<Socket> {
         local: address(4, 8)?,
         remote: address(6, 24)?,
         device: word(fixed, 40)?,
+        queue: word(fixed, 56)?,
         cookie: u64::from(word(fixed, 44)?) | u64::from(word(fixed, 48)?) << 32,
         cgroup: None,
         tag: None,
@@ -321,6 +324,7 @@ mod tests {
             assert_eq!(listening[0].cookie, sockopt::socket_cookie(&listener).unwrap());
             assert_eq!(listening[0].local, address);
             assert!(listening[0].cgroup.is_some());
+            assert_eq!(listening[0].queue, 1);
 
             let connected = all(address, States::Connections);
             assert_eq!(connected.len(), 2);

@@ -158,6 +158,9 @@ pub struct ServerStatus {
     /// An operator has taken it out until he resumes it.
     #[serde(default)]
     pub drain: Option<DrainStatus>,
+    /// How its checks go. `None`: it is not checked.
+    #[serde(default)]
+    pub check: Option<CheckStatus>,
     /// When it entered its state.
     pub since: Timestamp,
 }
@@ -170,6 +173,23 @@ pub struct DrainStatus {
     pub then: Rest,
     /// 0: the time is up. `None`: they have any time.
     pub seconds_left: Option<f64>,
+}
+
+/// How the checks of a server go.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CheckStatus {
+    /// `tcp`, `http` or `command`.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Whether the last one was good. `None`: there was none since it is ready, or waits for one.
+    pub good: Option<bool>,
+    /// What it came to: `200 OK`, `connection refused`.
+    pub said: Option<String>,
+    /// Since when all are good, or all are bad.
+    pub since: Option<Timestamp>,
+    /// By the distributor that runs.
+    pub good_total: u64,
+    pub bad_total: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -544,6 +564,7 @@ mod tests {
             adopted: false,
             earlier: 0,
             drain: None,
+            check: None,
             restarts: 0,
             instance: 1,
             since: "2026-01-02T03:04:05Z".parse().unwrap(),
@@ -638,7 +659,7 @@ mod tests {
                     "accept_queue": null,
                     "adopted": false,
                     "earlier": 0,
-                    "drain": null,
+                    "drain": null, "check": null,
                     "restarts": 3,
                     "instance": 1,
                     "since": "2026-01-02T03:07:15Z",

@@ -95,7 +95,20 @@ pub struct Server {
     pub instance: u64,
     pub earlier: u64,
     pub drain: Option<Drain>,
+    pub check: Option<Check>,
     pub since: String,
+}
+
+/// How its checks go.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct Check {
+    #[serde(rename = "type")]
+    pub kind: String,
+    pub good: Option<bool>,
+    pub said: Option<String>,
+    pub since: Option<String>,
+    pub good_total: u64,
+    pub bad_total: u64,
 }
 
 /// An operator has taken it out.

@@ -136,6 +136,7 @@ impl Group {
             closing: false,
             cookies: false,
             bell: false,
+            checks: false,
             servers: vec![WantedServer {
                 slot: 0,
                 identity: "app/1".to_owned(),

@@ -17,8 +17,9 @@ use aya_ebpf::{
 };
 use distributor_ebpf::{
     contract::{
-        self, Address, Attendant, BUCKETS, Event, EventKind, GROUPS, Home, Load, Outcome, Owner, Parked,
-        Plan, RING, Rooms, SLOTS, SOCKETS as PLACES, SUSPICION, State, Tag, UNATTENDED, WAITS, wait_bucket,
+        self, Address, Attendant, BUCKETS, Directed, Event, EventKind, GROUPS, Home, Load, Outcome, Owner,
+        Parked, Plan, RING, Rooms, SLOTS, SOCKETS as PLACES, SUSPICION, State, Tag, UNATTENDED, WAITS,
+        wait_bucket,
     },
     select::{NextTurn, earlier, next_turn},
     word::{self, Place},
@@ -71,6 +72,9 @@ static ATTENDANT: Array<Attendant> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 /// space.
 #[map]
 static BELLS: HashMap<u64, u32> = HashMap::with_max_entries(1024, 0);
+/// The client's address of a connection of ours -> the server that it is for. Writer: user space.
+#[map]
+static DIRECTED: HashMap<Address, Directed> = HashMap::with_max_entries(1 << 13, BPF_F_NO_PREALLOC);
 /// A record here wakes the attendant. What it says is nothing: that looks at everything.
 #[map]
 static WAKES: RingBuf = RingBuf::with_byte_size(1 << 12, 0);
@@ -572,6 +576,13 @@ pub(crate) fn note_parked(listener: u64, parked: Parked) {
 pub(crate) fn bell(client: u64) -> Option<u32> {
     // SAFETY: the value is copied at once.
     unsafe { BELLS.get(client).copied() }
+}
+
+/// The server that a connection of ours is for.
+#[inline(always)]
+pub(crate) fn directed(client: &Address) -> Option<Directed> {
+    // SAFETY: the value is copied at once.
+    unsafe { DIRECTED.get(client).copied() }
 }
 
 /// How a slot's word changes.

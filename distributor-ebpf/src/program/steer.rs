@@ -17,8 +17,8 @@ use aya_ebpf::{
 use aya_log_ebpf::debug;
 use distributor_ebpf::{
     contract::{
-        self, FLAG_BELL, FLAG_CLOSING, FLAG_COOKIES, Outcome, Owner, Parked, Plan, Policy, ROOM, SLOTS,
-        in_room, room_of,
+        self, Address, CHECKER, Directed, FLAG_BELL, FLAG_CHECKS, FLAG_CLOSING, FLAG_COOKIES, Outcome, Owner,
+        Parked, Plan, Policy, ROOM, SLOTS, in_room, room_of,
     },
     select::{self, Arrival, Choice, NO_SLOT, PROBES, TRIES},
     word::{self, Place},
@@ -34,6 +34,9 @@ const ACK: u8 = 1 << 4;
 /// States of a migrating socket (include/net/tcp_states.h).
 const TCP_CLOSE: u32 = 7;
 const TCP_NEW_SYN_RECV: u32 = 12;
+
+const AF_INET: u32 = 2;
+const AF_INET6: u32 = 10;
 
 const ETH_P_IP_BE: u32 = 0x0800u16.to_be() as u32;
 const BPF_HDR_START_NET: u32 = 1;
@@ -119,6 +122,11 @@ fn arrive(ctx: &SkReuseportContext, plan: &'static Plan, loads: Loads) -> Verdic
         ACK => plan.flags & FLAG_COOKIES != 0,
         _ => false,
     };
+    if plan.flags & FLAG_CHECKS != 0
+        && let Some(to) = maps::directed(&arriving_client(ctx))
+    {
+        return Verdict::Done(direct(ctx, plan, to));
+    }
     if plan.flags & FLAG_BELL != 0
         && let Some(index) = maps::bell(contract::client(arriving_source(ctx), arriving_port(ctx)))
         && SOCKETS.select_reuseport(ctx, index).is_ok()
@@ -169,6 +177,25 @@ fn arrive(ctx: &SkReuseportContext, plan: &'static Plan, loads: Loads) -> Verdic
     Verdict::Room(why)
 }
 
+/// A connection of ours, to the server that it is for, whatever else holds of that; or to nobody.
+/// It takes no place. (Every segment of it that comes here is answered like its SYN: with SYN cookies
+/// its ACK has to come to the same listener.)
+#[inline(always)]
+fn direct(ctx: &SkReuseportContext, plan: &'static Plan, to: Directed) -> u32 {
+    let slot = to.slot as usize & (SLOTS - 1);
+    let run = select::run(plan, maps::group(), slot);
+    let turn = to.nth.checked_rem(u32::from(run.len));
+    if let Some(turn) = turn
+        && plan.servers[slot].generation == to.generation
+        && SOCKETS.select_reuseport(ctx, u32::from(run.first) + turn).is_ok()
+    {
+        count(Outcome::Directed);
+        return SK_PASS;
+    }
+    count(Outcome::DirectedRefused);
+    SK_DROP
+}
+
 /// A connection of a closing listener whose handshake is not complete: its ACK has come, or
 /// the kernel is about to send its SYN-ACK again.
 #[inline(always)]
@@ -184,6 +211,10 @@ fn move_half_open(
     if unsafe { (*ctx.md).len } == 0 && suspicious {
         // A flood leaves them behind by the thousand, and each would follow us from room to room.
         count(Outcome::DroppedHalfOpen);
+        return Verdict::Done(SK_DROP);
+    }
+    if plan.flags & FLAG_CHECKS != 0 && maps::directed(&socket_client(migrating)).is_some() {
+        count(Outcome::CheckGivenUp);
         return Verdict::Done(SK_DROP);
     }
     let waits = suspicious || loads.waiting() > 0 && maps::is_attended(now);
@@ -226,6 +257,11 @@ fn move_established(
             owner
         }
     };
+    if before.owner == CHECKER {
+        // The kernel resets it, and its close is nobody's.
+        count(Outcome::CheckGivenUp);
+        return SK_DROP;
+    }
     let group = maps::group();
     let Some(corridor) = maps::corridor(group) else { return SK_DROP };
     let parked = maps::parked(listener);
@@ -673,6 +709,22 @@ fn tcp_flags(ctx: &SkReuseportContext) -> Option<u8> {
     (error == 0).then_some(flags)
 }
 
+/// A client as DIRECTED knows it. An IPv4 client of a dual-stack listener: as its SYN was seen.
+#[inline(always)]
+pub(crate) fn client(ip: [u32; 4], family: u32, port: u32) -> Address {
+    if family == AF_INET6 && ip[0] == 0 && ip[1] == 0 && ip[2] == 0xffff_u32.to_be() {
+        return Address { ip: [ip[3], 0, 0, 0], family: AF_INET, port };
+    }
+    Address { ip, family, port }
+}
+
+/// The client of an arriving segment.
+#[inline(always)]
+fn arriving_client(ctx: &SkReuseportContext) -> Address {
+    let family = if ctx.eth_protocol() == ETH_P_IP_BE { AF_INET } else { AF_INET6 };
+    client(arriving_source(ctx), family, arriving_port(ctx))
+}
+
 /// The client's port of an arriving segment; zero if it cannot be read.
 #[inline(always)]
 fn arriving_port(ctx: &SkReuseportContext) -> u32 {
@@ -703,20 +755,27 @@ fn arriving_source(ctx: &SkReuseportContext) -> [u32; 4] {
 /// The client's address of a connection that moves.
 #[inline(always)]
 fn socket_source(socket: *mut bpf_sock) -> [u32; 4] {
-    const AF_INET: u32 = 2;
+    socket_client(socket).ip
+}
+
+/// The client of a connection that moves.
+#[inline(always)]
+fn socket_client(socket: *mut bpf_sock) -> Address {
     // SAFETY: the verifier knows it for a socket and checks each field. Word by word, as it
     // wants it ("pointer arithmetic on sock_common prohibited").
-    unsafe {
-        if (*socket).family == AF_INET {
-            return [(*socket).dst_ip4, 0, 0, 0];
-        }
-        let ip = [
-            (&raw const (*socket).dst_ip6[0]).read_volatile(),
-            (&raw const (*socket).dst_ip6[1]).read_volatile(),
-            (&raw const (*socket).dst_ip6[2]).read_volatile(),
-            (&raw const (*socket).dst_ip6[3]).read_volatile(),
-        ];
-        // An IPv4 client of a dual-stack listener: as its SYN was seen.
-        if ip[0] == 0 && ip[1] == 0 && ip[2] == 0xffff_u32.to_be() { [ip[3], 0, 0, 0] } else { ip }
-    }
+    let (ip, family, port) = unsafe {
+        let family = (*socket).family;
+        let ip = if family == AF_INET {
+            [(*socket).dst_ip4, 0, 0, 0]
+        } else {
+            [
+                (&raw const (*socket).dst_ip6[0]).read_volatile(),
+                (&raw const (*socket).dst_ip6[1]).read_volatile(),
+                (&raw const (*socket).dst_ip6[2]).read_volatile(),
+                (&raw const (*socket).dst_ip6[3]).read_volatile(),
+            ]
+        };
+        (ip, family, u32::from(u16::from_be((*socket).dst_port)))
+    };
+    client(ip, family, port)
 }

@@ -16,8 +16,8 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::debug;
 use distributor_ebpf::contract::{
-    self, Address, COUNTED, DISMISSED, EventKind, FLAG_BELL, GONE, Outcome, Owner, ROOM, SLOTS, Tag, in_room,
-    room_of,
+    self, Address, CHECK, CHECKER, COUNTED, DISMISSED, EventKind, FLAG_BELL, FLAG_CHECKS, GONE, Outcome,
+    Owner, ROOM, SLOTS, Tag, in_room, room_of,
 };
 
 use crate::{
@@ -71,11 +71,14 @@ fn established(ctx: &SockOpsContext) {
         count(Outcome::NoPlan);
         return;
     };
-    if tag.is_null() || plan.flags & FLAG_BELL != 0 && maps::bell(remote(ctx)).is_some() {
+    if tag.is_null() || plan.flags & FLAG_BELL != 0 && maps::bell(bell(ctx)).is_some() {
         count(Outcome::Untagged);
         return;
     }
     watch_states(ctx);
+    if plan.flags & FLAG_CHECKS != 0 && maps::directed(&remote(ctx)).is_some() {
+        return check(ctx, loads, tag);
+    }
     // SAFETY: not null; this connection's own copy of its listener's tag.
     let (slot, index, group) = unsafe {
         if (*tag).counted != 0 {
@@ -92,6 +95,21 @@ fn established(ctx: &SockOpsContext) {
     loads.note_most(slot, plan.servers[slot as usize & (SLOTS - 1)].generation, active);
     count(Outcome::Established);
     debug!(ctx, "slot {} has a connection more", slot);
+}
+
+/// A connection of ours that checks a server. Whoever moves connections is to know it, though its
+/// client address may be forgotten by then.
+#[inline(always)]
+fn check(ctx: &SockOpsContext, loads: Loads, tag: *mut Tag) {
+    // SAFETY: not null; this connection's own copy of its listener's tag.
+    unsafe {
+        if (*tag).counted != 0 {
+            return;
+        }
+        (*tag).counted = CHECK;
+    }
+    maps::record(loads, cookie(ctx), Owner { owner: CHECKER, reserved: 0, since: 0, order: 0 }, true);
+    count(Outcome::CheckEstablished);
 }
 
 /// A connection begins to wait in a room. The next room becomes current, so that who comes
@@ -136,7 +154,11 @@ fn closed(ctx: &SockOpsContext) {
         match maps::owner(cookie) {
             Some(owner) if loads.owned() > 0 => {
                 maps::forget(loads, cookie);
-                leave(loads, owner.owner, false);
+                if owner.owner == CHECKER {
+                    count(Outcome::CheckClosed);
+                } else {
+                    leave(loads, owner.owner, false);
+                }
             }
             _ => count(Outcome::Untagged),
         }
@@ -146,6 +168,13 @@ fn closed(ctx: &SockOpsContext) {
     // SAFETY: not null; this connection's own copy of its listener's tag.
     let tag = unsafe { *at };
     if tag.counted == GONE {
+        return;
+    }
+    if tag.counted == CHECK {
+        // SAFETY: as above.
+        unsafe { (*at).counted = GONE };
+        maps::forget(loads, cookie(ctx));
+        count(Outcome::CheckClosed);
         return;
     }
     if tag.counted != COUNTED {
@@ -237,25 +266,31 @@ fn is_told(ctx: &SockOpsContext) -> bool {
 
 /// The client of a connection, as BELLS knows it.
 #[inline(always)]
-fn remote(ctx: &SockOpsContext) -> u64 {
+fn bell(ctx: &SockOpsContext) -> u64 {
+    let client = remote(ctx);
+    contract::client(client.ip, client.port)
+}
+
+/// The client of a connection, as DIRECTED knows it.
+#[inline(always)]
+fn remote(ctx: &SockOpsContext) -> Address {
     // SAFETY: the context is the kernel's. Word by word, as the verifier wants it.
     let ip = unsafe {
         let ops = ctx.ops;
         if ctx.family() == AF_INET {
             [(&raw const (*ops).remote_ip4).read_volatile(), 0, 0, 0]
         } else {
-            let ip = [
+            [
                 (&raw const (*ops).remote_ip6[0]).read_volatile(),
                 (&raw const (*ops).remote_ip6[1]).read_volatile(),
                 (&raw const (*ops).remote_ip6[2]).read_volatile(),
                 (&raw const (*ops).remote_ip6[3]).read_volatile(),
-            ];
-            // An IPv4 client of a dual-stack listener: as its SYN was seen.
-            if ip[0] == 0 && ip[1] == 0 && ip[2] == 0xffff_u32.to_be() { [ip[3], 0, 0, 0] } else { ip }
+            ]
         }
     };
     // SAFETY: the context is the kernel's; in network byte order, in the upper half.
-    contract::client(ip, u32::from_be(unsafe { (*ctx.ops).remote_port }))
+    let port = u32::from_be(unsafe { (*ctx.ops).remote_port });
+    steer::client(ip, ctx.family(), port)
 }
 
 #[inline(always)]

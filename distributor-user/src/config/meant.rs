@@ -5,6 +5,8 @@
 //! throws the result away when there is a problem.
 #![forbid(unsafe_code)]
 
+mod check;
+
 use std::{
     fs::{self, File},
     io::{self, Read as _},
@@ -188,16 +190,30 @@ impl<'r> Reading<'r> {
             );
             self.refuse(&given.place, sentence);
         }
+        let readiness =
+            self.choice(&shared.readiness, &Readiness::ALL, Readiness::name, Readiness::Listening);
+        let occupied = self.choice(&written.occupied, &Occupied::ALL, Occupied::name, Occupied::Refuse);
+        let waiting = self.waiting(&written.waiting);
+        let servers = self.servers(written, &listen, user.as_ref());
+        if let (Readiness::Check, Some(given)) = (readiness, shared.readiness.given())
+            && !written.check.is_given
+        {
+            let place = &written.check.place.field;
+            self.refuse(
+                &given.place,
+                format!("\"check\" needs to know how to check, write [{place}] as well"),
+            );
+        }
         Service {
             name: written.name.clone(),
             policy,
-            occupied: self.choice(&written.occupied, &Occupied::ALL, Occupied::name, Occupied::Refuse),
-            waiting: self.waiting(&written.waiting),
+            occupied,
+            waiting,
             scale: written.scale.as_ref().and_then(|scale| self.scale(scale, written)),
             socket,
-            readiness: self.choice(&shared.readiness, &Readiness::ALL, Readiness::name, Readiness::Listening),
+            readiness,
             backlog: self.number(&shared.backlog, 1..=65_535, BACKLOG),
-            servers: self.servers(written, &listen, user.as_ref()),
+            servers,
             listen,
             user,
         }
@@ -354,13 +370,16 @@ impl<'r> Reading<'r> {
             drain_timeout: self.duration(&shared.drain_timeout, Duration::ZERO, DRAIN_TIMEOUT),
             slow_start: self.duration(&shared.slow_start, Duration::ZERO, Duration::ZERO),
             restart: self.restart(&shared.restart),
+            check: &written.check,
         };
-        let none = written::Particulars::default();
-        let numbered = (1..=count).map(|index| self.server(&common, index.to_string(), index, &none));
+        let none = (written::Particulars::default(), written::Check::default());
+        let numbered =
+            (1..=count).map(|index| self.server(&common, index.to_string(), index, (&none.0, &none.1)));
         let mut servers: Vec<Server> = numbered.collect();
         for (at, named) in named.iter().enumerate() {
             let name = self.server_name(named, &written.servers[..at]);
-            servers.push(self.server(&common, name, count + at + 1, &named.particulars));
+            let own = (&named.particulars, &named.check);
+            servers.push(self.server(&common, name, count + at + 1, own));
         }
         servers
     }
@@ -428,7 +447,7 @@ impl<'r> Reading<'r> {
         common: &Common<'_>,
         short_name: String,
         index: usize,
-        own: &written::Particulars,
+        (own, own_check): (&written::Particulars, &written::Check),
     ) -> Server {
         let shared = &common.shared.particulars;
         let names = Names { service: common.service, name: &short_name, index };
@@ -462,6 +481,8 @@ impl<'r> Reading<'r> {
             backup: own.backup.or(&shared.backup).given().is_some_and(|backup| backup.value),
             slow_start: common.slow_start,
             watchdog: self.watchdog(own.watchdog.or(&shared.watchdog)),
+            check: self.check(own_check, common.check, &names),
+            stall: self.stall(own, shared),
             restart: common.restart,
             index,
             name,
@@ -740,6 +761,7 @@ struct Common<'a> {
     drain_timeout: Duration,
     slow_start: Duration,
     restart: Restart,
+    check: &'a written::Check,
 }
 
 fn overlap(typed: &str, service: &str, other: &Taken<'_>) -> String {

@@ -116,7 +116,7 @@ name = "big""#,
         "a_readiness_that_is_invented",
         r#"readiness = "soon""#,
         &[
-            r#"shop.toml:5: service.shop.server.readiness: "soon" is unknown, write one of "listening", "notify""#,
+            r#"shop.toml:5: service.shop.server.readiness: "soon" is unknown, write one of "listening", "notify", "check""#,
         ],
     ),
     (
@@ -235,6 +235,100 @@ group = "no-such-group""#,
         "a_backup_that_is_no_boolean",
         r#"backup = "yes""#,
         &[r#"shop.toml:5: service.shop.server.backup: "yes" is text, write true or false: backup = true"#],
+    ),
+    (
+        "a_check_that_nobody_described",
+        r#"readiness = "check""#,
+        &[
+            r#"shop.toml:5: service.shop.server.readiness: "check" needs to know how to check, write [service.shop.check] as well"#,
+        ],
+    ),
+    (
+        "a_check_without_a_type",
+        "[service.shop.check]\ninterval = \"1s\"",
+        &[r#"shop.toml:5: service.shop.check.type: is missing, write type = "tcp", "http" or "command""#],
+    ),
+    (
+        "a_check_of_an_unknown_type",
+        "[service.shop.check]\ntype = \"htp\"",
+        &[r#"shop.toml:6: service.shop.check.type: "htp" is unknown, did you mean "http"?"#],
+    ),
+    (
+        "a_path_for_a_check_that_has_none",
+        "[service.shop.check]\ntype = \"tcp\"\npath = \"/health\"\ncommand = [\"well\"]",
+        &[
+            r#"shop.toml:7: service.shop.check.path: stands beside type "tcp", leave it out, or write type = "http""#,
+            r#"shop.toml:8: service.shop.check.command: stands beside type "tcp", leave it out, or write type = "command""#,
+        ],
+    ),
+    (
+        "a_path_that_is_none",
+        "[service.shop.check]\ntype = \"http\"\npath = \"health\"\nhost = \"a b\"",
+        &[
+            r#"shop.toml:7: service.shop.check.path: "health" is no path, write one that begins with / and has no spaces: "/health""#,
+            r#"shop.toml:8: service.shop.check.host: "a b" is no host, write what clients name: "shop.example""#,
+        ],
+    ),
+    (
+        "statuses_that_are_none",
+        "[service.shop.check]\ntype = \"http\"\nstatus = [\"399-200\", 99, \"2xx\"]",
+        &[
+            r#"shop.toml:7: service.shop.check.status: "399-200" is no status, write 100 to 599, or a range: "200-399""#,
+            r#"shop.toml:7: service.shop.check.status: "99" is no status, write 100 to 599, or a range: "200-399""#,
+            r#"shop.toml:7: service.shop.check.status: "2xx" is no status, write 100 to 599, or a range: "200-399""#,
+        ],
+    ),
+    (
+        "no_status_at_all",
+        "[service.shop.check]\ntype = \"http\"\nstatus = []",
+        &[
+            r#"shop.toml:7: service.shop.check.status: [] lists no status, write those of a good answer: status = ["200-399"]"#,
+        ],
+    ),
+    (
+        "a_check_by_no_command",
+        "[service.shop.check]\ntype = \"command\"",
+        &[
+            r#"shop.toml:5: service.shop.check.command: is missing, write the program and its arguments: command = ["/usr/bin/program", "argument"]"#,
+        ],
+    ),
+    (
+        "a_fast_interval_that_is_slower",
+        "[service.shop.check]\ntype = \"tcp\"\ninterval = \"1s\"\nfast_interval = \"2s\"",
+        &[
+            r#"shop.toml:8: service.shop.check.fast_interval: "2s" is longer than interval (1s), write at most that"#,
+        ],
+    ),
+    (
+        "checks_without_a_pause",
+        "[service.shop.check]\ntype = \"tcp\"\ninterval = \"1ms\"\ntimeout = \"1ms\"\nrise = 0\nfall = 0",
+        &[
+            r#"shop.toml:7: service.shop.check.interval: "1ms" is too short, write at least "50ms""#,
+            r#"shop.toml:8: service.shop.check.timeout: "1ms" is too short, write at least "10ms""#,
+            r#"shop.toml:9: service.shop.check.rise: 0 is out of range, write a number from 1 to 1000"#,
+            r#"shop.toml:10: service.shop.check.fall: 0 is out of range, write a number from 1 to 1000"#,
+        ],
+    ),
+    (
+        "what_belongs_to_a_check_elsewhere",
+        "fall = 3",
+        &["shop.toml:5: service.shop.server.fall: belongs in [service.shop.check], write it there"],
+    ),
+    (
+        "a_remedy_for_what_is_not_looked_for",
+        "move_queue = true\nhang_kill = \"1s\"",
+        &[
+            "shop.toml:5: service.shop.server.move_queue: needs to know when it hangs, write stall_after as well",
+            "shop.toml:6: service.shop.server.hang_kill: needs to know when it hangs, write stall_after as well",
+        ],
+    ),
+    (
+        "two_remedies_at_once",
+        "stall_after = \"1ms\"\nmove_queue = true\nhang_kill = \"1s\"",
+        &[
+            r#"shop.toml:5: service.shop.server.stall_after: "1ms" is too short, write at least "100ms""#,
+            r#"shop.toml:7: service.shop.server.hang_kill: "1s" stands beside move_queue, which has it started again at once, write only one of them"#,
+        ],
     ),
     (
         "a_watchdog_that_leaves_no_time",
@@ -411,7 +505,7 @@ max_delay = "1s""#,
         "a_field_that_is_not_there_yet",
         r#"health = "/""#,
         &[
-            "shop.toml:5: service.shop.server.health: unknown field, write one of restart, command, weight, limit, cpus, watchdog, backup, environment, directory, output, errors, count, socket, readiness, user, group, umask, stop_signal, stop_timeout, start_timeout, drain_timeout, slow_start, limits, backlog",
+            "shop.toml:5: service.shop.server.health: unknown field, write one of restart, command, weight, limit, cpus, watchdog, stall_after, move_queue, hang_kill, backup, environment, directory, output, errors, count, socket, readiness, user, group, umask, stop_signal, stop_timeout, start_timeout, drain_timeout, slow_start, limits, backlog",
         ],
     ),
     (
@@ -497,7 +591,7 @@ colour = "red""#,
             "shop.toml:5: service.shop.server.weight: 0 is out of range, write a number from 1 to 1000",
             r#"shop.toml:6: service.shop.server.limit: "no" is text, write a number: limit = 200"#,
             r#"shop.toml:7: service.shop.server.user: "no-such-user" is no user of this machine, write one that `getent passwd` lists"#,
-            "shop.toml:8: service.shop.server.colour: unknown field, write one of restart, command, weight, limit, cpus, watchdog, backup, environment, directory, output, errors, count, socket, readiness, user, group, umask, stop_signal, stop_timeout, start_timeout, drain_timeout, slow_start, limits, backlog",
+            "shop.toml:8: service.shop.server.colour: unknown field, write one of restart, command, weight, limit, cpus, watchdog, stall_after, move_queue, hang_kill, backup, environment, directory, output, errors, count, socket, readiness, user, group, umask, stop_signal, stop_timeout, start_timeout, drain_timeout, slow_start, limits, backlog",
         ],
     ),
 ];
@@ -898,7 +992,7 @@ port = 10
 [service.shop.server]
 command = ["shop"]"#,
         &[
-            "shop.toml:3: service.shop.metrics: unknown field, write one of listen, policy, occupied, waiting, scale, server, servers",
+            "shop.toml:3: service.shop.metrics: unknown field, write one of listen, policy, occupied, waiting, scale, check, server, servers",
         ],
     ),
     (

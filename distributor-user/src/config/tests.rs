@@ -69,6 +69,8 @@ fn what_is_left_out_has_its_default() {
         backup: false,
         slow_start: Duration::ZERO,
         watchdog: None,
+        check: None,
+        stall: None,
         restart: Restart {
             delay: Duration::from_millis(100),
             max_delay: Duration::from_secs(30),
@@ -125,6 +127,29 @@ fn the_example_means_what_it_says() {
     assert_eq!([first.backup, big.backup], [false, true]);
     let watchdogs = [first.watchdog, big.watchdog];
     assert_eq!(watchdogs, [10, 20].map(|seconds| Some(Duration::from_secs(seconds))));
+    let stall = |after, kill| {
+        Some(Stall {
+            after: Duration::from_secs(after),
+            move_queue: false,
+            kill_after: Some(Duration::from_secs(kill)),
+        })
+    };
+    assert_eq!([first.stall, big.stall], [stall(10, 30), stall(20, 60)]);
+    let check = |path: &str, timeout| Check {
+        kind: CheckKind::Http {
+            path: path.to_owned(),
+            host: "shop.example".to_owned(),
+            statuses: vec![200..=299, 304..=304],
+        },
+        interval: Duration::from_secs(2),
+        fast_interval: Duration::from_millis(500),
+        timeout: Duration::from_secs(timeout),
+        rise: 2,
+        fall: 3,
+        restart_after: Some(Duration::from_secs(300)),
+    };
+    assert_eq!(first.check, Some(check("/health", 1)));
+    assert_eq!(big.check, Some(check("/health?deep", 3)));
     assert_eq!(big.directory, Some(PathBuf::from("/srv")));
     assert_eq!(big.errors, Output::File(PathBuf::from("/var/log/shop-big.err")));
     for variable in
@@ -152,9 +177,18 @@ fn the_example_shows_every_field_there_is() {
         let absent = shown.lines().filter(|line| line.contains("Absent"));
         absent.map(|line| line.trim().to_owned()).collect()
     };
-    // It excludes reply, so it stands in a comment.
-    assert_eq!(absent(EXAMPLE), ["reply_file: Absent,"]);
-    assert_eq!(absent(&EXAMPLE.replace("# reply_file = ", "reply_file = ")), Vec::<String>::new());
+    // A server's own check has the fields of its service's, of which the example shows some.
+    let (before, check) = EXAMPLE.split_once("[service.shop.check]").unwrap();
+    let (check, behind) = check.split_once("[service.shop.server]").unwrap();
+    let (behind, _) = behind.split_once("[service.shop.servers.check]").unwrap();
+    let example = format!(
+        "{before}[service.shop.check]{check}[service.shop.server]{behind}[service.shop.servers.check]{check}"
+    );
+    // These exclude others, so they stand in comments.
+    let commented = ["reply_file: Absent,", "command: Absent,", "command: Absent,"];
+    assert_eq!(absent(&example), commented);
+    let all = example.replace("# reply_file = ", "reply_file = ").replace("# command = ", "command = ");
+    assert_eq!(absent(&all), Vec::<String>::new());
     assert_eq!(written(EXAMPLE).services[0].servers.len(), 1);
 }
 
@@ -178,22 +212,23 @@ fn the_defaults_that_the_example_names_are_the_defaults() {
                 assert!(default.starts_with(char::is_alphabetic), "{key}: {default}");
                 continue;
             };
-            // That table has no defaults of its own.
-            let base = match table.ends_with(".scale") {
-                true => &format!("{LEAST}limit = 9\n[service.shop.scale]\nmin = 1\nmax = 2"),
-                false => LEAST,
+            // Some tables need a few fields of their own.
+            let least = match table {
+                "service.shop.scale" => &format!("{LEAST}limit = 9\n[service.shop.scale]\nmin = 1\nmax = 2"),
+                "service.shop.check" => &format!("{LEAST}[service.shop.check]\ntype = \"http\"\n"),
+                _ => LEAST,
             };
-            let mut text: Table = toml::from_str(base).unwrap();
+            let mut text: Table = toml::from_str(least).unwrap();
             let place = table.split('.').fold(&mut text, |text, name| {
                 let inner = text.entry(name).or_insert_with(|| Value::Table(Table::new()));
                 inner.as_table_mut().unwrap()
             });
             place.extend(value);
-            assert_eq!(parse(&text.to_string()), parse(base), "{table}.{key} = {default}");
+            assert_eq!(parse(&text.to_string()), parse(least), "{table}.{key} = {default}");
             checked += 1;
         }
     }
-    assert_eq!(checked, 30);
+    assert_eq!(checked, 39);
 }
 
 #[test]
@@ -341,7 +376,7 @@ fn check_says_what_was_understood() {
     );
     assert_eq!(
         parse(EXAMPLE).to_string(),
-        "shop: [::]:8080, 5 servers (1 to 4, big as backup), least-connections, socket own, user daemon, limit 200 (big: 400), weight 100 (big: 200), slow start 30s, scaled from 2 to 8, waiting 1024 for 30s with a reply\n"
+        "shop: [::]:8080, 5 servers (1 to 4, big as backup), least-connections, socket own, user daemon, limit 200 (big: 400), weight 100 (big: 200), slow start 30s, scaled from 2 to 8, check http every 2s, waiting 1024 for 30s with a reply\n"
     );
 }
 
@@ -360,4 +395,54 @@ fn check_says_who_may_wait() {
 
 fn nix_uid(name: &str) -> u32 {
     nix::unistd::User::from_name(name).unwrap().unwrap().uid.as_raw()
+}
+
+#[test]
+fn what_is_not_said_of_a_check_is_as_everywhere() {
+    let config =
+        parse("[service.a]\nlisten = [\":1\"]\ncheck = { type = \"tcp\" }\nserver = { command = [\"x\"] }");
+    let expected = Check {
+        kind: CheckKind::Tcp,
+        interval: Duration::from_secs(2),
+        fast_interval: Duration::from_millis(500),
+        timeout: Duration::from_secs(1),
+        rise: 2,
+        fall: 3,
+        restart_after: None,
+    };
+    assert_eq!(config.services[0].servers[0].check, Some(expected));
+    let kinds = |check: &str| {
+        let config = parse(&format!(
+            "[service.a]\nlisten = [\":1\"]\ncheck = {{ {check} }}\nserver = {{ command = [\"x\"] }}"
+        ));
+        config.services[0].servers[0].check.clone().unwrap()
+    };
+    let CheckKind::Http { path, host, statuses } = kinds("type = \"http\"").kind else { panic!() };
+    assert_eq!((path.as_str(), host.as_str(), statuses), ("/", "localhost", vec![200..=399]));
+    // Never slower than usual.
+    assert_eq!(kinds("type = \"tcp\", interval = \"100ms\"").fast_interval, Duration::from_millis(100));
+}
+
+#[test]
+fn a_server_with_a_check_of_another_type_has_only_the_times_of_its_service() {
+    let config = parse(
+        r#"
+        [service.a]
+        listen = [":1"]
+        check = { type = "http", path = "/a", interval = "7s", fall = 9 }
+        server = { command = ["x"], count = 1 }
+        [[service.a.servers]]
+        name = "own"
+        check = { type = "command", command = ["/bin/well", "{name}"], rise = 4 }
+        [[service.a.servers]]
+        name = "same"
+        "#,
+    );
+    let servers = &config.services[0].servers;
+    let [first, own, same] = [0, 1, 2].map(|server| servers[server].check.clone().unwrap());
+    assert_eq!(own.kind, CheckKind::Command { command: strings(["/bin/well", "own"]) });
+    assert_eq!((own.interval, own.fall, own.rise), (Duration::from_secs(7), 9, 4));
+    assert_eq!(first, same);
+    let shown = config.to_string();
+    assert!(shown.contains(", check http every 7s (own: command every 7s), "), "{shown}");
 }

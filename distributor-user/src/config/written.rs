@@ -68,6 +68,7 @@ pub(super) struct Service {
     pub(super) occupied: Field<String>,
     pub(super) waiting: Waiting,
     pub(super) scale: Option<Scale>,
+    pub(super) check: Check,
     pub(super) server: Shared,
     pub(super) servers: Vec<Named>,
 }
@@ -92,6 +93,26 @@ pub(super) struct Scale {
     pub(super) up_after: Field<String>,
     pub(super) down_at: Field<i64>,
     pub(super) down_after: Field<String>,
+}
+
+/// `[service.NAME.check]`, or a server's own.
+#[derive(Debug, Default)]
+pub(super) struct Check {
+    pub(super) place: Place,
+    /// There is such a table.
+    pub(super) is_given: bool,
+    /// `type`
+    pub(super) kind: Field<String>,
+    pub(super) path: Field<String>,
+    pub(super) host: Field<String>,
+    pub(super) status: List<String>,
+    pub(super) command: List<String>,
+    pub(super) interval: Field<String>,
+    pub(super) fast_interval: Field<String>,
+    pub(super) timeout: Field<String>,
+    pub(super) rise: Field<i64>,
+    pub(super) fall: Field<i64>,
+    pub(super) restart_after: Field<String>,
 }
 
 /// `[service.NAME.server]`: what all its servers share.
@@ -121,6 +142,7 @@ pub(super) struct Named {
     pub(super) place: Place,
     pub(super) name: Field<String>,
     pub(super) particulars: Particulars,
+    pub(super) check: Check,
 }
 
 /// What may differ between the servers of a service.
@@ -131,6 +153,9 @@ pub(super) struct Particulars {
     pub(super) limit: Field<i64>,
     pub(super) cpus: Field<String>,
     pub(super) watchdog: Field<String>,
+    pub(super) stall_after: Field<String>,
+    pub(super) move_queue: Field<bool>,
+    pub(super) hang_kill: Field<String>,
     pub(super) backup: Field<bool>,
     pub(super) environment: List<(String, String)>,
     pub(super) directory: Field<String>,
@@ -247,6 +272,7 @@ pub(super) fn from_command(form: &CommandForm) -> Written {
             occupied: Field::Absent,
             waiting: Waiting { capacity: number("--waiting", form.waiting), ..Waiting::default() },
             scale: None,
+            check: Check::default(),
             server: Shared {
                 particulars: Particulars {
                     command: list("COMMAND", &form.command),
@@ -290,6 +316,9 @@ fn service(name: String, mut section: Section<'_>) -> Service {
     let scale_section = section.table("scale");
     let scale_place = scale_section.place.field.clone();
     let (scale, scale_fields) = scale(scale_section);
+    let check_section = section.table("check");
+    let check_place = check_section.place.field.clone();
+    let (check, check_fields) = checking(check_section);
     let mut shared_section = section.table("server");
     let server = shared(&mut shared_section);
     // First, because what is refused here is known from here on, and so belongs to nobody else.
@@ -298,6 +327,7 @@ fn service(name: String, mut section: Section<'_>) -> Service {
     section.belongs_elsewhere(&scale_fields, &scale_place);
     shared_section.belongs_elsewhere(&scale_fields, &scale_place);
     shared_section.belongs_elsewhere(&section.known, &section.place.field);
+    shared_section.belongs_elsewhere(&check_fields, &check_place);
     let server_place = shared_section.place.field.clone();
     let server_fields = shared_section.finish();
     let servers = section
@@ -308,16 +338,21 @@ fn service(name: String, mut section: Section<'_>) -> Service {
             if let Field::Given(name) = &name {
                 section.rename(&name.value);
             }
-            let named = Named { place: section.place.clone(), name, particulars: particulars(&mut section) };
+            let (check, its_fields) = checking(section.table("check"));
+            let its_check = section.place.child("check").field;
+            let particulars = particulars(&mut section);
+            let named = Named { place: section.place.clone(), name, particulars, check };
             section.belongs_elsewhere(&waiting_fields, &waiting_place);
             section.belongs_elsewhere(&server_fields, &server_place);
+            section.belongs_elsewhere(&its_fields, &its_check);
             section.finish();
             named
         })
         .collect();
     section.belongs_elsewhere(&server_fields, &server_place);
+    section.belongs_elsewhere(&check_fields, &check_place);
     let place = section.place.clone();
-    let service = Service { place, name, listen, policy, occupied, waiting, scale, server, servers };
+    let service = Service { place, name, listen, policy, occupied, waiting, scale, check, server, servers };
     section.finish();
     service
 }
@@ -345,6 +380,25 @@ fn scale(mut section: Section<'_>) -> (Option<Scale>, Vec<&'static str>) {
         down_after: section.duration("down_after"),
     };
     (is_there.then_some(scale), section.finish())
+}
+
+fn checking(mut section: Section<'_>) -> (Check, Vec<&'static str>) {
+    let check = Check {
+        place: section.place.clone(),
+        is_given: section.entries.is_some(),
+        kind: section.text("type", "\"http\""),
+        path: section.text("path", "\"/health\""),
+        host: section.text("host", "\"shop.example\""),
+        status: section.list("status", "[\"200-399\"]", text_or_number),
+        command: section.texts("command", "[\"/usr/bin/program\", \"argument\"]"),
+        interval: section.duration("interval"),
+        fast_interval: section.duration("fast_interval"),
+        timeout: section.duration("timeout"),
+        rise: section.number("rise", "2"),
+        fall: section.number("fall", "3"),
+        restart_after: section.duration("restart_after"),
+    };
+    (check, section.finish())
 }
 
 fn shared(section: &mut Section<'_>) -> Shared {
@@ -380,6 +434,9 @@ fn particulars(section: &mut Section<'_>) -> Particulars {
         limit: section.number("limit", "200"),
         cpus: section.text("cpus", "\"0-3\""),
         watchdog: section.duration("watchdog"),
+        stall_after: section.duration("stall_after"),
+        move_queue: section.field("move_queue", "true or false", "true", |value| value.as_bool()),
+        hang_kill: section.duration("hang_kill"),
         backup: section.field("backup", "true or false", "true", |value| value.as_bool()),
         environment: section.pairs("environment", "\"value\"", text),
         directory: section.text("directory", "\"/srv/{name}\""),
@@ -449,6 +506,16 @@ impl<'t> Section<'t> {
     }
 
     fn texts(&mut self, name: &'static str, example: &str) -> List<String> {
+        self.list(name, example, text)
+    }
+
+    /// A list of what `read` takes for text.
+    fn list(
+        &mut self,
+        name: &'static str,
+        example: &str,
+        read: fn(&DeValue<'_>) -> Option<String>,
+    ) -> List<String> {
         if let Some((_, place, value)) = self.entry(name)
             && let Some(text) = value.get_ref().as_str()
         {
@@ -468,7 +535,7 @@ impl<'t> Section<'t> {
         for element in array {
             let place =
                 Place { field: place.field.clone(), line: Some(line(self.text, element.span().start)) };
-            match text(element.get_ref()) {
+            match read(element.get_ref()) {
                 Some(value) => values.push(Given { place, value }),
                 None => {
                     let source = self.source(element);

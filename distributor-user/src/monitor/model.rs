@@ -21,6 +21,7 @@ use super::state::{Action, Event, State};
 use crate::{
     backoff::Backoff,
     config::{Readiness, Restart},
+    health::Health,
     link::Child,
     message::{Exit, FromMonitor, ToMonitor},
     record::{self, Record},
@@ -65,6 +66,7 @@ fn policy() -> Supervision {
         stop_signal: Signal::TERM,
         stop_timeout: seconds(10),
         watchdog: None,
+        remedies: server::Remedies::default(),
         backoff: Backoff::try_new(restart).unwrap(),
         once: false,
     }
@@ -881,7 +883,9 @@ impl World {
                 self.jobs.insert(job, Job { server, instance });
                 Ok(None)
             }
-            server::Action::Include { .. } => Ok(None),
+            server::Action::Include { .. }
+            | server::Action::Withhold { .. }
+            | server::Action::MoveQueue { .. } => Ok(None),
             server::Action::Exclude { instance } => {
                 let busy = self.busy;
                 let Some(run) = &mut self.entry(server)?.run else { return of(instance, Report::DrainDone) };
@@ -984,6 +988,7 @@ impl World {
             weight: entry.weight,
             limit: None,
             drain: None,
+            health: Health::default(),
             total_before: 0,
             most_before: 0,
             retired: Vec::new(),

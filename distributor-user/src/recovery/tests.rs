@@ -11,7 +11,7 @@ use crate::{
     backoff::Backoff,
     config::{Readiness, Restart},
     message::Exit,
-    server::{Event, Report, Supervision},
+    server::{Event, Remedies, Report, Supervision},
 };
 
 const MAIN: u32 = 40;
@@ -27,6 +27,7 @@ fn policy() -> Supervision {
         stop_signal: Signal::TERM,
         stop_timeout: second,
         watchdog: None,
+        remedies: Remedies::default(),
         backoff: Backoff::try_new(restart).unwrap(),
         once: false,
     }

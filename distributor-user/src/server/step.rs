@@ -12,8 +12,8 @@ use rustix::process::Signal;
 use tracing::Level;
 
 use super::{
-    Action, Event, Fault, History, Main, Recipient, Report, Run, Stage, State, Supervision, Then, Watchdog,
-    span,
+    Action, Ailment, Due, Event, Fault, History, Main, Recipient, Report, Run, STALLED, Stage, State,
+    Supervision, Then, UNHEALTHY, Watchdog, span,
 };
 use crate::message::Exit;
 
@@ -33,6 +33,7 @@ impl Step<'_> {
             CgroupEmpty, DrainDone, LaunchFailed, LaunchInterrupted, LaunchLacked, Launched, ListenerAdopted,
             ListenerGone, ListensElsewhere, MainExited, MainPid, Misbound, NotifyExtendTimeout, NotifyReady,
             NotifyStatus, NotifyStopping, NotifyWatchdog, NotifyWatchdogInterval, NotifyWatchdogTrigger,
+            QueueMoves, QueueStands, Unwell, Well,
         };
         use State::{Backoff, Draining, Failed, Ready, Starting, Stopped, Stopping};
 
@@ -141,22 +142,23 @@ impl Step<'_> {
                 // and says the same.
                 Main::Launching | Main::Running { .. } | Main::Ended => Starting { since, deadline, run },
             },
-            // It is not in the plan, so nobody asked.
-            (state @ Starting { .. }, Of(_, DrainDone)) => state,
+            (Starting { since, deadline, mut run }, Of(_, Well)) => {
+                (run.checked, run.unchecked) = (true, None);
+                self.settle(since, deadline, run)
+            }
+            (Starting { since, deadline, mut run }, Of(_, Unwell { why })) => {
+                run.unchecked = Some(why);
+                Starting { since, deadline, run }
+            }
+            // It is not in the plan, so nobody asked, and its queue does not count yet.
+            (state @ Starting { .. }, Of(_, DrainDone | QueueStands { .. } | QueueMoves)) => state,
 
             // -- Ready
             (Ready { since, mut run }, Stop) => {
                 self.leave_ready(since, &mut run);
                 self.drain(run, Then::Stopped)
             }
-            (Ready { since, mut run }, Tick) => {
-                let Some(Watchdog { interval, .. }) = run.watchdog.filter(|its| its.until <= self.now) else {
-                    return Ready { since, run };
-                };
-                self.leave_ready(since, &mut run);
-                let then = self.failed(format!("said no WATCHDOG=1 for {}", span(interval)), &run);
-                self.abort(run, then)
-            }
+            (Ready { since, run }, Tick) => self.look(since, run),
             // It runs; nothing has failed.
             (state @ Ready { .. }, Start | Resume) => state,
             (Ready { since, mut run }, Of(_, ListenerAdopted { address })) => {
@@ -176,6 +178,7 @@ impl Step<'_> {
                     span(self.policy.start_timeout)
                 );
                 self.log(Level::DEBUG, sentence);
+                run.recover();
                 Starting { since: self.now, deadline: self.after(self.policy.start_timeout), run }
             }
             (Ready { since, mut run }, Of(_, Misbound { sentence })) => {
@@ -227,6 +230,10 @@ impl Step<'_> {
                 // The exit of its main process is reported separately and says the same.
                 Main::Launching | Main::Running { .. } | Main::Ended => Ready { since, run },
             },
+            (Ready { since, run }, Of(_, Well)) => self.well(since, run),
+            (Ready { since, run }, Of(_, Unwell { why })) => self.unwell(since, run, why),
+            (Ready { since, run }, Of(_, QueueStands { why })) => self.queue_stands(since, run, why),
+            (Ready { since, run }, Of(_, QueueMoves)) => self.queue_moves(since, run),
             // Being ready includes having been launched; other listeners are its own affair
             // once the service's are there; it is in the plan, so nobody asked for its drain.
             (
@@ -304,7 +311,7 @@ impl Step<'_> {
             // It starts again anyway, or has to be resumed (Start); nothing has failed for
             // good (Resume).
             (state @ Draining { .. }, Start | Resume) => state,
-            // It was launched, or it would not have been ready. Its listeners and its
+            // It was launched, or it would not have been ready. Its listeners, its health and its
             // readiness no longer matter; that it stops is known. How long its connections may
             // go on is not for it to say.
             (
@@ -320,7 +327,11 @@ impl Step<'_> {
                     | ListensElsewhere { .. }
                     | NotifyReady
                     | NotifyStopping
-                    | NotifyExtendTimeout(_),
+                    | NotifyExtendTimeout(_)
+                    | Well
+                    | Unwell { .. }
+                    | QueueStands { .. }
+                    | QueueMoves,
                 ),
             ) => state,
 
@@ -428,7 +439,7 @@ impl Step<'_> {
                     Main::Launching | Main::Running { .. } => Stopping { since, deadline, stage, run, then },
                 }
             }
-            // It is being ended: what it listens on and what it says changes nothing.
+            // It is being ended: what it listens on, how it is and what it says changes nothing.
             (
                 state @ Stopping { .. },
                 Of(
@@ -442,7 +453,11 @@ impl Step<'_> {
                     | Misbound { .. }
                     | NotifyReady
                     | NotifyStopping
-                    | DrainDone,
+                    | DrainDone
+                    | Well
+                    | Unwell { .. }
+                    | QueueStands { .. }
+                    | QueueMoves,
                 ),
             ) => state,
 
@@ -537,6 +552,10 @@ impl Step<'_> {
                     | NotifyWatchdogTrigger
                     | NotifyExtendTimeout(_)
                     | DrainDone
+                    | Well
+                    | Unwell { .. }
+                    | QueueStands { .. }
+                    | QueueMoves
                     | MainExited { .. }
                     | CgroupEmpty,
                 ),
@@ -578,6 +597,7 @@ impl Step<'_> {
             return State::Starting { since, deadline, run };
         }
         run.served = true;
+        run.recover();
         self.feed(&mut run);
         self.actions.push(Action::Include { instance: self.history.instance });
         let sentence = format!("is ready after {}; gets connections now", self.span_since(since));
@@ -588,11 +608,100 @@ impl Step<'_> {
     /// What has to be done first whenever `Ready` ends.
     fn leave_ready(&mut self, since: Instant, run: &mut Run) {
         self.exclude();
+        self.note_health(since, run);
+    }
+
+    /// It was ready and well since then. If that was long enough, the failures before it are forgiven.
+    fn note_health(&mut self, since: Instant, run: &mut Run) {
         let ready_for = self.now.saturating_duration_since(since);
-        if self.policy.backoff.is_healthy(ready_for) {
+        if run.ailment().is_none() && self.policy.backoff.is_healthy(ready_for) {
             run.healthy = true;
             self.history.failures = 0;
         }
+    }
+
+    // Of one that is ready: how it is.
+
+    /// Does what is due.
+    fn look(&mut self, since: Instant, mut run: Run) -> State {
+        let is_due = |ailment: &Option<Ailment>, now: Instant| {
+            ailment.clone().filter(|it| it.due.is_some_and(|Due(due)| due <= now))
+        };
+        if let Some(Watchdog { interval, .. }) = run.watchdog.filter(|its| its.until <= self.now) {
+            self.leave_ready(since, &mut run);
+            let then = self.failed(format!("said no WATCHDOG=1 for {}", span(interval)), &run);
+            self.abort(run, then)
+        } else if let Some(Ailment { since: stalled, why, .. }) = is_due(&run.stalled, self.now) {
+            self.leave_ready(since, &mut run);
+            let then = self.failed(format!("{why}, and was stalled for {}", self.span_since(stalled)), &run);
+            self.abort(run, then)
+        } else if let Some(Ailment { since: unhealthy, why, .. }) = is_due(&run.unhealthy, self.now) {
+            self.leave_ready(since, &mut run);
+            let then =
+                self.failed(format!("{why}, and was unhealthy for {}", self.span_since(unhealthy)), &run);
+            self.drain(run, then)
+        } else {
+            State::Ready { since, run }
+        }
+    }
+
+    fn well(&mut self, since: Instant, mut run: Run) -> State {
+        run.checked = true;
+        let Some(Ailment { since: unhealthy, .. }) = run.unhealthy.take() else {
+            return State::Ready { since, run };
+        };
+        self.actions.push(Action::Include { instance: self.history.instance });
+        let sentence = format!("is well again after {}; gets connections now", self.span_since(unhealthy));
+        self.log(Level::INFO, sentence);
+        State::Ready { since: self.now, run }
+    }
+
+    fn unwell(&mut self, since: Instant, mut run: Run, why: String) -> State {
+        if let Some(unhealthy) = &mut run.unhealthy {
+            unhealthy.why = why;
+            return State::Ready { since, run };
+        }
+        self.note_health(since, &mut run);
+        self.actions.push(Action::Withhold { instance: self.history.instance });
+        let after = self.policy.remedies.restart_after;
+        let then = after
+            .map_or(String::new(), |after| format!(", started again in {} if they are not", span(after)));
+        self.log(Level::WARN, format!("is unhealthy: {why}; {UNHEALTHY}{then}"));
+        run.unhealthy = Some(self.ailment(why, after));
+        State::Ready { since, run }
+    }
+
+    fn queue_stands(&mut self, since: Instant, mut run: Run, why: String) -> State {
+        if run.stalled.is_some() {
+            return State::Ready { since, run };
+        }
+        self.note_health(since, &mut run);
+        if self.policy.remedies.move_queue {
+            self.exclude();
+            self.log(Level::WARN, format!("is stalled: {why}; what is in there goes to the others"));
+            self.actions.push(Action::MoveQueue { instance: self.history.instance });
+            let then = self.failed(why, &run);
+            return self.drain(run, then);
+        }
+        let after = self.policy.remedies.hang_kill;
+        let then = after.map_or(String::new(), |after| format!(", killed in {} if it does not", span(after)));
+        self.log(Level::WARN, format!("is stalled: {why}; {STALLED}{then}"));
+        run.stalled = Some(self.ailment(why, after));
+        State::Ready { since, run }
+    }
+
+    fn queue_moves(&mut self, since: Instant, mut run: Run) -> State {
+        let Some(Ailment { since: stalled, .. }) = run.stalled.take() else {
+            return State::Ready { since, run };
+        };
+        let sentence =
+            format!("is stalled no more: its accept queue moves after {}", self.span_since(stalled));
+        self.log(Level::INFO, sentence);
+        State::Ready { since: self.now, run }
+    }
+
+    fn ailment(&self, why: String, after: Option<Duration>) -> Ailment {
+        Ailment { since: self.now, why, due: after.map(|after| Due(self.after(after))) }
     }
 
     /// It is well, and has the whole time again to say so.

@@ -15,6 +15,7 @@ fn policy() -> Supervision {
         stop_signal: Signal::TERM,
         stop_timeout: Duration::from_secs(10),
         watchdog: None,
+        remedies: Remedies::default(),
         backoff: Backoff::try_new(Restart {
             delay: Duration::from_secs(1),
             max_delay: Duration::from_secs(30),
@@ -65,6 +66,8 @@ impl Story {
                 Action::Launch { instance } => format!("launch {instance}"),
                 Action::Include { instance } => format!("include {instance}"),
                 Action::Exclude { instance } => format!("exclude {instance}"),
+                Action::Withhold { instance } => format!("withhold {instance}"),
+                Action::MoveQueue { instance } => format!("move the queue of {instance}"),
                 Action::Signal { instance, signal, to } => {
                     let name = signal_hook::low_level::signal_name(signal.as_raw()).unwrap();
                     let to = match to {
@@ -1103,6 +1106,186 @@ fn whether_it_is_on_its_way_out_is_known_in_every_state() {
     assert!(story.server.is_ending());
 }
 
+// -- Being unwell
+
+fn unwell() -> Report {
+    Report::Unwell { why: "3 checks in a row were bad: connection refused".to_owned() }
+}
+
+fn stands() -> Report {
+    Report::QueueStands { why: "has not accepted any of 2 connections for 5s".to_owned() }
+}
+
+fn ready_with(remedies: Remedies) -> Story {
+    let mut story = Story::ready();
+    story.policy.remedies = remedies;
+    story
+}
+
+#[test]
+fn server_that_is_to_be_checked_first_is_ready_after_a_good_check() {
+    let mut story = Story::with(Supervision { readiness: Readiness::Check, ..policy() });
+    story.tell(Event::Start);
+    story.report(Report::ListenerAdopted { address: 0 });
+    assert!(!story.server.is_to_be_checked(&story.policy), "its command does not run yet");
+    story.launched();
+    assert!(story.server.is_to_be_checked(&story.policy));
+    assert_eq!(story.reason(), "listens, waits for a good check");
+    assert_eq!(story.report(unwell()), NOTHING);
+    assert_eq!(
+        story.reason(),
+        "listens, waits for a good check: 3 checks in a row were bad: connection refused"
+    );
+    story.server = written_and_read(&story.server);
+    assert_eq!(story.report(Report::Well), ["include 1"]);
+    assert_eq!((story.status(), story.reason()), (ServerState::Ready, String::new()));
+    // It need not do that again for a listener that it has made anew.
+    assert_eq!(story.report(Report::ListenerGone { address: 0 }), ["exclude 1"]);
+    assert_eq!(story.report(Report::ListenerAdopted { address: 0 }), ["include 1"]);
+}
+
+#[test]
+fn others_are_not_checked_before_they_are_ready() {
+    let mut story = Story::with(Supervision { readiness: Readiness::Notify, ..policy() });
+    story.tell(Event::Start);
+    story.launched();
+    story.report(Report::ListenerAdopted { address: 0 });
+    assert!(!story.server.is_to_be_checked(&story.policy));
+    story.report(Report::NotifyReady);
+    assert!(story.server.is_to_be_checked(&story.policy));
+    story.tell(Event::Stop);
+    assert!(!story.server.is_to_be_checked(&story.policy));
+}
+
+#[test]
+fn unhealthy_server_is_out_of_the_plan_until_it_is_well() {
+    let mut story = Story::ready();
+    assert_eq!(story.report(Report::Well), NOTHING);
+    let ready = story.server.since();
+    story.pass(1_000);
+    assert_eq!(story.report(unwell()), ["withhold 1"]);
+    assert_eq!(story.status(), ServerState::Unhealthy);
+    assert!(story.server.is_withheld() && story.server.since() > ready);
+    assert_eq!(story.server.deadline(), None);
+    let expected =
+        "3 checks in a row were bad: connection refused; gets no connections until its checks are good";
+    assert_eq!(story.reason(), expected);
+    assert_eq!(story.last_log(), format!("WARN is unhealthy: {expected}"));
+    let since = story.server.since();
+    story.pass(1_000);
+    // The newest reason, and the first moment.
+    assert_eq!(story.report(Report::Unwell { why: "4 checks".to_owned() }), NOTHING);
+    assert!(story.reason().starts_with("4 checks; "));
+    assert_eq!(story.server.since(), since);
+    assert_eq!(written_and_read(&story.server).status(), ServerState::Unhealthy);
+    story.pass(1_000);
+    assert_eq!(story.report(Report::Well), ["include 1"]);
+    assert_eq!(story.status(), ServerState::Ready);
+    assert_eq!(story.server.since(), story.now);
+    assert_eq!(story.last_log(), "INFO is well again after 2s; gets connections now");
+}
+
+#[test]
+fn server_that_stays_unhealthy_is_drained_and_started_again() {
+    let restart_after = Some(Duration::from_secs(60));
+    let mut story = ready_with(Remedies { restart_after, ..Remedies::default() });
+    story.report(unwell());
+    assert!(story.last_log().ends_with("until its checks are good, started again in 1m00s if they are not"));
+    story.pass(59_000);
+    assert_eq!(story.tell(Event::Tick), NOTHING);
+    assert!(story.reason().ends_with("; gets no connections until its checks are good, started again in 1s"));
+    assert_eq!(story.deadline(), ["exclude 1"]);
+    assert_eq!(story.status(), ServerState::Draining);
+    assert_eq!(story.report(Report::DrainDone), ["SIGTERM to main of 1"]);
+    // It had been ready for less than a second, so it waits like any start that failed... but for the
+    // first time, because it had served.
+    assert_eq!(story.exits(Exit::Code(0)), ["remove 1", "launch 2"]);
+    let end = story.server.last_end().unwrap();
+    assert!(
+        end.starts_with("3 checks in a row were bad: connection refused, and was unhealthy for 1m00s, "),
+        "{end}"
+    );
+}
+
+#[test]
+fn time_that_it_was_unhealthy_is_no_healthy_run() {
+    let mut story = Story::ready();
+    story.exits(Exit::Code(1));
+    story.launched();
+    story.report(Report::ListenerAdopted { address: 0 });
+    assert_eq!(story.server.failures(), 1);
+    story.report(unwell());
+    story.pass(3_600_000);
+    story.exits(Exit::Code(1));
+    assert_eq!(story.server.failures(), 2);
+    // But the time before is.
+    story.deadline();
+    story.launched();
+    story.report(Report::ListenerAdopted { address: 0 });
+    story.pass(3_600_000);
+    story.report(unwell());
+    assert_eq!(story.server.failures(), 0);
+}
+
+#[test]
+fn stalled_server_stays_in_the_plan_for_when_there_is_no_other() {
+    let mut story = Story::ready();
+    assert_eq!(story.report(stands()), NOTHING);
+    assert!(story.server.is_stalled() && story.server.is_included());
+    assert_eq!(story.status(), ServerState::Stalled);
+    let expected = "has not accepted any of 2 connections for 5s; gets none while another server can take them, until its queue moves";
+    assert_eq!(story.reason(), expected);
+    assert_eq!(story.last_log(), format!("WARN is stalled: {expected}"));
+    assert_eq!(written_and_read(&story.server).status(), ServerState::Stalled);
+    story.pass(7_000);
+    assert_eq!(story.report(stands()), NOTHING);
+    assert_eq!(story.report(Report::QueueMoves), NOTHING);
+    assert_eq!((story.status(), story.reason()), (ServerState::Ready, String::new()));
+    assert_eq!(story.last_log(), "INFO is stalled no more: its accept queue moves after 7s");
+}
+
+#[test]
+fn server_that_stays_stalled_is_aborted() {
+    let hang_kill = Some(Duration::from_secs(30));
+    let mut story = ready_with(Remedies { hang_kill, ..Remedies::default() });
+    story.report(stands());
+    assert!(story.reason().ends_with("until its queue moves, killed in 30s"), "{}", story.reason());
+    // It may be unhealthy as well by then.
+    assert_eq!(story.report(unwell()), ["withhold 1"]);
+    assert_eq!(story.status(), ServerState::Unhealthy);
+    assert_eq!(story.deadline(), ["exclude 1", "SIGABRT to main of 1"]);
+    assert!(story.last_log().starts_with(
+        "WARN has not accepted any of 2 connections for 5s, and was stalled for 30s; gets SIGABRT"
+    ));
+}
+
+#[test]
+fn the_queue_of_a_stalled_server_is_moved_once_it_is_out_of_the_plan() {
+    let mut story = ready_with(Remedies { move_queue: true, ..Remedies::default() });
+    assert_eq!(story.report(stands()), ["exclude 1", "move the queue of 1"]);
+    assert_eq!(story.status(), ServerState::Draining);
+    // Its listeners are gone, which is what was wanted.
+    assert_eq!(story.report(Report::ListenerGone { address: 0 }), NOTHING);
+    assert_eq!(story.report(Report::DrainDone), ["SIGTERM to main of 1"]);
+    assert_eq!(story.deadline(), ["SIGKILL to main of 1", "kill 1"]);
+    assert_eq!(story.exits(Exit::Signal(9)), ["remove 1", "launch 2"]);
+}
+
+#[test]
+fn one_that_was_stalled_and_unhealthy_is_stalled_when_its_checks_are_good() {
+    let mut story = Story::ready();
+    story.report(stands());
+    story.report(unwell());
+    assert!(story.reason().contains("until its checks are good; has not accepted"), "{}", story.reason());
+    assert_eq!(story.report(Report::Well), ["include 1"]);
+    assert_eq!(story.status(), ServerState::Stalled);
+    // Without a listener it is starting, and begins anew.
+    story.report(Report::ListenerGone { address: 0 });
+    assert_eq!(story.status(), ServerState::Starting);
+    story.report(Report::ListenerAdopted { address: 0 });
+    assert_eq!(story.status(), ServerState::Ready);
+}
+
 // -- Whatever happens
 
 fn any_report() -> impl Strategy<Value = Report> {
@@ -1125,6 +1308,10 @@ fn any_report() -> impl Strategy<Value = Report> {
         1 => proptest::option::of(1..20_u64)
             .prop_map(|seconds| Report::NotifyWatchdogInterval(seconds.map(Duration::from_secs))),
         1 => (1..100_u64).prop_map(|seconds| Report::NotifyExtendTimeout(Duration::from_secs(seconds))),
+        3 => Just(Report::Well),
+        2 => Just(Report::Unwell { why: "3 checks in a row failed".to_owned() }),
+        2 => Just(Report::QueueStands { why: "does not accept".to_owned() }),
+        1 => Just(Report::QueueMoves),
         2 => Just(Report::DrainDone),
         3 => (exit, any::<bool>())
             .prop_map(|(exit, others_left)| Report::MainExited { exit, others_left }),
@@ -1178,6 +1365,7 @@ fn anything(most: usize) -> impl Strategy<Value = Vec<Happening>> {
         Happens::Seen(0, Report::ListenerAdopted { address: 0 }),
         Happens::Seen(0, Report::ListenerAdopted { address: 1 }),
         Happens::Seen(0, Report::NotifyReady),
+        Happens::Seen(0, Report::Well),
     ];
     let ready: Vec<Happening> = ready.into_iter().map(|happens| (0, 0, happens)).collect();
     let part = prop_oneof![
@@ -1191,19 +1379,22 @@ fn any_policy() -> impl Strategy<Value = Supervision> {
     let timeout = || (0..3_u64).prop_map(|seconds| Duration::from_secs(seconds * 5));
     let watchdog = proptest::option::of((1..4_u64).prop_map(|seconds| Duration::from_secs(seconds * 5)));
     let give_up = proptest::option::of(1..4_u32);
-    (1..3_usize, any::<bool>(), timeout(), timeout(), timeout(), watchdog, give_up).prop_map(
-        |(addresses, notify, start, drain, stop, watchdog, give_up_after)| {
+    let remedy = || proptest::option::of((1..4_u64).prop_map(|seconds| Duration::from_secs(seconds * 5)));
+    let remedies = (remedy(), any::<bool>(), remedy())
+        .prop_map(|(restart_after, move_queue, hang_kill)| Remedies { restart_after, move_queue, hang_kill });
+    let readiness = (0..3_usize).prop_map(|number| Readiness::ALL[number]);
+    let times = (timeout(), timeout(), timeout(), watchdog);
+    (1..3_usize, readiness, times, remedies, give_up).prop_map(
+        |(addresses, readiness, (start, drain, stop, watchdog), remedies, give_up_after)| {
             let listen = ["[::]:8080", "[::]:8443"];
             Supervision {
                 listen: listen[..addresses].iter().map(|address| address.parse().unwrap()).collect(),
-                readiness: match notify {
-                    true => Readiness::Notify,
-                    false => Readiness::Listening,
-                },
+                readiness,
                 start_timeout: start,
                 drain_timeout: drain,
                 stop_timeout: stop,
                 watchdog,
+                remedies,
                 backoff: Backoff::try_new(Restart {
                     delay: Duration::from_secs(1),
                     max_delay: Duration::from_secs(8),
@@ -1253,6 +1444,15 @@ impl Witness {
             Action::Exclude { instance } => {
                 assert_eq!(self.running, Some(instance));
                 self.included = false;
+            }
+            Action::Withhold { instance } => {
+                assert_eq!(self.running, Some(instance));
+                assert!(self.included, "withheld while it is not in the plan");
+                self.included = false;
+            }
+            Action::MoveQueue { instance } => {
+                assert_eq!(self.running, Some(instance));
+                assert!(!self.included, "its queue is moved while it is in the plan");
             }
             Action::Signal { instance, .. } | Action::KillCgroup { instance } => {
                 assert_eq!(self.running, Some(instance));
@@ -1305,11 +1505,13 @@ fn live(policy: &Supervision, events: Vec<Happening>) -> (Server, Instant, Witne
         }
         assert_eq!(
             witness.included,
-            matches!(after.state, State::Ready { .. }),
-            "in the plan and ready are the same"
+            matches!(&after.state, State::Ready { run, .. } if run.unhealthy.is_none()),
+            "in the plan, and ready and not unhealthy, are the same"
         );
+        // What was due and is not any more may leave something else that is due.
+        let was_due = before.deadline().is_some_and(|deadline| deadline <= now);
         if let Some(deadline) = after.deadline()
-            && (before.deadline() != Some(deadline) || event == Event::Tick)
+            && (before.deadline() != Some(deadline) && !was_due || event == Event::Tick)
         {
             assert!(deadline > now, "a deadline is in the future when it is set");
         }

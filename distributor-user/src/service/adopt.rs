@@ -30,7 +30,7 @@ use crate::{
     listener,
     message::ToMonitor,
     record,
-    server::{self, Main, Server},
+    server::{self, Main, Remedies, Server, Supervision},
     sock_diag::{self, States},
 };
 
@@ -275,6 +275,7 @@ impl Service {
             let entry_ = &mut self.entries[entry];
             (entry_.gone, entry_.drain, entry_.extra) = (false, None, true);
             entry_.config.command = command.to_vec();
+            entry_.policy.remedies = remedies(&self.config, &entry_.config)?;
             return Ok(entry);
         }
         // It is a server of the service in everything that the configuration says of all.
@@ -287,8 +288,10 @@ impl Service {
             ..like.clone()
         };
         let newest = self.newest(&config.name);
-        let entry = Entry::new(&self.config, config, Role::Current, newest)?;
-        Ok(self.place(Entry { extra: true, ..entry }))
+        let mut entry = Entry::new(&self.config, config, Role::Current, newest)?;
+        entry.extra = true;
+        entry.policy.remedies = remedies(&self.config, &entry.config)?;
+        Ok(self.place(entry))
     }
 
     /// Finds an adopted server again that an earlier distributor had. `None`: it is gone.
@@ -597,6 +600,14 @@ fn released(listener: BorrowedFd<'_>, before: &Before, processes: &[u32]) -> any
 /// A cgroup that nothing is in.
 pub(super) fn nobodys(service: &Cgroup) -> Cgroup {
     service.child("nobody")
+}
+
+/// What is done about one that is not well. One that was adopted without a command is never stopped.
+fn remedies(service: &config::Service, server: &config::Server) -> anyhow::Result<Remedies> {
+    match server.command.is_empty() {
+        true => Ok(Remedies::default()),
+        false => Ok(Supervision::of(service, server)?.remedies),
+    }
 }
 
 fn fewer(mut before: Before) -> Before {

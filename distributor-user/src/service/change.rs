@@ -13,9 +13,10 @@ use anyhow::{Context as _, ensure};
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
-use super::{Entry, Host, Label, Role, Service, drain, report};
+use super::{Entry, Host, Label, Role, Service, check, drain, report};
 use crate::{
-    config, moment,
+    config,
+    health::Health, moment,
     server::{Event, Instance, Server, State, Supervision, span},
 };
 
@@ -57,6 +58,9 @@ impl Entry {
             not_replaced: None,
             drain: None,
             closing: drain::Closing::default(),
+            health: Health::default(),
+            checking: check::Checking::default(),
+            queue: None,
             run: None,
             total_before: 0,
             most_before: 0,

@@ -25,6 +25,7 @@ use crate::{
     distributor::Input,
     drain::Drain,
     error, foreign,
+    health::Health,
     launch::{self, Exec, Limit, Socket},
     link::{Child, Held},
     message::ToMonitor,
@@ -52,6 +53,9 @@ pub struct Label {
     /// An operator has taken it out, and that holds until he resumes it.
     #[serde(default)]
     pub drain: Option<Drain>,
+    /// What its checks have come to.
+    #[serde(default)]
+    pub health: Health,
     /// Of ended instances that have no connections any more.
     pub total_before: u64,
     pub most_before: u64,
@@ -225,6 +229,7 @@ impl Service {
         // Of all that was said, this holds under another monitor too: what is not to be reached must not
         // be reached because something else was killed.
         server.drain = label.drain;
+        server.health = label.health.clone();
         (server.total_before, server.most_before) = (label.total_before, label.most_before);
         server.not_replaced.clone_from(&label.not_replaced);
         server.machine = match (succession, server.role) {
@@ -516,7 +521,7 @@ impl Service {
         Ok(Hearing::new(task, key))
     }
 
-    fn exec(&self, entry: usize, cgroup: std::path::PathBuf) -> Exec {
+    pub(super) fn exec(&self, entry: usize, cgroup: std::path::PathBuf) -> Exec {
         let server = &self.entries[entry].config;
         Exec {
             command: server.command.clone(),
@@ -561,6 +566,7 @@ impl Service {
             weight: server.weight,
             limit: server.limit,
             drain: server.drain,
+            health: server.health.clone(),
             total_before: server.total_before,
             most_before: server.most_before,
             retired: retired.map(|retired| (retired.slot, retired.base)).collect(),

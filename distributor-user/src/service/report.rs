@@ -21,7 +21,7 @@ use crate::{
     share::{HeldBack, Share},
     status::{
         self, Bucket, DrainStatus, DriftStatus, Histogram, ScaleStatus, ServerState, ServerStatus,
-        ServiceStatus, WaitingStatus,
+        ServiceStatus, Timestamp, WaitingStatus,
     },
     systemd::Summary,
 };
@@ -89,7 +89,7 @@ impl Service {
         let server = &self.entries[entry];
         let now = Instant::now();
         let retired = || self.retired.iter().filter(|retired| retired.entry == Some(entry));
-        let wall = |then: Instant| (SystemTime::now() - now.saturating_duration_since(then)).into();
+        let wall = |then: Instant| wall(then, now);
         let active = |slot: u32| word::active(load.word[slot as usize]);
         let run = server.run.as_ref();
         let connections: u64 =
@@ -103,6 +103,9 @@ impl Service {
         let included = run.is_some_and(|run| run.included);
         let machine_reason = server.machine.reason(now, &server.policy);
         let drained = server.drain.map(|drain| drain.reason(now, connections + u64::from(earlier)));
+        let doubt = server.config.check.as_ref().and_then(|check| server.health.doubt(check));
+        // The machine's says it.
+        let doubt = doubt.filter(|_| server.machine.is_included());
         let (state, since) = match server.drain {
             // What else it does is more than that it would get none.
             Some(drain) if included => (ServerState::Draining, drain.since.max(server.machine.since())),
@@ -115,7 +118,8 @@ impl Service {
                 self.beside(entry, now),
                 drained,
                 machine_reason,
-                share.held_back.map(held_back),
+                doubt,
+                share.held_back.and_then(held_back),
             ]),
             pid: server.machine.pid(),
             connections,
@@ -137,6 +141,7 @@ impl Service {
                 then: drain.ahead(now).map_or(Rest::Leave, |(_, then)| then),
                 seconds_left: drain.ahead(now).map(|(left, _)| left.as_secs_f64()),
             }),
+            check: self.check_status(entry, now),
             since: wall(since),
         }
     }
@@ -173,20 +178,27 @@ impl Service {
     }
 }
 
+/// A moment on the wall clock.
+pub(super) fn wall(then: Instant, now: Instant) -> Timestamp {
+    (SystemTime::now() - now.saturating_duration_since(then)).into()
+}
+
 /// What is to be said of a server, in one line.
-fn reason(parts: [Option<String>; 4]) -> Option<String> {
+fn reason(parts: [Option<String>; 5]) -> Option<String> {
     let parts: Vec<String> = parts.into_iter().flatten().collect();
     (!parts.is_empty()).then(|| parts.join("; "))
 }
 
 /// Why it does not get its whole share.
-fn held_back(why: HeldBack) -> String {
-    match why {
+fn held_back(why: HeldBack) -> Option<String> {
+    Some(match why {
         HeldBack::Backup => "backup: gets connections when no other server is ready".to_owned(),
+        // Its state says it.
+        HeldBack::Stalled => return None,
         HeldBack::Warms { percent, left, .. } => {
             format!("slow start: {percent} % of its weight, all of it in {}", status::age(left))
         }
-    }
+    })
 }
 
 /// How long those waited that were handed over.
@@ -222,6 +234,7 @@ pub fn vacant_status(config: &config::Service, why: &str, since: SystemTime) -> 
         adopted: false,
         earlier: 0,
         drain: None,
+        check: None,
         since: since.into(),
     };
     ServiceStatus {

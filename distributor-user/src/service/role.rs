@@ -61,7 +61,7 @@ mod tests {
     use std::time::Instant;
 
     use super::*;
-    use crate::{server::Server, service::Label};
+    use crate::{health::Health, server::Server, service::Label};
 
     /// What the monitor knows of an instance (it has a process), or the record.
     fn found(server: &str, instance: u32, role: Role, by_monitor: bool) -> Found {
@@ -73,6 +73,7 @@ mod tests {
             run: None,
             weight: 100,
             limit: None,
+            health: Health::default(),
             drain: None,
             total_before: 0,
             most_before: 0,

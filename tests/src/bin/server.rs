@@ -5,20 +5,22 @@
 //! (close with the rest of the line unread), `exit CODE` (the whole process), `notify WORDS` (tell
 //! NOTIFY_SOCKET), `echo BYTES` (send back so many that follow the line, and do nothing else until
 //! then).
+//! With `--http FILE` it says nothing by itself, and answers `GET` with the status that stands in that
+//! file, or not at all if the file is empty; the body is its greeting.
 //! It also misbehaves on request: it may never listen, listen late, close its listener and
 //! live on, use another protocol or address, ignore SIGTERM, or exit at once.
 
 use std::{
     collections::BTreeMap,
     env,
-    fs::File,
+    fs::{self, File},
     io::{self, Read, Write},
     net::{Shutdown, SocketAddr},
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
         unix::net::UnixDatagram,
     },
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
     sync::Arc,
     thread,
@@ -80,6 +82,8 @@ struct Options {
     exit: Option<u8>,
     print: Option<String>,
     inside: Option<PathBuf>,
+    /// Speaks HTTP: how it answers stands in there.
+    http: Option<PathBuf>,
 }
 
 impl Options {
@@ -110,6 +114,7 @@ impl Options {
                 "--child" => options.child = true,
                 "--exit" => options.exit = Some(value()?.parse()?),
                 "--print" => options.print = Some(value()?),
+                "--http" => options.http = Some(value()?.into()),
                 "--inside" => options.inside = Some(value()?.into()),
                 _ => bail!("{word}: no such option"),
             }
@@ -317,6 +322,7 @@ struct Server {
     next: u64,
     counts: Inside,
     inside: Option<File>,
+    http: Option<PathBuf>,
 }
 
 /// What becomes of a connection after an event.
@@ -344,6 +350,7 @@ impl Server {
             next: FIRST_CONNECTION,
             counts: Inside::default(),
             inside,
+            http: options.http.clone(),
         })
     }
 
@@ -400,8 +407,10 @@ impl Server {
             self.counts.accepted += 1;
             self.record()?;
             connection.set_nonblocking(true)?;
-            // It fails if the client is gone already; reading will tell.
-            let _ = (&connection).write_all(format!("{} {peer}\n", self.greeting).as_bytes());
+            if self.http.is_none() {
+                // It fails if the client is gone already; reading will tell.
+                let _ = (&connection).write_all(format!("{} {peer}\n", self.greeting).as_bytes());
+            }
             watch(&self.epoll, connection.as_fd(), self.next)?;
             self.connections.insert(self.next, connection);
             self.next += 1;
@@ -413,7 +422,7 @@ impl Server {
         let Some(connection) = self.connections.get(&number) else {
             return Ok(None);
         };
-        match obey(connection, &self.greeting) {
+        match obey(connection, &self.greeting, self.http.as_deref()) {
             Then::Stays => Ok(None),
             Then::Exit(code) => Ok(Some(code)),
             Then::Closes => {
@@ -435,10 +444,11 @@ impl Server {
 }
 
 /// Reads what a client said, and does it.
-fn obey(mut connection: &Socket, greeting: &str) -> Then {
+fn obey(mut connection: &Socket, greeting: &str, http: Option<&Path>) -> Then {
     // Shorter than an `unread` line, which so stays unread in part.
-    let mut said = [0; 64];
-    let said = match connection.read(&mut said) {
+    let mut said = [0; 4096];
+    let most = if http.is_some() { said.len() } else { 64 };
+    let said = match connection.read(&mut said[..most]) {
         Ok(0) => return Then::Closes,
         Ok(length) => &said[..length],
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Then::Stays,
@@ -448,6 +458,16 @@ fn obey(mut connection: &Socket, greeting: &str) -> Then {
     let mut words = text.split_whitespace();
     match words.next() {
         Some("close" | "unread") => Then::Closes,
+        Some("GET") => {
+            let status = http.and_then(|file| fs::read_to_string(file).ok()).unwrap_or_default();
+            if status.trim().is_empty() {
+                return Then::Stays;
+            }
+            let head = format!("HTTP/1.1 {}\r\nContent-Length: {}\r\n", status.trim(), greeting.len());
+            // The client may be gone already.
+            let _ = connection.write_all(format!("{head}Connection: close\r\n\r\n{greeting}").as_bytes());
+            Then::Closes
+        }
         Some("reset") => match connection.set_linger(Some(Duration::ZERO)) {
             Ok(()) => Then::Closes,
             Err(error) => panic!("set SO_LINGER: {error}"),
@@ -470,6 +490,7 @@ fn obey(mut connection: &Socket, greeting: &str) -> Then {
             notify(&words.collect::<Vec<_>>().join(" "));
             Then::Stays
         }
+        _ if http.is_some() => Then::Stays,
         Some("exit") => Then::Exit(words.next().and_then(|code| code.parse().ok()).unwrap_or(0)),
         _ => {
             // Likewise.

@@ -91,6 +91,10 @@ const WATCHFUL: Duration = Duration::from_millis(20);
 const IDLE: Duration = Duration::from_millis(250);
 /// When a place is free and nobody could be handed over to it.
 const STUCK: Duration = Duration::from_millis(20);
+/// So long, in nanoseconds, the handshake of a bell may take at the server's end...
+const ECHO: u64 = 1_000_000_000;
+/// ...and so many of them are remembered; BELLS has twice as many places.
+const ECHOES: usize = 512;
 /// How often it does what does not matter to anybody who waits.
 const TENDING: u64 = SOON.as_nanos() as u64;
 /// How often the words are stamped, far more often than their epochs repeat.
@@ -236,6 +240,8 @@ pub struct Attendant {
     opened: HashSet<u32>,
     /// Connections that were moved to each listener, when the bell was rung.
     rung: HashMap<u32, u64>,
+    /// Bells whose handshake may not be over at the server's end, and when it is for certain.
+    echoes: VecDeque<(u64, u64, bell::Port)>,
     heard: Receiver<Told>,
     tell: Arc<dyn Fn(Says) + Send + Sync>,
     poke: Arc<OwnedFd>,
@@ -282,6 +288,7 @@ impl Attendant {
             done: Vec::new(),
             opened: HashSet::new(),
             rung: HashMap::new(),
+            echoes: VecDeque::new(),
             duty,
             desk,
             keeper,
@@ -998,6 +1005,7 @@ impl Attendant {
 
     /// Wakes every server to whose listener something was moved since the last time.
     fn ring(&mut self) {
+        self.forget_bells();
         for (group, index) in self.desk.listeners() {
             let moved = self.desk.state(index).moved;
             let rung = self.rung.insert(index, moved).unwrap_or(0);
@@ -1018,9 +1026,20 @@ impl Attendant {
         let bell = bell::prepare(&self.duty.listen[group]).context("make a bell")?;
         let client = bell.key();
         self.desk.expect_bell(client, index)?;
-        let rung = bell.ring();
-        self.desk.forget_bell(client);
+        let (port, rung) = bell.ring();
+        self.echoes.push_back((now() + ECHO, client, port));
         rung.context("ring it")
+    }
+
+    /// Forgets bells that were rung long enough ago, or before many others.
+    fn forget_bells(&mut self) {
+        let now = now();
+        while let Some((until, client, _)) = self.echoes.front()
+            && (*until <= now || self.echoes.len() > ECHOES)
+        {
+            self.desk.forget_bell(*client);
+            self.echoes.pop_front();
+        }
     }
 }
 

@@ -115,9 +115,15 @@ pub fn moves() -> anyhow::Result<Moves> {
     }
 }
 
+/// A port that nobody else gets while this is there.
+#[derive(Debug)]
+pub struct Port(#[expect(dead_code, reason = "it is only to be open")] Socket);
+
 /// A bell that is not rung yet: its client address is known.
 pub struct Bell {
     socket: Socket,
+    /// Keeps others from its port, when the connection is gone.
+    port: Port,
     target: SockAddr,
     /// Where it comes from.
     client: SocketAddr,
@@ -126,10 +132,15 @@ pub struct Bell {
 /// A bell for the servers at this address.
 pub fn prepare(address: &ListenAddress) -> io::Result<Bell> {
     let target = address.reached_at();
-    let socket = Socket::new(Domain::for_address(target), Type::STREAM, None)?;
-    socket.bind(&SocketAddr::new(target.ip(), 0).into())?;
-    let client = socket.local_addr()?.as_socket().ok_or(io::ErrorKind::Unsupported)?;
-    Ok(Bell { socket, target: target.into(), client })
+    let socket = |port| {
+        let socket = Socket::new(Domain::for_address(target), Type::STREAM, None)?;
+        socket.set_reuse_address(true)?;
+        socket.bind(&SocketAddr::new(target.ip(), port).into())?;
+        io::Result::Ok(socket)
+    };
+    let port = socket(0)?;
+    let client = port.local_addr()?.as_socket().ok_or(io::ErrorKind::Unsupported)?;
+    Ok(Bell { socket: socket(client.port())?, port: Port(port), target: target.into(), client })
 }
 
 impl Bell {
@@ -149,10 +160,13 @@ impl Bell {
     }
 
     /// Rings it: the server is woken when the handshake is complete.
-    pub fn ring(self) -> io::Result<()> {
+    ///
+    /// At the server's end that is a moment later than at ours. Until then the programs have to know the
+    /// connection, and nobody else may come from there.
+    pub fn ring(self) -> (Port, io::Result<()>) {
         let rung = self.socket.connect_timeout(&self.target, PATIENCE);
         // Reset, so that the server has nothing to wait for.
-        SockRef::from(&self.socket).set_linger(Some(Duration::ZERO))?;
-        rung
+        let rung = SockRef::from(&self.socket).set_linger(Some(Duration::ZERO)).and(rung);
+        (self.port, rung)
     }
 }

@@ -16,7 +16,8 @@ use tracing::{info, warn};
 use super::{Entry, Host, Label, Role, Service, check, drain, report};
 use crate::{
     config,
-    health::Health, moment,
+    health::Health,
+    moment,
     server::{Event, Instance, Server, State, Supervision, span},
 };
 

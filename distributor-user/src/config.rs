@@ -31,7 +31,7 @@ pub use distributor_ebpf::contract::Policy;
 use rustix::process::{Resource, Signal};
 
 pub use self::{cpus::write as list_of_cpus, environment::Machine, user::User};
-use crate::{address::ListenAddress, error::UserError};
+use crate::{address::ListenAddress, error::UserError, roll::Bounds};
 
 /// The file `up` reads when it is given nothing else.
 pub const DEFAULT_FILE: &str = "/etc/dist-ctl/dist-ctl.toml";
@@ -69,6 +69,8 @@ pub struct Service {
     pub occupied: Occupied,
     /// Who may wait when no server has a place.
     pub waiting: Waiting,
+    /// How its servers are restarted one after the other.
+    pub roll: Bounds,
     /// Whom the servers run as. `None`: as the distributor, that is root.
     pub user: Option<User>,
     /// How the servers get their listeners.

@@ -7,6 +7,7 @@
 
 mod adopt;
 mod answer;
+mod restart;
 mod vacancy;
 
 use std::{
@@ -399,6 +400,7 @@ impl<'a> Distributor<'a> {
             let recorded = place.map(|place| recorded.swap_remove(place));
             if let Some(recorded) = &recorded {
                 service.remember_drift(recorded.drift);
+                service.remember_roll(recorded.roll.clone());
             }
             match succession {
                 Succession::First => {
@@ -560,6 +562,7 @@ impl<'a> Distributor<'a> {
                 services.iter_mut().for_each(|service| service.excuse_all(&mut host));
             }
             services.iter_mut().for_each(|service| service.tick(now, &mut host));
+            self.turn_rolls();
             if now - looked_around >= LOOK_AROUND {
                 looked_around = now;
                 self.look_around();

@@ -26,7 +26,7 @@ use distributor_user::{
     logging::{self, Verbosity},
     monitor,
     record::{self, Record},
-    service,
+    restart, service,
     status::Status,
     upgrade,
 };
@@ -72,6 +72,10 @@ fn perform(invocation: &Invocation) -> anyhow::Result<ExitCode> {
         }
         Command::Change(command) => {
             ask(directory, command)?;
+        }
+        Command::RestartAndWait(restart, target) => {
+            ask(directory, restart)?;
+            restart::follow(directory, target.as_deref(), print)?;
         }
         Command::DrainAndWait(drain, server) => {
             ask(directory, drain)?;

@@ -26,7 +26,10 @@ use super::{
     user,
     written::{self, Field, Given, List, Place, Written},
 };
-use crate::address::{ListenAddress, divide_families};
+use crate::{
+    address::{ListenAddress, divide_families},
+    roll::Bounds,
+};
 
 const WEIGHT: u32 = 100;
 /// What most programs ask for by themselves, or more. The kernel caps it at
@@ -42,6 +45,9 @@ const RESTART_MAX_DELAY: Duration = Duration::from_secs(30);
 const HEALTHY_AFTER: Duration = Duration::from_secs(10);
 const GIVE_UP_AFTER: u32 = 10;
 const CAPACITY: u32 = 1024;
+/// One more for a while costs memory, and one fewer costs clients.
+const MAX_SURGE: u32 = 1;
+const MAX_UNAVAILABLE: u32 = 0;
 /// By then people have gone, and a program had better be told to try again.
 const WAITING_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -176,6 +182,7 @@ impl<'r> Reading<'r> {
             policy,
             occupied: self.choice(&written.occupied, &Occupied::ALL, Occupied::name, Occupied::Refuse),
             waiting: self.waiting(&written.waiting),
+            roll: self.roll(&written.roll),
             socket,
             readiness: self.choice(&shared.readiness, &Readiness::ALL, Readiness::name, Readiness::Listening),
             backlog: self.number(&shared.backlog, 1..=65_535, BACKLOG),
@@ -236,6 +243,21 @@ impl<'r> Reading<'r> {
             timeout: self.duration(&written.timeout, SHORTEST_WAIT, WAITING_TIMEOUT),
             reply: self.reply(written),
         }
+    }
+
+    fn roll(&self, written: &written::Roll) -> Bounds {
+        let most = u32::try_from(SLOTS).expect("the contract has few slots");
+        let bounds = Bounds {
+            max_surge: self.number(&written.max_surge, 0..=most, MAX_SURGE),
+            max_unavailable: self.number(&written.max_unavailable, 0..=most, MAX_UNAVAILABLE),
+        };
+        if (bounds.max_surge, bounds.max_unavailable) == (0, 0) {
+            let given = written.max_surge.given().map(|given| &given.place);
+            let sentence = "0 leaves nothing that may be restarted, because max_unavailable is 0 too, write 1 or \
+                            more for one of them";
+            self.refuse(given.unwrap_or(&written.place), sentence);
+        }
+        bounds
     }
 
     fn reply(&self, written: &written::Waiting) -> Vec<u8> {

@@ -84,6 +84,7 @@ fn what_is_left_out_has_its_default() {
             listen: vec!["[::]:8080".parse().unwrap()],
             policy: Policy::LeastConnections,
             waiting: Waiting { capacity: 1024, timeout: Duration::from_secs(30), reply: Vec::new() },
+            roll: Bounds { max_surge: 1, max_unavailable: 0 },
             user: None,
             socket: SocketMode::Own,
             readiness: Readiness::Listening,
@@ -183,7 +184,7 @@ fn the_defaults_that_the_example_names_are_the_defaults() {
             checked += 1;
         }
     }
-    assert_eq!(checked, 26);
+    assert_eq!(checked, 28);
 }
 
 #[test]

@@ -67,6 +67,7 @@ pub(super) struct Service {
     pub(super) policy: Field<String>,
     pub(super) occupied: Field<String>,
     pub(super) waiting: Waiting,
+    pub(super) roll: Roll,
     pub(super) server: Shared,
     pub(super) servers: Vec<Named>,
 }
@@ -79,6 +80,14 @@ pub(super) struct Waiting {
     pub(super) reply: Field<String>,
     pub(super) reply_file: Field<String>,
     pub(super) order: Field<String>,
+}
+
+/// `[service.NAME.roll]`
+#[derive(Debug, Default)]
+pub(super) struct Roll {
+    pub(super) place: Place,
+    pub(super) max_surge: Field<i64>,
+    pub(super) max_unavailable: Field<i64>,
 }
 
 /// `[service.NAME.server]`: what all its servers share.
@@ -217,6 +226,7 @@ pub(super) fn from_command(form: &CommandForm) -> Written {
             listen: list("--listen", &form.listen),
             policy: text("--policy", &form.policy),
             occupied: Field::Absent,
+            roll: Roll::default(),
             waiting: Waiting { capacity: number("--waiting", form.waiting), ..Waiting::default() },
             server: Shared {
                 particulars: Particulars {
@@ -258,11 +268,16 @@ fn service(name: String, mut section: Section<'_>) -> Service {
     let waiting_section = section.table("waiting");
     let waiting_place = waiting_section.place.field.clone();
     let (waiting, waiting_fields) = waiting(waiting_section);
+    let roll_section = section.table("roll");
+    let roll_place = roll_section.place.field.clone();
+    let (roll, roll_fields) = roll(roll_section);
     let mut shared_section = section.table("server");
     let server = shared(&mut shared_section);
     // First, because what is refused here is known from here on, and so belongs to nobody else.
-    section.belongs_elsewhere(&waiting_fields, &waiting_place);
-    shared_section.belongs_elsewhere(&waiting_fields, &waiting_place);
+    for (fields, place) in [(&waiting_fields, &waiting_place), (&roll_fields, &roll_place)] {
+        section.belongs_elsewhere(fields, place);
+        shared_section.belongs_elsewhere(fields, place);
+    }
     shared_section.belongs_elsewhere(&section.known, &section.place.field);
     let server_place = shared_section.place.field.clone();
     let server_fields = shared_section.finish();
@@ -276,6 +291,7 @@ fn service(name: String, mut section: Section<'_>) -> Service {
             }
             let named = Named { place: section.place.clone(), name, particulars: particulars(&mut section) };
             section.belongs_elsewhere(&waiting_fields, &waiting_place);
+            section.belongs_elsewhere(&roll_fields, &roll_place);
             section.belongs_elsewhere(&server_fields, &server_place);
             section.finish();
             named
@@ -283,7 +299,7 @@ fn service(name: String, mut section: Section<'_>) -> Service {
         .collect();
     section.belongs_elsewhere(&server_fields, &server_place);
     let place = section.place.clone();
-    let service = Service { place, name, listen, policy, occupied, waiting, server, servers };
+    let service = Service { place, name, listen, policy, occupied, waiting, roll, server, servers };
     section.finish();
     service
 }
@@ -297,6 +313,15 @@ fn waiting(mut section: Section<'_>) -> (Waiting, Vec<&'static str>) {
         order: section.text("order", "\"first\""),
     };
     (waiting, section.finish())
+}
+
+fn roll(mut section: Section<'_>) -> (Roll, Vec<&'static str>) {
+    let roll = Roll {
+        place: section.place.clone(),
+        max_surge: section.number("max_surge", "1"),
+        max_unavailable: section.number("max_unavailable", "0"),
+    };
+    (roll, section.finish())
 }
 
 fn shared(section: &mut Section<'_>) -> Shared {

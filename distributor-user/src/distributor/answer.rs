@@ -65,6 +65,9 @@ impl Distributor<'_> {
             Command::Resume { server } => {
                 self.of_server(&server, |service, entry, host| service.resume(entry, host))
             }
+            Command::Restart { target, max_surge, max_unavailable } => {
+                self.restart(target.as_deref(), max_surge, max_unavailable)
+            }
             Command::Down => {
                 // If the monitor cannot hear it, it is gone.
                 let _ = self.link.send(&ToMonitor::Stopping, None);

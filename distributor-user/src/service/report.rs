@@ -64,6 +64,7 @@ impl Service {
                 .into_iter()
                 .map(|entry| self.server_status(entry, shares[entry], &load))
                 .collect(),
+            roll: self.roll_status(),
             outcomes,
         })
     }
@@ -105,7 +106,7 @@ impl Service {
             name: server.name(),
             state,
             reason: reason([
-                self.beside(entry, now),
+                self.standing(entry, now),
                 drained,
                 machine_reason,
                 share.held_back.map(held_back),
@@ -135,7 +136,7 @@ impl Service {
     }
 
     /// What an instance is beside its server; or why the server was not replaced.
-    fn beside(&self, entry: usize, now: Instant) -> Option<String> {
+    fn standing(&self, entry: usize, now: Instant) -> Option<String> {
         let it = &self.entries[entry];
         let server = &it.config.name;
         match it.role {
@@ -224,6 +225,7 @@ pub fn vacant_status(config: &config::Service, why: &str, since: SystemTime) -> 
         waiting: WaitingStatus { capacity: u64::from(config.waiting.capacity), ..WaitingStatus::default() },
         drift: DriftStatus::default(),
         servers: config.servers.iter().map(server).collect(),
+        roll: None,
         outcomes: BTreeMap::new(),
     }
 }

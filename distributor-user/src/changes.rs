@@ -9,6 +9,7 @@ use std::fmt;
 
 use crate::{
     config::{self, Config, Server, Service},
+    roll::Bounds,
     scale::Scale,
 };
 
@@ -219,6 +220,7 @@ fn service_settings(old: &Service, new: &Service) -> Vec<Setting> {
         occupied,
         waiting,
         scale,
+        roll,
         user: _,
         socket: _,
         readiness,
@@ -239,6 +241,8 @@ fn service_settings(old: &Service, new: &Service) -> Vec<Setting> {
             span(*down_after)
         ),
     };
+    let at_once = |roll: &Bounds| format!("{} more, {} fewer", roll.max_surge, roll.max_unavailable);
+    settings.note("roll", at_once(&old.roll), at_once(roll));
     settings.note("scale", bounds(&old.scale), bounds(scale));
     let reply = |waiting: &config::Waiting| match waiting.reply.len() {
         0 => "none".to_owned(),

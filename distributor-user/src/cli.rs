@@ -47,6 +47,8 @@ pub enum Command {
     Status(Form),
     /// Change a running instance.
     Change(control::Command),
+    /// Restart what was named, and wait until that is done.
+    RestartAndWait(control::Command, Option<String>),
     /// Take a server out, and wait until its connections have ended.
     DrainAndWait(control::Command, String),
     /// Stop a running instance.
@@ -124,6 +126,14 @@ impl Invocation {
                 }
             }
             Verb::Resume { server } => Command::Change(control::Command::Resume { server }),
+            Verb::Restart { target, max_surge, max_unavailable, no_wait } => {
+                let restart =
+                    control::Command::Restart { target: target.clone(), max_surge, max_unavailable };
+                match no_wait {
+                    true => Command::Change(restart),
+                    false => Command::RestartAndWait(restart, target),
+                }
+            }
             Verb::Adopt { service, pid, name, command } => {
                 let name = name.unwrap_or_else(|| format!("pid-{pid}"));
                 Command::Change(control::Command::Adopt { service, pid, name, command })
@@ -321,6 +331,16 @@ const RESUME_EXAMPLE: &str = "\
 Example: put back what was drained, or try again what failed too often
   dist-ctl resume shop/1";
 
+const RESTART_EXAMPLE: &str = "\
+Examples: one server after the other, of all services, of one, and one server
+  dist-ctl restart
+  dist-ctl restart shop
+  dist-ctl restart shop/1
+
+Each new instance has to be ready before the one before ends, so no client notices. If one does not get
+ready, the restart ends there, and those before go on. It goes on if this command is interrupted.
+Exit status 0: all were restarted. 1: not all; the message says why.";
+
 const ADOPT_EXAMPLE: &str = "\
 Examples: a server that somebody else keeps running, and one that is to be started again
   dist-ctl adopt shop --pid 4711 --name old
@@ -456,6 +476,23 @@ enum Verb {
         /// SERVICE/SERVER, as in `dist-ctl status`
         #[arg(value_parser = server_name)]
         server: String,
+    },
+
+    /// Restart servers one after the other, while the others serve
+    #[command(after_help = RESTART_EXAMPLE)]
+    Restart {
+        /// SERVICE, or SERVICE/SERVER, as in `dist-ctl status` [default: all services]
+        #[arg(value_name = "SERVICE|SERVER", value_parser = service_or_server_name)]
+        target: Option<String>,
+        /// How many instances more may run at a time [default: as configured, or 1]
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(..=SLOTS as i64))]
+        max_surge: Option<u32>,
+        /// How many servers fewer may be ready at a time [default: as configured, or 0]
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(..=SLOTS as i64))]
+        max_unavailable: Option<u32>,
+        /// Return at once, and let it go on
+        #[arg(long)]
+        no_wait: bool,
     },
 
     /// Make a server that runs already one of a service's, without restarting it
@@ -638,6 +675,17 @@ fn server_name(text: &str) -> Result<String, String> {
     }
 }
 
+fn service_or_server_name(text: &str) -> Result<String, String> {
+    let is_named = match text.split_once('/') {
+        Some((service, server)) => is_name(service) && is_name(server),
+        None => is_name(text),
+    };
+    match is_named {
+        true => Ok(text.to_owned()),
+        false => Err("write SERVICE or SERVICE/SERVER, for example shop or shop/1".to_owned()),
+    }
+}
+
 fn service_name(text: &str) -> Result<String, String> {
     match is_name(text) {
         true => Ok(text.to_owned()),
@@ -766,6 +814,21 @@ mod tests {
                 ),
             ),
             ("dist-ctl resume shop/1", Command::Change(control::Command::Resume { server: server() })),
+            (
+                "dist-ctl restart",
+                Command::RestartAndWait(
+                    control::Command::Restart { target: None, max_surge: None, max_unavailable: None },
+                    None,
+                ),
+            ),
+            (
+                "dist-ctl restart shop/1 --max-surge 0 --max-unavailable 2 --no-wait",
+                Command::Change(control::Command::Restart {
+                    target: Some(server()),
+                    max_surge: Some(0),
+                    max_unavailable: Some(2),
+                }),
+            ),
             (
                 "dist-ctl adopt shop --pid 7",
                 Command::Change(control::Command::Adopt {
@@ -903,8 +966,8 @@ mod tests {
         assert_eq!(
             seen,
             [
-                "up", "status", "weight", "limit", "drain", "resume", "adopt", "release", "reload", "scale",
-                "down", "upgrade", "check", "doctor"
+                "up", "status", "weight", "limit", "drain", "resume", "restart", "adopt", "release",
+                "reload", "scale", "down", "upgrade", "check", "doctor"
             ]
         );
         EXAMPLE.lines().filter_map(|line| line.strip_prefix("  ")).for_each(assert_meant_for_people);
@@ -968,7 +1031,10 @@ mod tests {
 
     /// What is typed, and what is said before the usage.
     const WRONG_LINES: &[(&str, &str)] = &[
-        ("dist-ctl start", "unrecognized subcommand 'start' tip: a similar subcommand exists: 'status'"),
+        (
+            "dist-ctl start",
+            "unrecognized subcommand 'start' tip: some similar subcommands exist: 'status', 'restart'",
+        ),
         ("dist-ctl statsu", "unrecognized subcommand 'statsu' tip: a similar subcommand exists: 'status'"),
         (
             "dist-ctl up --port 80",

@@ -35,7 +35,7 @@ use rustix::process::{Resource, Signal};
 
 pub(crate) use self::meant::signal_name;
 pub use self::{cpus::write as list_of_cpus, environment::Machine, user::User};
-use crate::{address::ListenAddress, error::UserError, scale::Scale};
+use crate::{address::ListenAddress, error::UserError, roll::Bounds, scale::Scale};
 
 /// How many numbered servers services have, by their names, instead of what is configured.
 pub type Counts = BTreeMap<String, usize>;
@@ -78,6 +78,8 @@ pub struct Service {
     pub waiting: Waiting,
     /// Between how many numbered servers there are, and by what. `None`: always as many.
     pub scale: Option<Scale>,
+    /// How its servers are restarted one after the other.
+    pub roll: Bounds,
     /// Whom the servers run as. `None`: as the distributor, that is root.
     pub user: Option<User>,
     /// How the servers get their listeners.

@@ -84,6 +84,18 @@ pub enum Command {
     Resume {
         server: String,
     },
+    /// Restart a server, the servers of a service, or all, one after the other.
+    Restart {
+        /// `None`: all services.
+        #[serde(default)]
+        target: Option<String>,
+        /// So many more may run at a time; `None`: as configured.
+        #[serde(default)]
+        max_surge: Option<u32>,
+        /// So many fewer may be ready at a time; `None`: as configured.
+        #[serde(default)]
+        max_unavailable: Option<u32>,
+    },
     /// Make a server that somebody else started one of a service's.
     Adopt {
         service: String,
@@ -167,9 +179,9 @@ pub enum Level {
 
 impl Command {
     /// Every command, as it is written.
-    pub const NAMES: [&str; 11] = [
-        "status", "weight", "limit", "drain", "resume", "adopt", "release", "reload", "scale", "down",
-        "upgrade",
+    pub const NAMES: [&str; 12] = [
+        "status", "weight", "limit", "drain", "resume", "restart", "adopt", "release", "reload", "scale",
+        "down", "upgrade",
     ];
 
     /// What a client must be allowed to do to ask this.
@@ -180,6 +192,7 @@ impl Command {
             | Self::Limit { .. }
             | Self::Drain { .. }
             | Self::Resume { .. }
+            | Self::Restart { .. }
             | Self::Adopt { .. }
             | Self::Release { .. }
             | Self::Reload { .. }
@@ -1113,6 +1126,14 @@ mod tests {
             ),
             (r#"{"command":"resume","server":"shop/1"}"#, Command::Resume { server: server() }),
             (
+                r#"{"command":"restart","target":"shop","max_surge":2,"max_unavailable":null}"#,
+                Command::Restart {
+                    target: Some("shop".to_owned()),
+                    max_surge: Some(2),
+                    max_unavailable: None,
+                },
+            ),
+            (
                 r#"{"command":"adopt","service":"shop","pid":7,"name":"old","exec":["java"]}"#,
                 Command::Adopt {
                     service: "shop".to_owned(),
@@ -1153,17 +1174,17 @@ mod tests {
             (
                 "[]",
                 "read the request: it has no \"command\": write one object on a line, like \
-                 {\"command\":\"status\"}; the commands are status, weight, limit, drain, resume, adopt, release, reload, scale, down, upgrade",
+                 {\"command\":\"status\"}; the commands are status, weight, limit, drain, resume, restart, adopt, release, reload, scale, down, upgrade",
             ),
             (
                 r#"{"command":5}"#,
                 "read the request: it has no \"command\": write one object on a line, like \
-                 {\"command\":\"status\"}; the commands are status, weight, limit, drain, resume, adopt, release, reload, scale, down, upgrade",
+                 {\"command\":\"status\"}; the commands are status, weight, limit, drain, resume, restart, adopt, release, reload, scale, down, upgrade",
             ),
             (
                 r#"{"command":"explode"}"#,
                 "no command is called \"explode\": the commands are status, weight, limit, drain, \
-                 resume, adopt, release, reload, scale, down, upgrade",
+                 resume, restart, adopt, release, reload, scale, down, upgrade",
             ),
             (r#"{"command":"weight","weight":5}"#, "command \"weight\": missing field `server`"),
             (r#"{"command":"limit","server":"shop/1"}"#, "command \"limit\": missing field `limit`"),

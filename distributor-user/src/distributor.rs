@@ -9,6 +9,7 @@ mod adopt;
 mod answer;
 mod configured;
 mod reload;
+mod restart;
 mod vacancy;
 
 use std::{
@@ -394,6 +395,7 @@ impl<'a> Distributor<'a> {
             let recorded = place.map(|place| recorded.swap_remove(place));
             if let Some(recorded) = &recorded {
                 service.remember_drift(recorded.drift);
+                service.remember_roll(recorded.roll.clone());
             }
             match succession {
                 Succession::First => {
@@ -559,6 +561,7 @@ impl<'a> Distributor<'a> {
             }
             services.iter_mut().for_each(|service| service.tick(now, &mut host));
             self.let_go();
+            self.turn_rolls();
             if now - looked_around >= LOOK_AROUND {
                 looked_around = now;
                 self.look_around();

@@ -99,7 +99,9 @@ impl Instance {
     /// of them is killed first.
     pub fn clean_leftovers(&self, kept: &[&str]) -> anyhow::Result<()> {
         for cgroup in self.cgroup.children() {
-            let service = cgroup.path().file_name().and_then(OsStr::to_str).unwrap_or_default().to_owned();
+            // Beside a service's own is that of its checks.
+            let name = cgroup.path().file_name().and_then(OsStr::to_str).unwrap_or_default();
+            let service = name.split('.').next().unwrap_or_default().to_owned();
             if kept.contains(&service.as_str()) {
                 continue;
             }

@@ -44,6 +44,8 @@ pub mod notify;
 pub mod plan;
 pub mod record;
 pub mod recovery;
+pub mod restart;
+pub mod roll;
 pub mod room;
 pub mod scale;
 pub mod server;

@@ -26,7 +26,7 @@ use distributor_user::{
     logging::{self, Verbosity},
     monitor,
     record::{self, Record},
-    service,
+    restart, service,
     status::Status,
     upgrade,
 };
@@ -75,6 +75,10 @@ fn perform(invocation: &Invocation) -> anyhow::Result<ExitCode> {
                 let lines = if lines.is_empty() { vec!["nothing to change".to_owned()] } else { lines };
                 print(&(lines.join("\n") + "\n"))?;
             }
+        }
+        Command::RestartAndWait(restart, target) => {
+            ask(directory, restart)?;
+            restart::follow(directory, target.as_deref(), print)?;
         }
         Command::DrainAndWait(drain, server) => {
             ask(directory, drain)?;

@@ -18,7 +18,10 @@ use anyhow::{Context as _, ensure};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::{Deserialize, Serialize};
 
-use crate::service::{Adopted, Drift, Label};
+use crate::{
+    roll::Roll,
+    service::{Adopted, Drift, Label},
+};
 
 /// The file's name in the runtime directory.
 pub const FILE: &str = "record.json";
@@ -60,6 +63,9 @@ pub struct Service {
     /// What came of comparing its counts with its sockets.
     #[serde(default)]
     pub drift: Drift,
+    /// A restart of its servers, under way or over.
+    #[serde(default)]
+    pub roll: Option<Roll>,
 }
 
 /// One server.
@@ -223,6 +229,7 @@ mod tests {
             servers: vec![],
             released: vec![],
             drift: Drift::default(),
+            roll: None,
         }];
         Record::new(services, None).unwrap()
     }

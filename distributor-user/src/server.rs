@@ -459,6 +459,11 @@ impl Server {
         self.history.taken = self.history.taken.max(taken);
     }
 
+    /// That of its next instance.
+    pub fn next_number(&self) -> Instance {
+        self.history.instance.max(self.history.taken).next()
+    }
+
     /// It takes the place of this one: what is said of both together goes on.
     pub fn succeed(&mut self, before: &Self) {
         self.history.restarts = self.history.restarts.saturating_add(before.history.restarts);

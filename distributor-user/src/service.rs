@@ -13,6 +13,7 @@ mod drain;
 mod launch;
 mod notified;
 mod report;
+mod restart;
 mod role;
 mod stall;
 mod survey;
@@ -59,6 +60,7 @@ use crate::{
     message::{Exit, ToMonitor},
     plan::{Indices, Slots, Wanted, WantedServer},
     record,
+    roll::Roll,
     scale::Scaler,
     server::{Action, Event, Instance, Recipient, Report, Server, Supervision},
     share::{self, HeldBack, Share, Warming},
@@ -165,6 +167,10 @@ pub struct Service {
     dropped: Vec<u64>,
     /// Servers that were adopted and are not any more: at the end they get their address back.
     released: Vec<Adopted>,
+    /// Its servers are restarted one after the other, or were.
+    roll: Option<Roll>,
+    /// What is recorded of that is out of date.
+    roll_changed: bool,
     /// What is wrong with the machine.
     troubles: Troubles,
 }
@@ -366,6 +372,8 @@ impl Service {
             ended: Vec::new(),
             dropped: Vec::new(),
             released: Vec::new(),
+            roll: None,
+            roll_changed: false,
             troubles: Troubles::default(),
             config,
             kernel,
@@ -885,6 +893,7 @@ impl Service {
         });
         self.note("events", lost);
         self.forget_left();
+        self.sweep();
         self.count_earlier();
         self.keep_on_cpus();
         self.write_plan();
@@ -1088,7 +1097,7 @@ impl Service {
         self.bound.retain(|_, of| *of != entry);
         self.scans.retain(|scan| scan.entry != entry);
         if let Err(error) = run.cgroup.remove() {
-            debug!("server {}: {error:#}; the end of the instance removes it", self.entries[entry].name());
+            debug!("server {}: {error:#}; tries again every second", self.entries[entry].name());
         }
         // What it had is had by its server, which may be another entry by now.
         let heir = match self.entries[entry].role {
@@ -1099,6 +1108,7 @@ impl Service {
             let most = report::most(&load, run.slot, run.generation);
             self.entries[heir].most_before = self.entries[heir].most_before.max(most);
         }
+        self.note_beside(entry);
         self.retired.push(Retired { slot: run.slot, entry: heir, base: run.base });
         self.write_plan();
     }

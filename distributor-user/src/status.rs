@@ -58,6 +58,9 @@ pub struct ServiceStatus {
     /// How many servers there are by its connections; `None`: as many as are configured.
     #[serde(default)]
     pub scale: Option<ScaleStatus>,
+    /// The restart of its servers that is under way, or was the last.
+    #[serde(default)]
+    pub roll: Option<RollStatus>,
     /// How often the kernel programs ended in each of their ways out.
     pub outcomes: BTreeMap<String, u64>,
 }
@@ -165,6 +168,45 @@ pub struct ServerStatus {
     pub since: Timestamp,
 }
 
+/// Servers that are restarted one after the other.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RollStatus {
+    /// That of all services that an operator has restarted at once.
+    pub number: u64,
+    /// `under-way`, `done` or `failed`.
+    pub state: RollState,
+    /// An operator has asked for it.
+    pub asked: bool,
+    pub since: Timestamp,
+    pub ended: Option<Timestamp>,
+    /// Why it has failed, or what it waits for.
+    pub reason: Option<String>,
+    pub max_surge: u32,
+    pub max_unavailable: u32,
+    /// In the order in which they are restarted.
+    pub servers: Vec<ItemStatus>,
+}
+
+/// How it stands with one of them.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ItemStatus {
+    pub name: String,
+    pub state: RollState,
+    pub reason: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RollState {
+    /// It is not its turn.
+    Waiting,
+    UnderWay,
+    Done,
+    Failed,
+    /// It cannot be restarted.
+    LeftAlone,
+}
+
 /// Since when it is drained, and what becomes of its connections.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DrainStatus {
@@ -249,6 +291,7 @@ impl Status {
         let mut blocks = Vec::new();
         for (service, rows) in self.services.iter().zip(&rows) {
             let mut block = service.headline();
+            block.push_str(&service.roll.as_ref().map_or(String::new(), |roll| roll.line(now)));
             if rows.is_empty() {
                 block.push_str("  no servers\n");
             } else {
@@ -446,6 +489,39 @@ impl ServiceStatus {
     }
 }
 
+impl RollStatus {
+    /// How many are through with it, and how many there are.
+    pub fn progress(&self) -> (usize, usize) {
+        let count = |state: RollState| self.servers.iter().filter(|server| server.state == state).count();
+        (count(RollState::Done), self.servers.len() - count(RollState::LeftAlone))
+    }
+
+    /// `  restart since 12s: 1 of 4 done; app/2: its new instance is not ready yet`, while that is of
+    /// interest.
+    fn line(&self, now: SystemTime) -> String {
+        let (done, of) = self.progress();
+        let is_busy = |server: &&ItemStatus| server.state == RollState::UnderWay;
+        let busy = self.servers.iter().filter(is_busy);
+        let busy = busy.map(|server| format!("{}: {}", server.name, server.reason.as_deref().unwrap_or("-")));
+        let parts: Vec<String> = self.reason.clone().into_iter().chain(busy).collect();
+        let parts = if parts.is_empty() { String::new() } else { format!("; {}", parts.join("; ")) };
+        match (self.state, self.ended) {
+            (RollState::UnderWay, _) => {
+                format!(
+                    "  restart since {}: {done} of {of} done{}\n",
+                    age(self.since.age(now)),
+                    plain(&parts)
+                )
+            }
+            (RollState::Failed, Some(ended)) => {
+                let ago = age(ended.age(now));
+                format!("  restart failed {ago} ago: {done} of {of} done{}\n", plain(&parts))
+            }
+            _ => String::new(),
+        }
+    }
+}
+
 impl ServerStatus {
     fn row(&self, now: SystemTime) -> Row {
         // Shows at a glance that the kernel does not go by the configured weight.
@@ -609,6 +685,7 @@ mod tests {
             },
             servers: vec![server("shop/1"), dead_server("shop/2")],
             scale: None,
+            roll: None,
             outcomes: BTreeMap::from([("selected".to_owned(), 1234)]),
         }
     }
@@ -665,6 +742,7 @@ mod tests {
                     "since": "2026-01-02T03:07:15Z",
                 }],
                 "scale": null,
+                "roll": null,
                 "outcomes": {"selected": 1234},
             }],
         });

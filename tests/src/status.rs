@@ -35,6 +35,7 @@ pub struct Service {
     pub waiting: Waiting,
     pub drift: Drift,
     pub servers: Vec<Server>,
+    pub roll: Option<Roll>,
     /// How often the kernel programs ended in each of their ways out.
     pub outcomes: BTreeMap<String, u64>,
 }
@@ -109,6 +110,27 @@ pub struct Check {
     pub since: Option<String>,
     pub good_total: u64,
     pub bad_total: u64,
+}
+
+/// Its servers are restarted one after the other, or were.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Roll {
+    pub number: u64,
+    pub state: String,
+    pub asked: bool,
+    pub since: String,
+    pub ended: Option<String>,
+    pub reason: Option<String>,
+    pub max_surge: u64,
+    pub max_unavailable: u64,
+    pub servers: Vec<Item>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct Item {
+    pub name: String,
+    pub state: String,
+    pub reason: Option<String>,
 }
 
 /// An operator has taken it out.

@@ -30,6 +30,7 @@ use super::{
 };
 use crate::{
     address::{ListenAddress, divide_families},
+    roll::Bounds,
     scale::Scale,
 };
 
@@ -47,6 +48,9 @@ const RESTART_MAX_DELAY: Duration = Duration::from_secs(30);
 const HEALTHY_AFTER: Duration = Duration::from_secs(10);
 const GIVE_UP_AFTER: u32 = 10;
 const CAPACITY: u32 = 1024;
+/// One more for a while costs memory, and one fewer costs clients.
+const MAX_SURGE: u32 = 1;
+const MAX_UNAVAILABLE: u32 = 0;
 /// By then people have gone, and a program had better be told to try again.
 const WAITING_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -210,6 +214,7 @@ impl<'r> Reading<'r> {
             occupied,
             waiting,
             scale: written.scale.as_ref().and_then(|scale| self.scale(scale, written)),
+            roll: self.roll(&written.roll),
             socket,
             readiness,
             backlog: self.number(&shared.backlog, 1..=65_535, BACKLOG),
@@ -318,6 +323,21 @@ impl<'r> Reading<'r> {
             down_at,
             down_after: self.duration(&scale.down_after, Duration::ZERO, DOWN_AFTER),
         })
+    }
+
+    fn roll(&self, written: &written::Roll) -> Bounds {
+        let most = u32::try_from(SLOTS).expect("the contract has few slots");
+        let bounds = Bounds {
+            max_surge: self.number(&written.max_surge, 0..=most, MAX_SURGE),
+            max_unavailable: self.number(&written.max_unavailable, 0..=most, MAX_UNAVAILABLE),
+        };
+        if (bounds.max_surge, bounds.max_unavailable) == (0, 0) {
+            let given = written.max_surge.given().map(|given| &given.place);
+            let sentence = "0 leaves nothing that may be restarted, because max_unavailable is 0 too, write 1 or \
+                            more for one of them";
+            self.refuse(given.unwrap_or(&written.place), sentence);
+        }
+        bounds
     }
 
     fn reply(&self, written: &written::Waiting) -> Vec<u8> {

@@ -101,6 +101,18 @@ name = "big""#,
         ],
     ),
     (
+        "a_roll_that_may_do_nothing",
+        "[service.shop.roll]\nmax_surge = 0",
+        &[
+            "shop.toml:6: service.shop.roll.max_surge: 0 leaves nothing that may be restarted, because max_unavailable is 0 too, write 1 or more for one of them",
+        ],
+    ),
+    (
+        "a_surge_beyond_the_slots",
+        "[service.shop.roll]\nmax_surge = 257",
+        &["shop.toml:6: service.shop.roll.max_surge: 257 is out of range, write a number from 0 to 256"],
+    ),
+    (
         "a_socket_mode_that_is_mistyped",
         r#"socket = "sytemd""#,
         &[r#"shop.toml:5: service.shop.server.socket: "sytemd" is unknown, did you mean "systemd"?"#],
@@ -992,7 +1004,7 @@ port = 10
 [service.shop.server]
 command = ["shop"]"#,
         &[
-            "shop.toml:3: service.shop.metrics: unknown field, write one of listen, policy, occupied, waiting, scale, check, server, servers",
+            "shop.toml:3: service.shop.metrics: unknown field, write one of listen, policy, occupied, waiting, scale, check, roll, server, servers",
         ],
     ),
     (

@@ -87,6 +87,7 @@ fn what_is_left_out_has_its_default() {
             policy: Policy::LeastConnections,
             waiting: Waiting { capacity: 1024, timeout: Duration::from_secs(30), reply: [].into() },
             scale: None,
+            roll: Bounds { max_surge: 1, max_unavailable: 0 },
             user: None,
             socket: SocketMode::Own,
             readiness: Readiness::Listening,
@@ -228,7 +229,7 @@ fn the_defaults_that_the_example_names_are_the_defaults() {
             checked += 1;
         }
     }
-    assert_eq!(checked, 39);
+    assert_eq!(checked, 41);
 }
 
 #[test]

@@ -69,6 +69,7 @@ pub(super) struct Service {
     pub(super) waiting: Waiting,
     pub(super) scale: Option<Scale>,
     pub(super) check: Check,
+    pub(super) roll: Roll,
     pub(super) server: Shared,
     pub(super) servers: Vec<Named>,
 }
@@ -113,6 +114,14 @@ pub(super) struct Check {
     pub(super) rise: Field<i64>,
     pub(super) fall: Field<i64>,
     pub(super) restart_after: Field<String>,
+}
+
+/// `[service.NAME.roll]`
+#[derive(Debug, Default)]
+pub(super) struct Roll {
+    pub(super) place: Place,
+    pub(super) max_surge: Field<i64>,
+    pub(super) max_unavailable: Field<i64>,
 }
 
 /// `[service.NAME.server]`: what all its servers share.
@@ -270,6 +279,7 @@ pub(super) fn from_command(form: &CommandForm) -> Written {
             listen: list("--listen", &form.listen),
             policy: text("--policy", &form.policy),
             occupied: Field::Absent,
+            roll: Roll::default(),
             waiting: Waiting { capacity: number("--waiting", form.waiting), ..Waiting::default() },
             scale: None,
             check: Check::default(),
@@ -319,13 +329,18 @@ fn service(name: String, mut section: Section<'_>) -> Service {
     let check_section = section.table("check");
     let check_place = check_section.place.field.clone();
     let (check, check_fields) = checking(check_section);
+    let roll_section = section.table("roll");
+    let roll_place = roll_section.place.field.clone();
+    let (roll, roll_fields) = roll(roll_section);
     let mut shared_section = section.table("server");
     let server = shared(&mut shared_section);
     // First, because what is refused here is known from here on, and so belongs to nobody else.
-    section.belongs_elsewhere(&waiting_fields, &waiting_place);
-    shared_section.belongs_elsewhere(&waiting_fields, &waiting_place);
-    section.belongs_elsewhere(&scale_fields, &scale_place);
-    shared_section.belongs_elsewhere(&scale_fields, &scale_place);
+    let tables =
+        [(&waiting_fields, &waiting_place), (&scale_fields, &scale_place), (&roll_fields, &roll_place)];
+    for (fields, place) in tables {
+        section.belongs_elsewhere(fields, place);
+        shared_section.belongs_elsewhere(fields, place);
+    }
     shared_section.belongs_elsewhere(&section.known, &section.place.field);
     shared_section.belongs_elsewhere(&check_fields, &check_place);
     let server_place = shared_section.place.field.clone();
@@ -343,6 +358,7 @@ fn service(name: String, mut section: Section<'_>) -> Service {
             let particulars = particulars(&mut section);
             let named = Named { place: section.place.clone(), name, particulars, check };
             section.belongs_elsewhere(&waiting_fields, &waiting_place);
+            section.belongs_elsewhere(&roll_fields, &roll_place);
             section.belongs_elsewhere(&server_fields, &server_place);
             section.belongs_elsewhere(&its_fields, &its_check);
             section.finish();
@@ -352,7 +368,8 @@ fn service(name: String, mut section: Section<'_>) -> Service {
     section.belongs_elsewhere(&server_fields, &server_place);
     section.belongs_elsewhere(&check_fields, &check_place);
     let place = section.place.clone();
-    let service = Service { place, name, listen, policy, occupied, waiting, scale, check, server, servers };
+    let service =
+        Service { place, name, listen, policy, occupied, waiting, scale, check, roll, server, servers };
     section.finish();
     service
 }
@@ -399,6 +416,15 @@ fn checking(mut section: Section<'_>) -> (Check, Vec<&'static str>) {
         restart_after: section.duration("restart_after"),
     };
     (check, section.finish())
+}
+
+fn roll(mut section: Section<'_>) -> (Roll, Vec<&'static str>) {
+    let roll = Roll {
+        place: section.place.clone(),
+        max_surge: section.number("max_surge", "1"),
+        max_unavailable: section.number("max_unavailable", "0"),
+    };
+    (roll, section.finish())
 }
 
 fn shared(section: &mut Section<'_>) -> Shared {

@@ -67,6 +67,9 @@ impl Distributor<'_> {
             }
             Command::Reload { dry_run } => self.reload(if dry_run { Purpose::Show } else { Purpose::Do }),
             Command::Scale { service, count } => self.scale(&service, count as usize),
+            Command::Restart { target, max_surge, max_unavailable } => {
+                self.restart(target.as_deref(), max_surge, max_unavailable)
+            }
             Command::Down => {
                 // If the monitor cannot hear it, it is gone.
                 let _ = self.link.send(&ToMonitor::Stopping, None);

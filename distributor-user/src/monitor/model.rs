@@ -995,6 +995,7 @@ impl World {
             adopted: None,
             extra: None,
             not_replaced: None,
+            beside: Vec::new(),
         })
     }
 
@@ -1020,6 +1021,7 @@ impl World {
             servers.push(record::Server { label: self.label(server)?, start_time });
         }
         let service = record::Service {
+            roll: None,
             name: SERVICE.into(),
             uid: 0,
             servers,

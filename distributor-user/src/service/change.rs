@@ -200,7 +200,7 @@ impl Service {
         Ok(())
     }
 
-    fn ensure_startable(&self, entry: usize) -> anyhow::Result<()> {
+    pub(super) fn ensure_startable(&self, entry: usize) -> anyhow::Result<()> {
         let name = self.entries[entry].name();
         ensure!(self.entries[entry].is_current(), "server {name} is about to be gone");
         ensure!(
@@ -341,6 +341,23 @@ impl Service {
         }
     }
 
+    /// The instances beside a server; none has any beside it.
+    pub(super) fn beside(&self, entry: usize) -> Vec<Instance> {
+        let it = &self.entries[entry];
+        let is_beside = |other: &&Entry| other.is_of(&it.config.name) && other.role != Role::Current;
+        let others = self.entries.iter().filter(|_| it.is_current()).filter(is_beside);
+        others.map(|other| other.machine.instance()).collect()
+    }
+
+    /// One has come to be beside its server, or ends: the server's label says so.
+    pub(super) fn note_beside(&mut self, entry: usize) {
+        if self.entries[entry].role != Role::Current
+            && let Some(server) = self.find(&self.entries[entry].config.name)
+        {
+            self.entries[server].changed = true;
+        }
+    }
+
     /// It is no server any more: it ends, unless it is about to.
     pub(super) fn see_off(&mut self, entry: usize, host: &mut Host<'_>) {
         self.entries[entry].role = Role::Leaving;
@@ -358,6 +375,7 @@ impl Service {
             return;
         }
         let (name, role) = (it.name(), it.role);
+        self.note_beside(entry);
         self.forget_troubles(entry);
         let it = &mut self.entries[entry];
         (it.gone, it.changed) = (true, true);
@@ -382,6 +400,21 @@ impl Service {
         let name = self.entries[entry].name();
         for what in troubles_of(&name) {
             self.note(&what, None);
+        }
+    }
+
+    /// Removes the cgroups of instances that have ended. One whose last process has just gone is busy for
+    /// a moment, and there is a new one for each instance.
+    pub(super) fn sweep(&self) {
+        for (short_name, number, cgroup) in self.instances() {
+            let is_its = |entry: &Entry| {
+                entry.config.short_name == short_name
+                    && entry.run.as_ref().is_some_and(|run| run.instance.0 == number)
+            };
+            if !self.entries.iter().any(is_its) {
+                // It is tried again as long as it is there.
+                let _ = cgroup.remove();
+            }
         }
     }
 

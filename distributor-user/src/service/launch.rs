@@ -70,6 +70,9 @@ pub struct Label {
     /// It was to be replaced, and is not.
     #[serde(default)]
     pub not_replaced: Option<NotReplaced>,
+    /// All instances that are beside it. What else is known of one is not true any more.
+    #[serde(default)]
+    pub beside: Vec<Instance>,
 }
 
 /// An instance's place in the kernel's maps.
@@ -108,6 +111,9 @@ impl Service {
         instance: Instance,
         host: &mut Host<'_>,
     ) -> anyhow::Result<()> {
+        // It is nobody else's from now on.
+        self.tell_numbers();
+        self.note_beside(entry);
         let load = self.kernel.load()?;
         let slot = self.slots.take()?;
         self.generation = self.generation.wrapping_add(1);
@@ -572,6 +578,7 @@ impl Service {
             retired: retired.map(|retired| (retired.slot, retired.base)).collect(),
             extra: server.extra.then(|| server.config.command.clone()),
             not_replaced: server.not_replaced.clone(),
+            beside: self.beside(entry),
             adopted: server.run.as_ref().and_then(|run| Some(run.guest.as_ref()?.adopted.clone())),
         }
     }
@@ -579,9 +586,10 @@ impl Service {
     /// Has the monitor keep what has changed of the servers. False if nothing has.
     pub fn relabel(&mut self, host: &mut Host<'_>) -> bool {
         let mut changed = std::mem::take(&mut self.audit.changed);
+        changed |= std::mem::take(&mut self.roll_changed);
         let mut order: Vec<usize> = (0..self.entries.len()).collect();
-        // Whoever leaves before whoever takes his place: see `role::settle`.
-        order.sort_by_key(|entry| Reverse(self.entries[*entry].role));
+        // Each server before those beside it: see `role::settle`.
+        order.sort_by_key(|entry| self.entries[*entry].role);
         for entry in order {
             if !std::mem::take(&mut self.entries[entry].changed) {
                 continue;
@@ -611,6 +619,7 @@ impl Service {
             servers: (0..self.entries.len()).filter(|entry| !self.entries[*entry].gone).map(server).collect(),
             released: self.released.clone(),
             drift: self.drift(),
+            roll: self.roll.clone(),
         }
     }
 

@@ -71,6 +71,7 @@ impl Service {
                 reason: self.rescaled.as_ref().map(|(why, _)| why.clone()),
                 since: self.rescaled.as_ref().map(|(_, since)| (*since).into()),
             }),
+            roll: self.roll_status(),
             outcomes,
         })
     }
@@ -115,7 +116,7 @@ impl Service {
             name: server.name(),
             state,
             reason: reason([
-                self.beside(entry, now),
+                self.standing(entry, now),
                 drained,
                 machine_reason,
                 doubt,
@@ -147,7 +148,7 @@ impl Service {
     }
 
     /// What an instance is beside its server; or why the server was not replaced.
-    fn beside(&self, entry: usize, now: Instant) -> Option<String> {
+    fn standing(&self, entry: usize, now: Instant) -> Option<String> {
         let it = &self.entries[entry];
         let server = &it.config.name;
         match it.role {
@@ -245,6 +246,7 @@ pub fn vacant_status(config: &config::Service, why: &str, since: SystemTime) -> 
         drift: DriftStatus::default(),
         servers: config.servers.iter().map(server).collect(),
         scale: None,
+        roll: None,
         outcomes: BTreeMap::new(),
     }
 }

@@ -206,7 +206,7 @@ impl Service {
     }
 
     /// The cgroups of all instances, with server and number.
-    fn instances(&self) -> Vec<(String, u32, Cgroup)> {
+    pub(super) fn instances(&self) -> Vec<(String, u32, Cgroup)> {
         self.cgroup.children().into_iter().filter_map(named).collect()
     }
 

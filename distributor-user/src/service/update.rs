@@ -16,7 +16,9 @@ use tracing::error;
 use super::{Entry, Host, Service};
 use crate::{
     changes::{ServerChange, Update},
-    config, scale,
+    config, moment,
+    roll::{Item, Roll},
+    scale,
     server::Supervision,
 };
 
@@ -33,31 +35,48 @@ impl Service {
                 self.set(entry, server);
             }
         }
+        let mut replaced = Vec::new();
         for change in servers {
-            if let Err(error) = self.change(&change, host) {
-                error!("server {}: {error:#}", change.name());
+            let name = change.name();
+            let configured = self.config.servers.iter().find(|server| server.name == name).cloned();
+            let done = match (&change, self.find(name), configured) {
+                (ServerChange::Add { .. }, None, Some(server)) => self.add(server, host).map(drop),
+                (ServerChange::Remove { .. }, Some(entry), _) => self.remove(entry, host),
+                (ServerChange::Replace { why, .. }, Some(_), _) => {
+                    // One that is on its way already is started as it was configured before.
+                    let why = Some(format!("{} changed", why.join(", ")));
+                    replaced.push(Item::new(name, self.newest(name), why));
+                    Ok(())
+                }
+                // It was set with all others; or what is to be done has been.
+                (
+                    ServerChange::Set { .. }
+                    | ServerChange::Add { .. }
+                    | ServerChange::Remove { .. }
+                    | ServerChange::Replace { .. },
+                    ..,
+                ) => Ok(()),
+            };
+            if let Err(error) = done {
+                error!("server {name}: {error:#}");
             }
         }
+        self.roll_on(replaced);
         self.write_plan();
     }
 
-    fn change(&mut self, change: &ServerChange, host: &mut Host<'_>) -> anyhow::Result<()> {
-        let name = change.name();
-        let configured = self.config.servers.iter().find(|server| server.name == name).cloned();
-        match (change, self.find(name), configured) {
-            (ServerChange::Add { .. }, None, Some(server)) => self.add(server, host).map(drop),
-            (ServerChange::Replace { .. }, Some(entry), Some(server)) => {
-                self.replace(entry, server, host).map(drop)
+    /// Has these servers replaced one after the other, after those that are being replaced already.
+    fn roll_on(&mut self, items: Vec<Item>) {
+        match self.roll.as_mut().filter(|roll| !roll.is_over()) {
+            _ if items.is_empty() => {}
+            Some(roll) => {
+                roll.extend(items);
+                self.roll_changed = true;
             }
-            (ServerChange::Remove { .. }, Some(entry), _) => self.remove(entry, host),
-            // It was set with all others; or what is to be done has been.
-            (
-                ServerChange::Set { .. }
-                | ServerChange::Add { .. }
-                | ServerChange::Replace { .. }
-                | ServerChange::Remove { .. },
-                ..,
-            ) => Ok(()),
+            None => {
+                let (number, bounds) = (moment::now(), self.config.roll);
+                self.begin_roll(Roll::new(number, false, bounds, items, Instant::now()));
+            }
         }
     }
 

@@ -11,6 +11,7 @@ mod cpus;
 pub(crate) mod duration;
 mod environment;
 mod expand;
+mod limits;
 mod meant;
 mod nearest;
 #[cfg(test)]
@@ -30,7 +31,12 @@ use std::{
 pub use distributor_ebpf::contract::Policy;
 use rustix::process::{Resource, Signal};
 
-pub use self::{cpus::write as list_of_cpus, environment::Machine, user::User};
+pub use self::{
+    cpus::write as list_of_cpus,
+    environment::Machine,
+    limits::{Ceiling, Limits, Over, Prefix, Rate},
+    user::User,
+};
 use crate::{address::ListenAddress, error::UserError};
 
 /// The file `up` reads when it is given nothing else.
@@ -69,6 +75,8 @@ pub struct Service {
     pub occupied: Occupied,
     /// Who may wait when no server has a place.
     pub waiting: Waiting,
+    /// What the service as a whole may have, and each source of clients.
+    pub limits: Limits,
     /// Whom the servers run as. `None`: as the distributor, that is root.
     pub user: Option<User>,
     /// How the servers get their listeners.
@@ -311,7 +319,11 @@ impl fmt::Display for Service {
             }
             _ => {}
         }
-        write!(f, ", {}", self.waiting)
+        write!(f, ", {}", self.waiting)?;
+        match self.limits.service.is_none() && self.limits.source.is_none() {
+            true => Ok(()),
+            false => write!(f, ", limits: {}", self.limits),
+        }
     }
 }
 

@@ -6,7 +6,7 @@
 //! only what exceeds that counts. Asking and repairing are the auditor's.
 #![forbid(unsafe_code)]
 
-use distributor_ebpf::contract::{COUNTED, DISMISSED, ROOM, SLOTS, Tag, in_room, room_of};
+use distributor_ebpf::contract::{DISMISSED, ROOM, SLOTS, Tag, in_room, is_counted, room_of};
 
 /// A difference stays if it is there, in the same direction, in so many checks in a row.
 pub const CHECKS: u32 = 3;
@@ -190,7 +190,7 @@ pub fn tally(mut told: Vec<Told>, still: Option<Vec<u64>>) -> Counts {
     told.sort_unstable_by_key(|told| told.cookie);
     told.dedup_by_key(|told| told.cookie);
     // One whose handshake was not complete, or that was dismissed, is not counted.
-    told.retain(|told| told.tag.counted == COUNTED);
+    told.retain(|told| is_counted(told.tag.counted));
     if let Some(mut still) = still {
         still.sort_unstable();
         told.retain(|told| still.binary_search(&told.cookie).is_ok());

@@ -9,11 +9,13 @@ use std::collections::{BTreeMap, VecDeque};
 use anyhow::{Context as _, ensure};
 use distributor_ebpf::{
     contract::{
-        self, BUCKETS, FLAG_BELL, FLAG_CLOSING, FLAG_COOKIES, GROUPS, LIMIT_MAX, Plan, Policy, Run,
-        SERVERS_END, SLOTS,
+        self, BUCKETS, FLAG_BELL, FLAG_CLOSING, FLAG_COOKIES, FLAG_LIMITED, GROUPS, LIMIT_MAX, Plan, Policy,
+        Run, SERVERS_END, SLOTS,
     },
     select::{NO_SLOT, mix, stride},
 };
+
+use crate::limits;
 
 /// More reservations that expire at once are a flood, whatever the limit.
 const SUSPECT: u32 = 1_024;
@@ -30,6 +32,8 @@ pub struct Wanted {
     pub cookies: bool,
     /// The kernel does not wake a server to which it moves a connection.
     pub bell: bool,
+    /// What the service as a whole and each source may have.
+    pub limits: contract::Limits,
     /// In the configuration's order.
     pub servers: Vec<WantedServer>,
 }
@@ -60,6 +64,7 @@ impl Wanted {
             closing: false,
             cookies: false,
             bell: false,
+            limits: contract::Limits::NONE,
             servers: Vec::new(),
         }
     }
@@ -68,12 +73,16 @@ impl Wanted {
     pub fn plan(&self) -> Box<Plan> {
         let mut plan = Box::new(Plan::EMPTY);
         plan.policy = self.policy as u32;
-        for (flag, is_set) in
-            [(FLAG_CLOSING, self.closing), (FLAG_COOKIES, self.cookies), (FLAG_BELL, self.bell)]
-        {
+        for (flag, is_set) in [
+            (FLAG_CLOSING, self.closing),
+            (FLAG_COOKIES, self.cookies),
+            (FLAG_BELL, self.bell),
+            (FLAG_LIMITED, limits::are_set(&self.limits)),
+        ] {
             plan.flags |= if is_set { flag } else { 0 };
         }
         plan.capacity = self.capacity;
+        plan.limits = self.limits;
         for (rank, server) in self.servers.iter().enumerate() {
             let slot = server.slot as usize % SLOTS;
             let limit = match server.limit {
@@ -246,6 +255,7 @@ mod tests {
             closing: false,
             cookies: false,
             bell: false,
+            limits: contract::Limits::NONE,
             servers,
         }
     }

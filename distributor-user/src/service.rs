@@ -9,6 +9,7 @@ mod adopt;
 mod audit;
 mod drain;
 mod launch;
+mod limits;
 mod notified;
 mod report;
 mod survey;
@@ -144,6 +145,8 @@ pub struct Service {
     dropped: Vec<u64>,
     /// Servers that were adopted and are not any more: at the end they get their address back.
     released: Vec<Adopted>,
+    /// What the service as a whole and each source may have.
+    limits: limits::Keeping,
     /// What is wrong with the machine.
     troubles: Troubles,
 }
@@ -296,6 +299,7 @@ impl Service {
         });
         let desk = Desk::open(&pins).with_context(|| format!("set up service {}", config.name))?;
         let (attendant, mut handle) = Attendant::new(duty, desk, keeper, tell)?;
+        let left = kernel.plan()?;
         if options.in_use {
             let capacity = config.waiting.capacity.max(BRIEFLY);
             kernel.write_plan(&Wanted { capacity, ..Wanted::nothing() }.plan(), None)?;
@@ -318,7 +322,7 @@ impl Service {
             retired: Vec::new(),
             slots: Slots::default(),
             indices: Indices::default(),
-            generation: kernel.plan()?.servers.iter().map(|server| server.generation).max().unwrap_or(0),
+            generation: left.servers.iter().map(|server| server.generation).max().unwrap_or(0),
             bound: HashMap::new(),
             scans: Vec::new(),
             left: VecDeque::new(),
@@ -330,6 +334,7 @@ impl Service {
             ended: Vec::new(),
             dropped: Vec::new(),
             released: Vec::new(),
+            limits: limits::Keeping::new(&config, &left)?,
             troubles: Troubles::default(),
             config,
             kernel,
@@ -845,6 +850,7 @@ impl Service {
         self.note("events", lost);
         self.forget_left();
         self.count_earlier();
+        self.look_at_sources();
         self.keep_on_cpus();
         self.write_plan();
     }
@@ -1096,6 +1102,7 @@ impl Service {
             closing: self.closing,
             cookies: self.syncookies,
             bell: self.bell,
+            limits: self.planned_limits(),
             servers: self
                 .entries
                 .iter()
@@ -1129,7 +1136,11 @@ impl Service {
         let hash = (wanted.policy == Policy::SourceHash).then(|| wanted.hash());
         match self.kernel.write_plan(&wanted.plan(), hash.as_deref()) {
             Ok(()) => {
+                let more = self.limits_are_told(&wanted.limits);
                 self.told = Some(wanted);
+                if more {
+                    return self.write_plan();
+                }
                 self.note("plan", None);
                 // There may be a place now for somebody who waits.
                 self.attendant.look();

@@ -14,7 +14,7 @@ use std::{
 };
 
 use distributor_ebpf::{
-    contract::{Home, Outcome, Run, SERVERS_END},
+    contract::{self, Home, Outcome, Run, SERVERS_END},
     word,
 };
 use distributor_user::{
@@ -136,6 +136,7 @@ impl Group {
             closing: false,
             cookies: false,
             bell: false,
+            limits: contract::Limits::NONE,
             servers: vec![WantedServer {
                 slot: 0,
                 identity: "app/1".to_owned(),

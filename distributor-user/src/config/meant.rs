@@ -5,6 +5,8 @@
 //! throws the result away when there is a problem.
 #![forbid(unsafe_code)]
 
+mod limits;
+
 use std::{
     fs::{self, File},
     io::{self, Read as _},
@@ -176,6 +178,7 @@ impl<'r> Reading<'r> {
             policy,
             occupied: self.choice(&written.occupied, &Occupied::ALL, Occupied::name, Occupied::Refuse),
             waiting: self.waiting(&written.waiting),
+            limits: self.service_limits(&written.limits, &written.waiting),
             socket,
             readiness: self.choice(&shared.readiness, &Readiness::ALL, Readiness::name, Readiness::Listening),
             backlog: self.number(&shared.backlog, 1..=65_535, BACKLOG),

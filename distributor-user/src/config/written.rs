@@ -67,6 +67,7 @@ pub(super) struct Service {
     pub(super) policy: Field<String>,
     pub(super) occupied: Field<String>,
     pub(super) waiting: Waiting,
+    pub(super) limits: Limits,
     pub(super) server: Shared,
     pub(super) servers: Vec<Named>,
 }
@@ -79,6 +80,26 @@ pub(super) struct Waiting {
     pub(super) reply: Field<String>,
     pub(super) reply_file: Field<String>,
     pub(super) order: Field<String>,
+}
+
+/// `[service.NAME.limits]`
+#[derive(Debug, Default)]
+pub(super) struct Limits {
+    pub(super) service: Ceiling,
+    pub(super) over: Field<String>,
+    /// `[service.NAME.limits.per_source]`
+    pub(super) source: Ceiling,
+    pub(super) prefix_ipv4: Field<i64>,
+    pub(super) prefix_ipv6: Field<i64>,
+    pub(super) exempt: List<String>,
+}
+
+/// What the service may have, or each source.
+#[derive(Debug, Default)]
+pub(super) struct Ceiling {
+    pub(super) connections: Field<i64>,
+    pub(super) rate: Field<i64>,
+    pub(super) burst: Field<i64>,
 }
 
 /// `[service.NAME.server]`: what all its servers share.
@@ -218,6 +239,7 @@ pub(super) fn from_command(form: &CommandForm) -> Written {
             policy: text("--policy", &form.policy),
             occupied: Field::Absent,
             waiting: Waiting { capacity: number("--waiting", form.waiting), ..Waiting::default() },
+            limits: Limits::default(),
             server: Shared {
                 particulars: Particulars {
                     command: list("COMMAND", &form.command),
@@ -258,6 +280,7 @@ fn service(name: String, mut section: Section<'_>) -> Service {
     let waiting_section = section.table("waiting");
     let waiting_place = waiting_section.place.field.clone();
     let (waiting, waiting_fields) = waiting(waiting_section);
+    let limits = limits(section.table("limits"));
     let mut shared_section = section.table("server");
     let server = shared(&mut shared_section);
     // First, because what is refused here is known from here on, and so belongs to nobody else.
@@ -283,7 +306,7 @@ fn service(name: String, mut section: Section<'_>) -> Service {
         .collect();
     section.belongs_elsewhere(&server_fields, &server_place);
     let place = section.place.clone();
-    let service = Service { place, name, listen, policy, occupied, waiting, server, servers };
+    let service = Service { place, name, listen, policy, occupied, waiting, limits, server, servers };
     section.finish();
     service
 }
@@ -297,6 +320,35 @@ fn waiting(mut section: Section<'_>) -> (Waiting, Vec<&'static str>) {
         order: section.text("order", "\"first\""),
     };
     (waiting, section.finish())
+}
+
+fn limits(mut section: Section<'_>) -> Limits {
+    let mut per_source = section.table("per_source");
+    let source_place = per_source.place.field.clone();
+    let source = ceiling(&mut per_source);
+    let prefix_ipv4 = per_source.number("prefix_ipv4", "32");
+    let prefix_ipv6 = per_source.number("prefix_ipv6", "64");
+    let exempt = per_source.texts("exempt", "[\"10.0.0.0/8\"]");
+    let limits = Limits {
+        service: ceiling(&mut section),
+        over: section.text("over", "\"refuse\""),
+        source,
+        prefix_ipv4,
+        prefix_ipv6,
+        exempt,
+    };
+    per_source.belongs_elsewhere(&["over"], &section.place.field);
+    section.belongs_elsewhere(&per_source.finish(), &source_place);
+    section.finish();
+    limits
+}
+
+fn ceiling(section: &mut Section<'_>) -> Ceiling {
+    Ceiling {
+        connections: section.number("connections", "1000"),
+        rate: section.number("rate", "500"),
+        burst: section.number("burst", "1000"),
+    }
 }
 
 fn shared(section: &mut Section<'_>) -> Shared {

@@ -172,6 +172,9 @@ impl Service {
         sockets: &mut notify::Held,
         host: &mut Host<'_>,
     ) -> anyhow::Result<Vec<Child>> {
+        if succession == Succession::Next {
+            self.keep_limits()?;
+        }
         let mut strangers = Vec::new();
         latest_first(&mut found);
         let mut chosen: Vec<(usize, Found)> = Vec::new();

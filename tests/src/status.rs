@@ -56,8 +56,8 @@ pub struct Ceiling {
     pub rate: Option<Rate>,
     pub refused_limit: u64,
     pub refused_rate: u64,
-    pub over_limit_seconds_ago: Option<f64>,
-    pub over_rate_seconds_ago: Option<f64>,
+    pub limit_seconds_ago: Option<f64>,
+    pub rate_seconds_ago: Option<f64>,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize)]

@@ -119,7 +119,7 @@ fn a_limit_of_the_service_holds_under_200_client_threads() {
     assert!(service.outcome("refused_service_limit") > refused, "{refused} refused: {service:#?}");
     assert_eq!(service.limits().service.refused_limit, service.outcome("refused_service_limit"));
     assert_eq!(service.outcome("refused_limit"), 0);
-    assert!(service.limits().service.over_limit_seconds_ago.is_some_and(|ago| ago < 60.0));
+    assert!(service.limits().service.limit_seconds_ago.is_some_and(|ago| ago < 60.0));
     drop(held);
     wait_nothing_counted(&up);
 }

@@ -144,8 +144,8 @@ impl Service {
             rate: rate(config.service.rate),
             refused_limit: count(Outcome::RefusedServiceLimit),
             refused_rate: count(Outcome::RefusedServiceRate),
-            over_limit_seconds_ago: ago(Over::ServiceConnections),
-            over_rate_seconds_ago: ago(Over::ServiceRate),
+            limit_seconds_ago: ago(Over::ServiceConnections),
+            rate_seconds_ago: ago(Over::ServiceRate),
         };
         let sources = (told.bits_ipv4 != 0).then(|| {
             let known = limits::known(self.kernel.sources(), &told);
@@ -158,8 +158,8 @@ impl Service {
                     rate: rate(config.source.rate),
                     refused_limit: count(Outcome::RefusedSourceLimit),
                     refused_rate: count(Outcome::RefusedSourceRate),
-                    over_limit_seconds_ago: ago(Over::SourceConnections),
-                    over_rate_seconds_ago: ago(Over::SourceRate),
+                    limit_seconds_ago: ago(Over::SourceConnections),
+                    rate_seconds_ago: ago(Over::SourceRate),
                 },
             }
         });

@@ -28,8 +28,8 @@ pub struct CeilingStatus {
     pub refused_limit: u64,
     pub refused_rate: u64,
     /// When one was last refused, or made to wait; `null`: never.
-    pub over_limit_seconds_ago: Option<f64>,
-    pub over_rate_seconds_ago: Option<f64>,
+    pub limit_seconds_ago: Option<f64>,
+    pub rate_seconds_ago: Option<f64>,
 }
 
 /// New connections.
@@ -114,7 +114,7 @@ mod tests {
             connections: None,
             earlier: 3,
             over: "wait".to_owned(),
-            service: CeilingStatus { over_rate_seconds_ago: Some(1.5), ..ceiling(None, Some(5), 0) },
+            service: CeilingStatus { rate_seconds_ago: Some(1.5), ..ceiling(None, Some(5), 0) },
             sources: Some(SourcesStatus {
                 now: 4,
                 most: Some(SourceStatus { source: "::1/64".to_owned(), connections: 2 }),
@@ -126,13 +126,13 @@ mod tests {
             "connections": null, "earlier": 3, "over": "wait",
             "service": {
                 "limit": null, "rate": {"per_second": 5, "burst": 9}, "refused_limit": 0, "refused_rate": 0,
-                "over_limit_seconds_ago": null, "over_rate_seconds_ago": 1.5
+                "limit_seconds_ago": null, "rate_seconds_ago": 1.5
             },
             "sources": {
                 "now": 4, "most": {"source": "::1/64", "connections": 2}, "unknown": 1,
                 "each": {
                     "limit": 2, "rate": null, "refused_limit": 8, "refused_rate": 0,
-                    "over_limit_seconds_ago": null, "over_rate_seconds_ago": null
+                    "limit_seconds_ago": null, "rate_seconds_ago": null
                 }
             }
         });

@@ -13,7 +13,7 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    bit::{below, negative},
+    bit::{below, either, negative},
     contract::{BUCKETS_OF_SOURCES, Source, WAYS},
     select::mix,
     word,
@@ -68,12 +68,17 @@ pub const fn bucket((high, low): (u64, u64), seed: u64) -> u64 {
 /// Whether this place may be taken over in the epoch `now`, at `time` (nanoseconds).
 #[inline(always)]
 pub fn is_free(place: &Source, now: u64, time: u64) -> bool {
+    free(place, now, time) != 0
+}
+
+#[inline(always)]
+fn free(place: &Source, now: u64, time: u64) -> u64 {
     let unused = 1 ^ some(place.high | place.low);
     let open = some(place.word ^ LOCKED);
     let idle = (1 ^ some(word::used(word::roll(place.word, now))))
         & word::is_past(place.word, now)
         & below(place.due, time);
-    open & (unused | idle) != 0
+    open & (unused | idle)
 }
 
 /// 1 if the number is not 0.
@@ -82,34 +87,32 @@ fn some(number: u64) -> u64 {
     negative(number | number.wrapping_neg())
 }
 
-/// Where a source is in its bucket, or [`NOWHERE`]; and how many of the places before it are locked.
+/// Where a source is in its bucket, or [`NOWHERE`]; and how many of the places are locked.
 ///
-/// Two passes, this and [`vacant`], and not one that does all: with one, the stack of the kernel
-/// programs was not deep enough.
+/// Without branches, after which the verifier would go on once for each place. And two passes, this and
+/// [`vacant`], and not one that does all: with one, the stack of the kernel programs was not deep enough.
 #[inline(always)]
 pub fn find(places: impl Fn(usize) -> Source, key: (u64, u64)) -> (u64, u64) {
-    let mut locked = 0;
+    let (mut found, mut locked) = (NOWHERE, 0);
     for way in 0..WAYS {
         let place = places(way);
-        // Without a branch, which would double the ways that the verifier follows.
         let open = some(place.word ^ LOCKED);
+        let same = open & (1 ^ some((place.high ^ key.0) | (place.low ^ key.1)));
         locked += 1 ^ open;
-        if open & (1 ^ some((place.high ^ key.0) | (place.low ^ key.1))) != 0 {
-            return (way as u64, locked);
-        }
+        found = either(same, way as u64, found);
     }
-    (NOWHERE, locked)
+    (found, locked)
 }
 
 /// The first place that may be taken over, or [`NOWHERE`].
 #[inline(always)]
 pub fn vacant(places: impl Fn(usize) -> Source, now: u64, time: u64) -> u64 {
+    let mut vacant = NOWHERE;
     for way in 0..WAYS {
-        if is_free(&places(way), now, time) {
-            return way as u64;
-        }
+        let first = free(&places(way), now, time) & below(NOWHERE - 1, vacant);
+        vacant = either(first, way as u64, vacant);
     }
-    NOWHERE
+    vacant
 }
 
 #[cfg(test)]
@@ -232,7 +235,7 @@ mod tests {
             place((4, 1), 1),
             Source::default(),
         ];
-        assert_eq!(look(&places, (1, 1)), (0, 0, 2));
+        assert_eq!(look(&places, (1, 1)), (0, 1, 2));
         assert_eq!(look(&places, (4, 1)), (3, 1, 2));
         assert_eq!(look(&places, (3, 1)), (2, 1, 2));
         // It may be this one or another one that comes there.

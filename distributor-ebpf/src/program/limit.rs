@@ -218,7 +218,7 @@ pub(crate) fn leave(plan: &Plan, loads: Loads, time: u64) {
 }
 
 /// Times that another CPU may take a token before us.
-const TOKEN_TRIES: usize = 16;
+const TOKEN_TRIES: usize = 8;
 
 #[inline(always)]
 fn give_back_token(loads: Loads, limits: &Limits) {
@@ -415,7 +415,7 @@ pub(crate) extern "C" fn place_of(high: u64, low: u64, what: u64, time: u64) -> 
 }
 
 /// Times that a bucket is looked at for one connection.
-const LOOKS: usize = 8;
+const LOOKS: usize = 5;
 
 /// The place is another source's now.
 const ANOTHER: u64 = 5;

@@ -61,6 +61,18 @@ pub const CAPACITY_MAX: u32 = 16_384;
 /// The largest weight. Used counts times weights must stay below 2^63 (`select`).
 pub const WEIGHT_MAX: u32 = 1_000;
 
+/// Places for one source each that share a bucket of SOURCES.
+pub const WAYS: usize = 16;
+
+/// Buckets of SOURCES: 65,536 places in all. While half of them are taken, one bucket of 250 is full.
+pub const BUCKETS_OF_SOURCES: usize = 4_096;
+
+/// Prefixes whose clients belong to no source.
+pub const EXEMPT: usize = 16;
+
+/// The largest rate and the largest burst.
+pub const RATE_MAX: u32 = 1_000_000;
+
 /// A server of weight 1 moves this far on the clock of turns with every connection.
 pub const TURN: u64 = 1 << 24;
 
@@ -141,6 +153,94 @@ pub const FLAG_BELL: u32 = 1 << 2;
 /// which server.
 pub const FLAG_CHECKS: u32 = 1 << 3;
 
+/// The service as a whole, or each source, has a limit or a rate: see [`Limits`].
+pub const FLAG_LIMITED: u32 = 1 << 4;
+
+/// What the service as a whole may have, or each source.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Ceiling {
+    /// Connections at a time, reservations included. 0 = no limit.
+    pub connections: u32,
+    /// Reservations among them.
+    pub reservable: u32,
+    /// Nanoseconds between two new connections: see [`crate::rate`]. 0 = no rate.
+    pub interval: u64,
+    /// By how many nanoseconds one may come too early.
+    pub tolerance: u64,
+}
+
+/// Clients that belong to no source.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Exempt {
+    /// [`crate::source::key`] of them.
+    pub high: u64,
+    pub low: u64,
+    /// The bits in which they are the same.
+    pub bits: u64,
+}
+
+/// Limits beside those of the servers. All zero: there are none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Limits {
+    pub service: Ceiling,
+    pub source: Ceiling,
+    /// What the place of a source in the table depends on. Never changes while there is a table.
+    pub seed: u64,
+    /// Buckets in use, less 1: a power of two, less 1.
+    pub buckets: u32,
+    /// 1: who comes when the service has all it may have waits. 0: he is refused.
+    pub waits: u32,
+    /// The bits of an address that tell its source, of IPv4 (mapped: 97 to 128) and of IPv6 (1 to 128).
+    /// 0: sources have no limit and are not counted.
+    pub bits_ipv4: u32,
+    pub bits_ipv6: u32,
+    /// So many of the service's reservations that expire at once are suspicious; 0 = none ever are.
+    pub suspect: u32,
+    /// How many of `exempt` count.
+    pub exempt_count: u32,
+    /// Connections that were there before any were counted for the service, as far as they are still
+    /// open: so many fewer may be counted.
+    pub earlier: u32,
+    /// The limit that an operator has set since the start; 0 = he has not, `u32::MAX` = none. Only the
+    /// next distributor reads it.
+    pub asked: u32,
+    pub exempt: [Exempt; EXEMPT],
+}
+
+/// One source: a place in a bucket of SOURCES. One writer: the programs; user space rolls the words
+/// once a minute.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Source {
+    /// [`crate::source::key`]; both halves are 0 where there never was one.
+    pub high: u64,
+    pub low: u64,
+    /// Its connections, waiting ones included, and reservations: see [`crate::word`].
+    pub word: u64,
+    /// When its next connection is due: see [`crate::rate`].
+    pub due: u64,
+}
+
+/// Sources that share a bucket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Bucket {
+    pub sources: [Source; WAYS],
+}
+
+/// Which limit somebody came above, as a number: an index of [`Load::over`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Over {
+    ServiceConnections = 0,
+    ServiceRate = 1,
+    SourceConnections = 2,
+    SourceRate = 3,
+}
+
 /// User space's decisions for one service. PLAN holds two copies; ACTIVE says which is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
@@ -163,6 +263,8 @@ pub struct Plan {
     pub order: [u16; SLOTS],
     /// Per group and slot: `runs[group * SLOTS + slot]`.
     pub runs: [Run; GROUPS * SLOTS],
+    /// What the service and each source may have. Appended in version 4.
+    pub limits: Limits,
 }
 
 /// What the kernel counts for one service. One writer: the programs; but user space rolls the
@@ -201,6 +303,13 @@ pub struct Load {
     pub waits: [u64; WAITS],
     /// The sum of these times, in microseconds.
     pub waited: u64,
+    /// The connections and reservations that count for the service as a whole: those of servers. See
+    /// [`crate::word`]. Appended in version 4, like the next two.
+    pub places: u64,
+    /// When the service's next connection is due: see [`crate::rate`].
+    pub due: u64,
+    /// When somebody last came above each limit (`bpf_ktime_get_ns`): see [`Over`]. 0 = never.
+    pub over: [u64; 4],
     /// Connections of servers that closed.
     #[cfg(feature = "next-contract")]
     pub closed: u64,
@@ -279,8 +388,9 @@ pub struct State {
 pub struct Owner {
     /// A slot, [`in_room`], or [`CHECKER`].
     pub owner: u32,
-    /// Zero; keeps the size a multiple of 8 without padding.
-    pub reserved: u32,
+    /// 0, [`UNSERVED`] or [`IN_SERVICE`]; and for who waits, by which bits his source is counted, as in
+    /// [`Tag::counted`].
+    pub marks: u32,
     /// Since when it waits, or waited (`bpf_ktime_get_ns`).
     pub since: u64,
     /// Its place in the order: see [`State::first`].
@@ -340,7 +450,8 @@ pub struct Tag {
     /// A slot, [`ROOM`] or [`DISMISSED`].
     pub slot: u32,
     /// [`COUNTED`] while this connection is counted, [`CHECK`] if it never is, and [`GONE`] after
-    /// either. 0 before, and in a listener's own tag.
+    /// either. 0 before, and in a listener's own tag. With [`COUNTED`] may come [`IN_SERVICE`], and the
+    /// bits of an address by which its source is counted ([`counted_by`]).
     pub counted: u32,
     /// The room's index in SOCKETS.
     pub index: u32,
@@ -370,6 +481,30 @@ pub const CHECK: u32 = 3;
 
 /// [`Owner::owner`] of a connection that was directed. It goes to nobody else.
 pub const CHECKER: u32 = u32::MAX >> 1;
+
+/// In [`Tag::counted`] or [`Owner::marks`]: it counts for the service as a whole.
+pub const IN_SERVICE: u32 = 4;
+/// [`Owner::marks`] of a connection that has waited since it came: it does not count for the service as
+/// a whole yet.
+pub const UNSERVED: u32 = 8;
+
+/// Whether a connection is counted, whatever else it is counted for ([`Tag::counted`]).
+#[inline(always)]
+pub const fn is_counted(counted: u32) -> bool {
+    counted & (COUNTED | GONE) == COUNTED
+}
+
+/// The mark of a connection that is counted for the source of so many bits.
+#[inline(always)]
+pub const fn marked(bits: u32) -> u32 {
+    bits << 8
+}
+
+/// By how many bits of its address its source is counted; 0 if it is not.
+#[inline(always)]
+pub const fn counted_by(marks: u32) -> u32 {
+    marks >> 8 & 0xff
+}
 
 /// The slot number that means "waits in a room".
 pub const ROOM: u32 = u32::MAX;
@@ -546,14 +681,31 @@ outcomes! {
     CheckClosed = "check_closed",
     /// A connection of ours was given up, because the listener of the server that it is to check closed.
     CheckGivenUp = "check_given_up",
+    /// Refused: its source has as many connections as each may have.
+    RefusedSourceLimit = "refused_source_limit",
+    /// Refused: its source opens connections faster than each may.
+    RefusedSourceRate = "refused_source_rate",
+    /// Refused: the service has as many connections as it may have.
+    RefusedServiceLimit = "refused_service_limit",
+    /// Refused: connections come faster than the service may get them.
+    RefusedServiceRate = "refused_service_rate",
+    /// A new connection went to the room, because the service has as many as it may have.
+    WaitServiceLimit = "wait_service_limit",
+    /// A new connection went to the room, because they come faster than the service may get them.
+    WaitServiceRate = "wait_service_rate",
+    /// A connection is not counted for its source, because its bucket of SOURCES is full.
+    SourceUnknown = "source_unknown",
 }
 
 const _: () = {
     assert!(size_of::<Server>() == 32);
     assert!(size_of::<Run>() == 4);
-    assert!(size_of::<Plan>() == 24 + SLOTS * (32 + 2) + GROUPS * SLOTS * 4);
+    assert!(size_of::<Ceiling>() == 24 && size_of::<Exempt>() == 24 && size_of::<Source>() == 32);
+    assert!(size_of::<Limits>() == 2 * 24 + 40 + EXEMPT * 24);
+    assert!(size_of::<Bucket>() == WAYS * 32);
+    assert!(size_of::<Plan>() == 24 + SLOTS * (32 + 2) + GROUPS * SLOTS * 4 + size_of::<Limits>());
     let appended = if cfg!(feature = "next-contract") { 8 } else { 0 };
-    assert!(size_of::<Load>() == SLOTS * 32 + 32 + GROUPS * 16 + 16 + WAITS * 8 + 8 + appended);
+    assert!(size_of::<Load>() == SLOTS * 32 + 32 + GROUPS * 16 + 16 + WAITS * 8 + 8 + 48 + appended);
     assert!(size_of::<Rooms>() == 48 + RING * 8);
     assert!(size_of::<Attendant>() == 24);
     assert!(size_of::<State>() == 56);
@@ -565,9 +717,31 @@ const _: () = {
     assert!(size_of::<Home>() == 8);
     assert!(size_of::<Address>() == 24);
     assert!(size_of::<Event>() == 56);
+    assert!(WAYS.is_power_of_two() && BUCKETS_OF_SOURCES.is_power_of_two());
     assert!(RING.is_power_of_two() && RING > ROOMS && SOCKETS < 1 << 31);
     assert!(SLOTS.is_power_of_two() && BUCKETS.is_power_of_two() && SOCKETS <= 1 << 16);
 };
+
+impl Limits {
+    /// No limits.
+    pub const NONE: Self = {
+        let none = Ceiling { connections: 0, reservable: 0, interval: 0, tolerance: 0 };
+        Self {
+            service: none,
+            source: none,
+            seed: 0,
+            buckets: 0,
+            waits: 0,
+            bits_ipv4: 0,
+            bits_ipv6: 0,
+            suspect: 0,
+            exempt_count: 0,
+            earlier: 0,
+            asked: 0,
+            exempt: [Exempt { high: 0, low: 0, bits: 0 }; EXEMPT],
+        }
+    };
+}
 
 impl Plan {
     /// A plan in which nothing is eligible and nothing listens.
@@ -589,6 +763,7 @@ impl Plan {
         }; SLOTS],
         order: [0; SLOTS],
         runs: [Run { first: 0, len: 0 }; GROUPS * SLOTS],
+        limits: Limits::NONE,
     };
 }
 
@@ -609,6 +784,9 @@ impl Load {
         orphans: 0,
         waits: [0; WAITS],
         waited: 0,
+        places: 0,
+        due: 0,
+        over: [0; 4],
         #[cfg(feature = "next-contract")]
         closed: 0,
     };
@@ -616,7 +794,7 @@ impl Load {
 
 #[cfg(feature = "user")]
 mod pod {
-    use super::{Address, Directed, Event, Home, Load, Owner, Parked, Plan, Rooms, State, Tag};
+    use super::{Address, Bucket, Directed, Event, Home, Load, Owner, Parked, Plan, Rooms, State, Tag};
 
     macro_rules! pod {
         ($($name:ty),*) => {$(
@@ -626,5 +804,5 @@ mod pod {
         )*};
     }
 
-    pod!(Address, Directed, Event, Home, Load, Owner, Parked, Plan, Rooms, State, Tag);
+    pod!(Address, Bucket, Directed, Event, Home, Load, Owner, Parked, Plan, Rooms, State, Tag);
 }

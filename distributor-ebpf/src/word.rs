@@ -38,6 +38,20 @@ pub const fn epoch(nanoseconds: u64) -> u64 {
     (nanoseconds >> 30) & (EPOCHS - 1)
 }
 
+/// 1 if nobody has touched the word in the epoch `now`, nor in one that another CPU's clock may be in
+/// already.
+#[inline(always)]
+pub fn is_past(word: u64, now: u64) -> u64 {
+    let distance = now.wrapping_sub(word >> EPOCH_SHIFT) & (EPOCHS - 1);
+    below(0, distance) & below(distance, EPOCHS - 2)
+}
+
+/// The word of the epoch `now` that counts nothing.
+#[inline(always)]
+pub const fn empty(now: u64) -> u64 {
+    now << EPOCH_SHIFT
+}
+
 /// Established connections in a word.
 #[inline(always)]
 pub const fn active(word: u64) -> u64 {
@@ -247,6 +261,13 @@ mod tests {
         for behind in [1, 2] {
             let word = word(5, 3, 4, 10);
             assert_eq!(roll(word, 10 - behind), word);
+        }
+    }
+
+    #[test]
+    fn a_word_is_past_from_the_next_epoch_on() {
+        for (distance, past) in [(0, 0), (1, 1), (2, 1), (EPOCHS - 3, 1), (EPOCHS - 2, 0), (EPOCHS - 1, 0)] {
+            assert_eq!(is_past(word(5, 3, 4, 10), (10 + distance) % EPOCHS), past, "{distance}");
         }
     }
 

@@ -45,7 +45,7 @@ use crate::{
     dismiss::{self, Dismissed},
     error::{advised, lacking},
     keeper::{Heard, Keeper, Silent},
-    kernel::Desk,
+    kernel::{Desk, Gate},
     room::Room,
 };
 
@@ -474,6 +474,7 @@ impl Attendant {
             if now.saturating_sub(self.stamped) > STAMPING {
                 self.stamped = now;
                 self.desk.stamp_words(now);
+                self.desk.stamp_sources(now);
             }
         }
         if self.duty.bell {
@@ -488,7 +489,7 @@ impl Attendant {
             }
         }
         self.desk.set_asleep(true);
-        if served && self.desk.waiting() > 0 && self.desk.has_place(crate::attendant::now()) {
+        if served && self.may_serve(crate::attendant::now()) {
             return true;
         }
         self.sleep(served);
@@ -506,6 +507,11 @@ impl Attendant {
             (true, true) if self.groups.iter().any(|group| !group.closed.is_empty()) => SOON,
             (true, true) => WATCHFUL.min(self.duty.waiting.timeout / 4).max(SOON),
             (true, false) => IDLE,
+        };
+        // A token comes without a word too.
+        let within = match self.desk.gate(now()) {
+            Gate::OpensIn(wait) if self.desk.waiting() > 0 => within.min(wait),
+            _ => within,
         };
         // What the keeper brings can wait as long as there are rooms.
         let is_urgent = self.groups.iter().any(|group| group.asked > 0 && group.lacks_rooms());
@@ -543,7 +549,7 @@ impl Attendant {
             let now = now();
             self.desk.attend(now);
             self.catch_up();
-            if self.desk.waiting() == 0 || !self.desk.has_place(now) {
+            if !self.may_serve(now) {
                 return true;
             }
             let Some((front, bound)) = self.front() else { return false };
@@ -554,6 +560,15 @@ impl Attendant {
             }
         }
         true
+    }
+
+    /// Somebody waits, and may have a place. Whom a dead server left has his place in the service, so
+    /// that for him only servers matter.
+    fn may_serve(&self, now: u64) -> bool {
+        let is_orphan = || self.front().is_some_and(|((order, ..), _)| self.desk.is_orphan(order));
+        self.desk.waiting() > 0
+            && self.desk.has_place(now)
+            && (self.desk.gate(now) == Gate::Open || is_orphan())
     }
 
     fn catch_up(&mut self) {

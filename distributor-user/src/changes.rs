@@ -219,6 +219,7 @@ fn service_settings(old: &Service, new: &Service) -> Vec<Setting> {
         policy,
         occupied,
         waiting,
+        limits,
         scale,
         roll,
         user: _,
@@ -241,6 +242,11 @@ fn service_settings(old: &Service, new: &Service) -> Vec<Setting> {
             span(*down_after)
         ),
     };
+    let ceilings = |limits: &config::Limits| match limits.to_string() {
+        none if none.is_empty() => "none".to_owned(),
+        some => some,
+    };
+    settings.note_if(old.limits != *limits, "limits", ceilings(&old.limits), ceilings(limits));
     let at_once = |roll: &Bounds| format!("{} more, {} fewer", roll.max_surge, roll.max_unavailable);
     settings.note("roll", at_once(&old.roll), at_once(roll));
     settings.note("scale", bounds(&old.scale), bounds(scale));

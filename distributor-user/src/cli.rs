@@ -315,9 +315,10 @@ Example: twice the connections of a server with the usual weight of 100
   dist-ctl weight shop/1 200";
 
 const LIMIT_EXAMPLE: &str = "\
-Examples: 50 connections at a time, and as many as come
+Examples: 50 connections at a time, as many as come, and 1000 for all servers together
   dist-ctl limit shop/1 50
-  dist-ctl limit shop/1 none";
+  dist-ctl limit shop/1 none
+  dist-ctl limit shop 1000";
 
 const DRAIN_EXAMPLE: &str = "\
 Examples: until its connections have ended, and at most for half a minute
@@ -442,11 +443,11 @@ enum Verb {
         weight: u32,
     },
 
-    /// Change how many connections a server may hold, at once and until the next start
+    /// Change how many connections a server may hold, or a service, at once and until the next start
     #[command(after_help = LIMIT_EXAMPLE)]
     Limit {
-        /// SERVICE/SERVER, as in `dist-ctl status`
-        #[arg(value_parser = server_name)]
+        /// SERVICE/SERVER, as in `dist-ctl status`, or SERVICE
+        #[arg(value_parser = server_or_service_name)]
         server: String,
         /// 1 to 1000000, or none
         #[arg(value_parser = limit, allow_negative_numbers = true)]
@@ -686,6 +687,11 @@ fn service_or_server_name(text: &str) -> Result<String, String> {
     }
 }
 
+fn server_or_service_name(text: &str) -> Result<String, String> {
+    let refused = || "write SERVICE/SERVER or SERVICE, for example shop/1 or shop".to_owned();
+    service_name(text).or_else(|_| server_name(text)).map_err(|_| refused())
+}
+
 fn service_name(text: &str) -> Result<String, String> {
     match is_name(text) {
         true => Ok(text.to_owned()),
@@ -793,6 +799,10 @@ mod tests {
             (
                 "dist-ctl limit shop/1 none",
                 Command::Change(control::Command::Limit { server: server(), limit: None }),
+            ),
+            (
+                "dist-ctl limit shop 1000",
+                Command::Change(control::Command::Limit { server: "shop".to_owned(), limit: Some(1000) }),
             ),
             (
                 "dist-ctl drain shop/1",
@@ -1112,6 +1122,10 @@ mod tests {
         (
             "dist-ctl limit shop/1 0",
             "invalid value '0' for '<LIMIT>': write a number from 1 to 1000000, or none",
+        ),
+        (
+            "dist-ctl limit shop/1/2 9",
+            "invalid value 'shop/1/2' for '<SERVER>': write SERVICE/SERVER or SERVICE, for example shop/1 or shop",
         ),
         (
             "dist-ctl limit shop/1 -1",

@@ -33,7 +33,7 @@ fn close(pins: &Path, listen: &[ListenAddress], slot: u32) -> anyhow::Result<usi
     let ledger = Ledger::open(pins)?;
     let mut its = Vec::new();
     sock_diag::sockets(listen, States::Connections, Some(ledger.tags()), |socket| {
-        let owner = |tag| ledger.owner(socket.cookie).unwrap_or_else(|| owner_by(&tag));
+        let owner = |tag| ledger.owner(socket.cookie).map_or_else(|| owner_by(&tag), |owner| owner.owner);
         if socket.tag.map(owner) == Some(slot) {
             its.push(socket);
         }

@@ -11,6 +11,7 @@ mod cpus;
 pub(crate) mod duration;
 mod environment;
 mod expand;
+mod limits;
 mod meant;
 mod nearest;
 #[cfg(test)]
@@ -34,7 +35,12 @@ pub use distributor_ebpf::contract::Policy;
 use rustix::process::{Resource, Signal};
 
 pub(crate) use self::meant::signal_name;
-pub use self::{cpus::write as list_of_cpus, environment::Machine, user::User};
+pub use self::{
+    cpus::write as list_of_cpus,
+    environment::Machine,
+    limits::{Ceiling, Limits, Over, Prefix, Rate},
+    user::User,
+};
 use crate::{address::ListenAddress, error::UserError, roll::Bounds, scale::Scale};
 
 /// How many numbered servers services have, by their names, instead of what is configured.
@@ -80,6 +86,8 @@ pub struct Service {
     pub scale: Option<Scale>,
     /// How its servers are restarted one after the other.
     pub roll: Bounds,
+    /// What the service as a whole may have, and each source of clients.
+    pub limits: Limits,
     /// Whom the servers run as. `None`: as the distributor, that is root.
     pub user: Option<User>,
     /// How the servers get their listeners.
@@ -396,7 +404,11 @@ impl fmt::Display for Service {
             };
             write!(f, ", check {}", most_and_others(&self.servers, check))?;
         }
-        write!(f, ", {}", self.waiting)
+        write!(f, ", {}", self.waiting)?;
+        match self.limits.service.is_none() && self.limits.source.is_none() {
+            true => Ok(()),
+            false => write!(f, ", limits: {}", self.limits),
+        }
     }
 }
 

@@ -64,6 +64,7 @@ pub enum Command {
         weight: u32,
     },
     Limit {
+        /// A server, or a service as a whole: `shop`.
         server: String,
         /// `None` takes the limit away. It has to be written, as `null`: a request that
         /// forgot its limit must not remove one.

@@ -6,7 +6,9 @@
 //! only what exceeds that counts. Asking and repairing are the auditor's.
 #![forbid(unsafe_code)]
 
-use distributor_ebpf::contract::{COUNTED, DISMISSED, ROOM, SLOTS, Tag, in_room, room_of};
+use distributor_ebpf::contract::{
+    DISMISSED, IN_SERVICE, Owner, ROOM, SLOTS, Tag, in_room, is_counted, room_of,
+};
 
 /// A difference stays if it is there, in the same direction, in so many checks in a row.
 pub const CHECKS: u32 = 3;
@@ -18,6 +20,8 @@ pub enum Count {
     Slot(u32),
     /// Those who wait.
     Waiting,
+    /// The active connections in the word of the service as a whole: those that are marked for it.
+    Service,
 }
 
 /// A number for each count. What is counted wrong may be below 0.
@@ -25,6 +29,7 @@ pub enum Count {
 pub struct Counts {
     pub slots: Vec<i64>,
     pub waiting: i64,
+    pub service: i64,
 }
 
 /// What only grows, and tells how much a count may have changed.
@@ -69,7 +74,7 @@ impl Difference {
 /// The differences of the last checks.
 #[derive(Clone, Debug)]
 pub struct Drift {
-    /// By slot, and at the end of those who wait.
+    /// By slot, and then of those who wait and of the service.
     streaks: Vec<Streak>,
 }
 
@@ -84,17 +89,17 @@ struct Streak {
 impl Counts {
     /// Nothing.
     pub fn none() -> Self {
-        Self { slots: vec![0; SLOTS], waiting: 0 }
+        Self { slots: vec![0; SLOTS], waiting: 0, service: 0 }
     }
 
     pub fn is_none(&self) -> bool {
-        self.waiting == 0 && self.slots.iter().all(|&count| count == 0)
+        self.waiting == 0 && self.service == 0 && self.slots.iter().all(|&count| count == 0)
     }
 }
 
 impl Default for Drift {
     fn default() -> Self {
-        Self { streaks: vec![Streak::default(); SLOTS + 1] }
+        Self { streaks: vec![Streak::default(); SLOTS + 2] }
     }
 }
 
@@ -106,7 +111,8 @@ impl Drift {
         for (number, streak) in self.streaks.iter_mut().enumerate() {
             let (count, counted) = match seen.after.slots.get(number) {
                 Some(&counted) => (Count::Slot(number as u32), counted),
-                None => (Count::Waiting, seen.after.waiting),
+                None if number == SLOTS => (Count::Waiting, seen.after.waiting),
+                None => (Count::Service, seen.after.service),
             };
             *streak = streak.and(seen.certain(count));
             if streak.checks >= CHECKS {
@@ -150,18 +156,30 @@ impl Seen {
                 (self.before.slots[slot], self.after.slots[slot], self.sockets.slots[slot])
             }
             Count::Waiting => (self.before.waiting, self.after.waiting, self.sockets.waiting),
+            Count::Service => (self.before.service, self.after.service, self.sockets.service),
         };
         let ended = grown(self.passed_before.ended, self.passed_after.ended);
+        let left = grown(self.passed_before.left, self.passed_after.left);
         let opened = match count {
             Count::Slot(slot) => {
                 let slot = slot as usize;
                 grown(self.passed_before.opened[slot], self.passed_after.opened[slot])
             }
             // How many came is not counted, how many left is.
-            Count::Waiting => grown(self.passed_before.left, self.passed_after.left) + after - before,
+            Count::Waiting => left + after - before,
+            // At most: each of them came to some slot.
+            Count::Service => {
+                let slots = self.passed_before.opened.iter().zip(&self.passed_after.opened);
+                slots.map(|(before, after)| grown(*before, *after)).sum()
+            }
         };
         // A word that is 0 stays 0 when one more closes, which `after` then does not show.
-        let hidden = if matches!(count, Count::Slot(_)) && ended >= before { ended } else { 0 };
+        let hidden = match count {
+            Count::Slot(_) if ended >= before => ended,
+            // Whom a dead server left may have gone while he waited.
+            Count::Service if ended + left >= before => ended + left,
+            _ => 0,
+        };
         let (least, most) = (after - opened - sockets, before + opened + hidden - sockets);
         if least > 0 { least } else { most.min(0) }
     }
@@ -177,7 +195,7 @@ pub struct Told {
     pub cookie: u64,
     pub tag: Tag,
     /// What OWNERS said of it afterwards: nothing, unless it waited or moved.
-    pub owner: Option<u32>,
+    pub owner: Option<Owner>,
 }
 
 /// How many connections there are for each count. `still` are those that the kernel told of once
@@ -190,14 +208,16 @@ pub fn tally(mut told: Vec<Told>, still: Option<Vec<u64>>) -> Counts {
     told.sort_unstable_by_key(|told| told.cookie);
     told.dedup_by_key(|told| told.cookie);
     // One whose handshake was not complete, or that was dismissed, is not counted.
-    told.retain(|told| told.tag.counted == COUNTED);
+    told.retain(|told| is_counted(told.tag.counted));
     if let Some(mut still) = still {
         still.sort_unstable();
         told.retain(|told| still.binary_search(&told.cookie).is_ok());
     }
     let mut counts = Counts::none();
     for told in told {
-        let owner = told.owner.unwrap_or_else(|| owner_by(&told.tag));
+        let marks = told.owner.map_or(0, |owner| owner.marks);
+        counts.service += i64::from((told.tag.counted | marks) & IN_SERVICE != 0);
+        let owner = told.owner.map_or_else(|| owner_by(&told.tag), |owner| owner.owner);
         if room_of(owner).is_some() {
             counts.waiting += 1;
         } else if let Some(count) = counts.slots.get_mut(owner as usize) {

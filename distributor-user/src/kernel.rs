@@ -8,6 +8,7 @@
 mod counters;
 mod directions;
 mod foreign;
+mod gate;
 mod ledger;
 mod links;
 mod moving;
@@ -34,13 +35,10 @@ use aya::{
     programs::SkReuseport,
 };
 use aya_log::EbpfLogger;
-use distributor_ebpf::{
-    contract::{
-        Address, Attendant, BUCKETS, DISMISSED, Event, EventKind, FLAG_CLOSING, FLAG_COOKIES, GROUPS, Home,
-        Load, Outcome, Owner, Parked, Plan, RING, ROOM, Rooms, Run, SLOTS, SOCKETS, Server, State, Tag,
-        VERSION,
-    },
-    word,
+use distributor_ebpf::contract::{
+    Address, Attendant, BUCKETS, BUCKETS_OF_SOURCES, Bucket, COUNTED, DISMISSED, Event, EventKind,
+    FLAG_COOKIES, GROUPS, Home, Load, Outcome, Owner, Parked, Plan, RING, ROOM, Rooms, Run, SLOTS, SOCKETS,
+    State, Tag, VERSION,
 };
 use tokio::task::JoinSet;
 use tracing::debug;
@@ -57,6 +55,7 @@ use crate::{address::ListenAddress, cgroup::Cgroup, error, room::Room, shared::S
 pub use self::{
     directions::{Direction, Directions},
     foreign::detach,
+    gate::Gate,
     ledger::Ledger,
     trial::{Trial, trial},
 };
@@ -87,6 +86,7 @@ pub struct Kernel {
     plan: Array<MapData, Plan>,
     active: Array<MapData, u32>,
     hash: Array<MapData, [u16; BUCKETS]>,
+    sources: Shared<Bucket>,
     load: Array<MapData, Load>,
     sockets: ReusePortSockArray<MapData>,
     home: HashMap<MapData, u64, Home>,
@@ -122,6 +122,7 @@ pub struct Desk {
     active: Shared<u32>,
     rooms: Shared<Rooms>,
     states: Shared<State>,
+    sources: Shared<Bucket>,
     attendant: Shared<Attendant>,
     sockets: ReusePortSockArray<MapData>,
     tag: SkStorage<MapData, Tag>,
@@ -189,6 +190,7 @@ impl Kernel {
             plan: map("PLAN")?.try_into()?,
             active: map("ACTIVE")?.try_into()?,
             hash: map("HASH")?.try_into()?,
+            sources: memory(pins, "SOURCES", BUCKETS_OF_SOURCES)?,
             load: map("LOAD")?.try_into()?,
             sockets: map("SOCKETS")?.try_into()?,
             home: map("HOME")?.try_into()?,
@@ -326,6 +328,11 @@ impl Kernel {
         Outcome::ALL.iter().map(|&outcome| Ok((outcome, self.counters.of(outcome)?))).collect()
     }
 
+    /// The same of one of them.
+    pub fn outcome(&self, outcome: Outcome) -> anyhow::Result<u64> {
+        self.counters.of(outcome)
+    }
+
     /// Whether EVENTS was full since this was last asked, so that something happened of which nobody
     /// was told.
     pub fn has_lost_events(&mut self) -> anyhow::Result<bool> {
@@ -377,7 +384,7 @@ impl Probe {
     pub fn load() -> anyhow::Result<Self> {
         let mut loader = EbpfLoader::new();
         // Only two sockets are put into one of them.
-        for name in ["HOME", "OWNERS", "PARKED", "STATES", "SOCKETS"] {
+        for name in ["HOME", "OWNERS", "PARKED", "STATES", "SOCKETS", "SOURCES"] {
             loader.map_max_entries(name, 2);
         }
         let object = loader.load(object::object()).map_err(programs::said_of_maps);
@@ -410,17 +417,14 @@ impl Desk {
     /// Opens the maps that [`Kernel::open`] has pinned.
     pub fn open(pins: &Path) -> anyhow::Result<Self> {
         let map = open_map;
-        fn shared<T>(pins: &Path, name: &str, entries: usize) -> anyhow::Result<Shared<T>> {
-            let data = MapData::from_pin(pins.join(name)).with_context(|| format!("open the {name} map"))?;
-            Shared::of(data.fd().as_fd(), entries).with_context(|| format!("map {name} into memory"))
-        }
         Ok(Self {
-            load: shared(pins, "LOAD", 1)?,
-            plan: shared(pins, "PLAN", 2)?,
-            active: shared(pins, "ACTIVE", 1)?,
-            rooms: shared(pins, "ROOMS", GROUPS)?,
-            states: shared(pins, "STATES", SOCKETS)?,
-            attendant: shared(pins, "ATTENDANT", 1)?,
+            load: memory(pins, "LOAD", 1)?,
+            plan: memory(pins, "PLAN", 2)?,
+            active: memory(pins, "ACTIVE", 1)?,
+            rooms: memory(pins, "ROOMS", GROUPS)?,
+            states: memory(pins, "STATES", SOCKETS)?,
+            sources: memory(pins, "SOURCES", BUCKETS_OF_SOURCES)?,
+            attendant: memory(pins, "ATTENDANT", 1)?,
             sockets: map(pins, "SOCKETS")?.try_into()?,
             tag: map(pins, "TAG")?.try_into()?,
             home: map(pins, "HOME")?.try_into()?,
@@ -436,38 +440,10 @@ impl Desk {
         self.load.long(0, offset_of!(Load, waiting)).load(Ordering::SeqCst)
     }
 
-    /// Some server in the plan in force has a free place, and the service is not being stopped.
-    pub fn has_place(&self, now: u64) -> bool {
-        let active = self.active.word(0, 0).load(Ordering::Acquire) as usize & 1;
-        let field = |offset: usize| self.plan.word(active, offset).load(Ordering::Relaxed);
-        if field(offset_of!(Plan, flags)) & FLAG_CLOSING != 0 {
-            return false;
-        }
-        let slots = (field(offset_of!(Plan, count)) as usize).min(SLOTS);
-        (0..slots).any(|slot| {
-            let server = offset_of!(Plan, servers) + slot * size_of::<Server>();
-            let limit = field(server + offset_of!(Server, limit));
-            let places = self.load.long(0, offset_of!(Load, word) + slot * 8).load(Ordering::SeqCst);
-            word::used(word::roll(places, word::epoch(now))) < u64::from(limit)
-        })
-    }
-
     /// A SYN leaves nothing behind, and its connection is made with the ACK of a cookie.
     pub fn has_cookies(&self) -> bool {
         let active = self.active.word(0, 0).load(Ordering::Acquire) as usize & 1;
         self.plan.word(active, offset_of!(Plan, flags)).load(Ordering::Relaxed) & FLAG_COOKIES != 0
-    }
-
-    /// Rolls every slot's word to the present epoch, as whoever looks at it next would. Epochs
-    /// repeat after 73 minutes, and a word that nobody touched for so long would pass for fresh.
-    pub fn stamp_words(&self, now: u64) {
-        for slot in 0..SLOTS {
-            let places = self.load.long(0, offset_of!(Load, word) + slot * 8);
-            let seen = places.load(Ordering::SeqCst);
-            let rolled = word::roll(seen, word::epoch(now));
-            // If a program was faster, it has rolled it.
-            let _ = places.compare_exchange(seen, rolled, Ordering::SeqCst, Ordering::SeqCst);
-        }
     }
 
     /// The sequence number of the group's current room.
@@ -586,9 +562,10 @@ impl Desk {
     }
 
     /// Marks a connection as one that is turned away: it is counted down when it is closed from
-    /// our side, and as such.
+    /// our side, and as such, everywhere it is counted.
     pub fn dismiss(&mut self, connection: BorrowedFd<'_>, index: u32) -> anyhow::Result<()> {
-        let tag = Tag { slot: DISMISSED, counted: 1, index, group: 0 };
+        let counted = self.tag.get(&connection, 0).map_or(COUNTED, |tag| tag.counted);
+        let tag = Tag { slot: DISMISSED, counted, index, group: 0 };
         self.tag.insert(&connection, tag, 0).context("tag a connection")
     }
 
@@ -787,6 +764,12 @@ pub fn kind(event: &Event) -> Option<EventKind> {
     [EventKind::Listening, EventKind::ListenerClosed, EventKind::Misbound, EventKind::Bound]
         .into_iter()
         .find(|&kind| kind as u32 == event.kind)
+}
+
+/// Maps a map that is pinned, with so many entries, into memory.
+fn memory<T>(pins: &Path, name: &str, entries: usize) -> anyhow::Result<Shared<T>> {
+    let data = MapData::from_pin(pins.join(name)).with_context(|| format!("open the {name} map"))?;
+    Shared::of(data.fd().as_fd(), entries).with_context(|| format!("map {name} into memory"))
 }
 
 /// Opens a map that is pinned.

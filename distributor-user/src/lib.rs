@@ -33,6 +33,7 @@ pub mod keeper;
 pub mod kernel;
 pub mod launch;
 mod launcher;
+pub mod limits;
 pub mod link;
 pub mod listener;
 pub mod lock;

@@ -9,11 +9,13 @@ use std::collections::{BTreeMap, VecDeque};
 use anyhow::{Context as _, ensure};
 use distributor_ebpf::{
     contract::{
-        self, BUCKETS, FLAG_BELL, FLAG_CHECKS, FLAG_CLOSING, FLAG_COOKIES, GROUPS, LIMIT_MAX, Plan, Policy,
-        Run, SERVERS_END, SLOTS,
+        self, BUCKETS, FLAG_BELL, FLAG_CHECKS, FLAG_CLOSING, FLAG_COOKIES, FLAG_LIMITED, GROUPS, LIMIT_MAX,
+        Plan, Policy, Run, SERVERS_END, SLOTS,
     },
     select::{NO_SLOT, mix, stride},
 };
+
+use crate::limits;
 
 /// More reservations that expire at once are a flood, whatever the limit.
 const SUSPECT: u32 = 1_024;
@@ -32,6 +34,8 @@ pub struct Wanted {
     pub bell: bool,
     /// Servers are checked over the network.
     pub checks: bool,
+    /// What the service as a whole and each source may have.
+    pub limits: contract::Limits,
     /// In the configuration's order.
     pub servers: Vec<WantedServer>,
 }
@@ -63,6 +67,7 @@ impl Wanted {
             cookies: false,
             bell: false,
             checks: false,
+            limits: contract::Limits::NONE,
             servers: Vec::new(),
         }
     }
@@ -76,10 +81,12 @@ impl Wanted {
             (FLAG_COOKIES, self.cookies),
             (FLAG_BELL, self.bell),
             (FLAG_CHECKS, self.checks),
+            (FLAG_LIMITED, limits::are_set(&self.limits)),
         ] {
             plan.flags |= if is_set { flag } else { 0 };
         }
         plan.capacity = self.capacity;
+        plan.limits = self.limits;
         for (rank, server) in self.servers.iter().enumerate() {
             let slot = server.slot as usize % SLOTS;
             let limit = match server.limit {
@@ -253,6 +260,7 @@ mod tests {
             cookies: false,
             bell: false,
             checks: false,
+            limits: contract::Limits::NONE,
             servers,
         }
     }

@@ -11,6 +11,7 @@ mod change;
 mod check;
 mod drain;
 mod launch;
+mod limits;
 mod notified;
 mod report;
 mod restart;
@@ -171,6 +172,8 @@ pub struct Service {
     roll: Option<Roll>,
     /// What is recorded of that is out of date.
     roll_changed: bool,
+    /// What the service as a whole and each source may have.
+    limits: limits::Keeping,
     /// What is wrong with the machine.
     troubles: Troubles,
 }
@@ -331,6 +334,7 @@ impl Service {
         });
         let desk = Desk::open(&pins).with_context(|| format!("set up service {}", config.name))?;
         let (attendant, mut handle) = Attendant::new(duty, desk, keeper, tell)?;
+        let left = kernel.plan()?;
         if options.in_use {
             let capacity = config.waiting.capacity.max(BRIEFLY);
             kernel.write_plan(&Wanted { capacity, ..Wanted::nothing() }.plan(), None)?;
@@ -360,7 +364,7 @@ impl Service {
             retired: Vec::new(),
             slots: Slots::default(),
             indices: Indices::default(),
-            generation: kernel.plan()?.servers.iter().map(|server| server.generation).max().unwrap_or(0),
+            generation: left.servers.iter().map(|server| server.generation).max().unwrap_or(0),
             bound: HashMap::new(),
             scans: Vec::new(),
             left: VecDeque::new(),
@@ -374,6 +378,7 @@ impl Service {
             released: Vec::new(),
             roll: None,
             roll_changed: false,
+            limits: limits::Keeping::new(&config, &left)?,
             troubles: Troubles::default(),
             config,
             kernel,
@@ -895,6 +900,7 @@ impl Service {
         self.forget_left();
         self.sweep();
         self.count_earlier();
+        self.look_at_sources();
         self.keep_on_cpus();
         self.write_plan();
     }
@@ -1163,6 +1169,7 @@ impl Service {
             cookies: self.syncookies,
             bell: self.bell,
             checks: self.checks_directly(),
+            limits: self.planned_limits(),
             servers: self
                 .in_order()
                 .into_iter()
@@ -1196,7 +1203,11 @@ impl Service {
         let hash = (wanted.policy == Policy::SourceHash).then(|| wanted.hash());
         match self.kernel.write_plan(&wanted.plan(), hash.as_deref()) {
             Ok(()) => {
+                let more = self.limits_are_told(&wanted.limits);
                 self.told = Some(wanted);
+                if more {
+                    return self.write_plan();
+                }
                 self.note("plan", None);
                 // There may be a place now for somebody who waits.
                 self.attendant.look();

@@ -5,6 +5,8 @@
 //! the client prints them, as JSON or as `Status::table`. Nothing here asks the kernel.
 #![forbid(unsafe_code)]
 
+mod limits;
+
 use std::{
     collections::BTreeMap,
     fmt::{self, Write as _},
@@ -14,6 +16,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+pub use self::limits::{CeilingStatus, LimitsStatus, RateStatus, SourceStatus, SourcesStatus};
 use crate::drain::Rest;
 
 /// Everything one instance of dist-ctl knows of its services.
@@ -51,6 +54,9 @@ pub struct ServiceStatus {
     pub listen: Vec<String>,
     pub policy: String,
     pub waiting: WaitingStatus,
+    /// What the service as a whole and each source may have; `null` if they may have anything.
+    #[serde(default)]
+    pub limits: Option<LimitsStatus>,
     /// How the counts compare with the sockets there are.
     #[serde(default)]
     pub drift: DriftStatus,
@@ -483,6 +489,10 @@ impl ServiceStatus {
                 let _ = write!(line, " ({reason})");
             }
         }
+
+        if let Some(limits) = &self.limits {
+            let _ = write!(line, "; {limits}");
+        }
         let mut line = plain(&line);
         line.push('\n');
         line
@@ -676,6 +686,7 @@ mod tests {
                 wait: Histogram { count: 3, sum_seconds: 0.5, buckets: vec![Bucket { le: 0.25, count: 3 }] },
                 ..WaitingStatus::default()
             },
+            limits: None,
             drift: DriftStatus {
                 checks: 9,
                 found: 2,
@@ -719,6 +730,7 @@ mod tests {
                     "left": 0, "refused": 0, "oldest_seconds": 1.25,
                     "wait": {"count": 3, "sum_seconds": 0.5, "buckets": [{"le": 0.25, "count": 3}]},
                 },
+                "limits": null,
                 "drift": {
                     "checks": 9, "found": 2, "repaired": 1, "last_seconds_ago": 1.5, "unavailable": null,
                 },

@@ -38,6 +38,12 @@ impl Counts {
         });
     }
 
+    /// Adds to the connections that count for the limit of the service.
+    #[track_caller]
+    pub fn add_to_service(&mut self, by: i64) {
+        self.change(|load| load.places = word::corrected(load.places, -by));
+    }
+
     /// Adds to the number of those who wait.
     #[track_caller]
     pub fn add_to_waiting(&mut self, by: i64) {

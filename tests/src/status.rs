@@ -33,11 +33,52 @@ pub struct Service {
     pub listen: Vec<String>,
     pub policy: String,
     pub waiting: Waiting,
+    pub limits: Option<Limits>,
     pub drift: Drift,
     pub servers: Vec<Server>,
     pub roll: Option<Roll>,
     /// How often the kernel programs ended in each of their ways out.
     pub outcomes: BTreeMap<String, u64>,
+}
+
+/// What the service as a whole may have, and each source.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Limits {
+    pub connections: Option<u64>,
+    pub earlier: u64,
+    pub over: String,
+    pub service: Ceiling,
+    pub sources: Option<Sources>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct Ceiling {
+    pub limit: Option<u64>,
+    pub rate: Option<Rate>,
+    pub refused_limit: u64,
+    pub refused_rate: u64,
+    pub limit_seconds_ago: Option<f64>,
+    pub rate_seconds_ago: Option<f64>,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct Rate {
+    pub per_second: u64,
+    pub burst: u64,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct Sources {
+    pub now: u64,
+    pub most: Option<Source>,
+    pub unknown: u64,
+    pub each: Ceiling,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct Source {
+    pub source: String,
+    pub connections: u64,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -206,6 +247,18 @@ impl Service {
     #[track_caller]
     pub fn outcomes<const N: usize>(&self, names: [&str; N]) -> [u64; N] {
         names.map(|name| self.outcome(name))
+    }
+
+    /// What it says of limits. There must be some.
+    #[track_caller]
+    pub fn limits(&self) -> &Limits {
+        self.limits.as_ref().unwrap_or_else(|| panic!("there are no limits: {self:#?}"))
+    }
+
+    /// What it says of sources. They must have limits.
+    #[track_caller]
+    pub fn sources(&self) -> &Sources {
+        self.limits().sources.as_ref().unwrap_or_else(|| panic!("sources have no limits: {self:#?}"))
     }
 
     fn each(&self, value: impl Fn(&Server) -> u64) -> Vec<u64> {

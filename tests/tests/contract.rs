@@ -30,7 +30,7 @@ use tests::{
 const NEXT: u32 = VERSION + 1;
 
 /// LOAD of the newer contract, in integers: the last one counts what closed since it took over.
-const LOAD: usize = (256 * 32 + 32 + 16 * 16 + 16 + 32 * 8 + 8) / 8 + 1;
+const LOAD: usize = (256 * 32 + 32 + 16 * 16 + 16 + 32 * 8 + 8 + 48) / 8 + 1;
 
 /// dist-ctl whose next distributor may be another program.
 fn up<'h>(host: &'h Host, app: &App) -> Up<'h> {
@@ -97,7 +97,9 @@ fn assert_all_counted(service: &Service, served: u64) {
 #[test]
 fn a_newer_contract_takes_over_what_is_held_and_what_waits() {
     let host = Host::new();
-    let app = App { limit: Some(5), ..App::of(&host, 2) };
+    let tables =
+        "[service.app.limits]\nconnections = 100\n[service.app.limits.per_source]\nconnections = 100";
+    let app = App { limit: Some(5), tables: tables.to_owned(), ..App::of(&host, 2) };
     let up = up(&host, &app);
     let held = client::hold(V4, 10);
     let waiting = client::stand(&[V4], 5);
@@ -112,6 +114,11 @@ fn a_newer_contract_takes_over_what_is_held_and_what_waits() {
     let service = up.service();
     assert_eq!(service.connections(), [5, 5]);
     assert_eq!(service.waiting.now, 5);
+    let has = |service: &Service| {
+        let source = service.sources().most.as_ref().map_or(0, |most| most.connections);
+        (service.limits().connections, service.limits().earlier, source)
+    };
+    assert_eq!(has(&service), (Some(10), 0, 15));
     assert_eq!(service.totals(), before.totals());
     assert!(service.servers.iter().all(|server| server.restarts == 0), "{service:#?}");
     let names = ["established", "established_waiting", "selected", "wait_limit"];
@@ -125,6 +132,7 @@ fn a_newer_contract_takes_over_what_is_held_and_what_waits() {
     up.wait_connections(&[0, 0]);
     assert_eq!(closed(&up), 15);
     assert_eq!(up.service().outcomes(["handed_over", "closed"]), [5, 15]);
+    assert_eq!(has(&up.service()), (Some(0), 0, 0));
     up.stop();
 }
 

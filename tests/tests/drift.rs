@@ -14,7 +14,7 @@ use std::{
 
 use tests::{
     app::App,
-    client::{self, Client, Ending},
+    client::{self, Client, Ending, Line},
     counts::Counts,
     host::{Host, Up, V4, V6},
     status::Drift,
@@ -92,6 +92,35 @@ fn a_count_that_is_too_high_is_found_and_repaired_and_the_limit_is_exact_again()
     assert_refused();
     drop(held);
     up.wait_connections(&[0]);
+}
+
+#[test]
+fn a_wrong_count_of_the_service_is_found_and_repaired_and_its_limit_is_exact_again() {
+    let host = Host::new();
+    let tables = "[service.app.limits]\nconnections = 4\nover = \"wait\"".to_owned();
+    let up = up(&host, &App { tables, ..App::of(&host, 2) }, &lasting(0.3));
+    let held = client::hold(V4, 4);
+    let mut line = Line::behind(held, client::stand(&[V4], 4)).expect("stand in line");
+    assert_eq!(line.turns(2).expect("each is served"), [0, 1]);
+    wait_checks(&up, 3);
+    assert_eq!(drift(&up).found, 0);
+    // Two of those who wait are let in above the limit, for as long as the count is wrong.
+    Counts::of(&up).add_to_service(-2);
+    let mut next = [(); 2].map(|()| line.serve().expect("it is served"));
+    // By two servers at once.
+    next.sort();
+    assert_eq!(next, [2, 3]);
+    wait_repaired(&up, 1);
+    assert_logged(&up, "service app: 4 connections counted for its limit, the kernel has 6: repaired");
+    assert_eq!(up.service().limits().connections, Some(6));
+    // And one that is too high lets nobody in who has a place.
+    (0..3).for_each(|_| line.free());
+    wait_until_eq("the service's", seconds(5.0), Some(3), || up.service().limits().connections);
+    Counts::of(&up).add_to_service(1);
+    let waits = client::connect(V4).expect("it may wait");
+    wait_repaired(&up, 2);
+    drop((Client::greeted(waits).expect("it is served"), line));
+    up.wait_connections(&[0, 0]);
 }
 
 #[test]

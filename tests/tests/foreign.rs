@@ -14,7 +14,7 @@ use std::{
 };
 
 use distributor_ebpf::{
-    contract::{Home, Outcome, Run, SERVERS_END},
+    contract::{self, Home, Outcome, Run, SERVERS_END},
     word,
 };
 use distributor_user::{
@@ -137,6 +137,7 @@ impl Group {
             cookies: false,
             bell: false,
             checks: false,
+            limits: contract::Limits::NONE,
             servers: vec![WantedServer {
                 slot: 0,
                 identity: "app/1".to_owned(),

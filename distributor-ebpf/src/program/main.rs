@@ -11,6 +11,7 @@
 #![feature(core_intrinsics)]
 
 mod bind;
+mod limit;
 mod maps;
 mod steer;
 mod track;
@@ -21,7 +22,11 @@ use aya_ebpf::{
 };
 
 /// For each new connection, and for each connection of a closing listener: which listener.
+///
+/// Inlined into the function that the macro makes around it: a frame more, and the stack of Linux 6.1
+/// would not be deep enough for what it calls.
 #[sk_reuseport(migrate)]
+#[inline(always)]
 pub(crate) fn select(ctx: SkReuseportContext) -> u32 {
     steer::run(&ctx)
 }

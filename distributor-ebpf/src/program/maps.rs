@@ -17,9 +17,9 @@ use aya_ebpf::{
 };
 use distributor_ebpf::{
     contract::{
-        self, Address, Attendant, BUCKETS, Directed, Event, EventKind, GROUPS, Home, Load, Outcome, Owner,
-        Parked, Plan, RING, Rooms, SLOTS, SOCKETS as PLACES, SUSPICION, State, Tag, UNATTENDED, WAITS,
-        wait_bucket,
+        self, Address, Attendant, BUCKETS, BUCKETS_OF_SOURCES, Bucket, Directed, Event, EventKind, GROUPS,
+        Home, Limits, Load, Outcome, Over, Owner, Parked, Plan, RING, Rooms, SLOTS, SOCKETS as PLACES,
+        SUSPICION, Source, State, Tag, UNATTENDED, WAITS, WAYS, wait_bucket,
     },
     select::{NextTurn, earlier, next_turn},
     word::{self, Place},
@@ -75,6 +75,9 @@ static BELLS: HashMap<u64, u32> = HashMap::with_max_entries(1024, 0);
 /// The client's address of a connection of ours -> the server that it is for. Writer: user space.
 #[map]
 static DIRECTED: HashMap<Address, Directed> = HashMap::with_max_entries(1 << 13, BPF_F_NO_PREALLOC);
+/// The sources, in buckets. Writer: the programs.
+#[map]
+static SOURCES: Array<Bucket> = Array::with_max_entries(BUCKETS_OF_SOURCES as u32, BPF_F_MMAPABLE);
 /// A record here wakes the attendant. What it says is nothing: that looks at everything.
 #[map]
 static WAKES: RingBuf = RingBuf::with_byte_size(1 << 12, 0);
@@ -154,6 +157,8 @@ pub(crate) enum Sum {
     /// A bucket of the histogram of waits.
     Waits(usize),
     Waited,
+    /// The active count in the service's word.
+    Places,
     #[cfg(feature = "next-contract")]
     Closed,
 }
@@ -194,6 +199,50 @@ impl Loads {
     #[inline(always)]
     pub(crate) fn note_expired(self, plan: &Plan, slot: u32, old: u64, now: u64) {
         let suspect = u64::from(plan.servers[slot as usize & (SLOTS - 1)].suspect);
+        if suspect != 0 && word::expired(old, word::epoch(now)) >= suspect {
+            // SAFETY: the map value is a `Load`; volatile, because other CPUs write it.
+            unsafe { (&raw mut (*self.0).suspicious_until).write_volatile(now + SUSPICION) }
+        }
+    }
+
+    /// The connections and reservations of the service as a whole.
+    #[inline(always)]
+    pub(crate) fn places(self) -> u64 {
+        // SAFETY: the map value is a `Load`; volatile, because other CPUs write it.
+        unsafe { (&raw const (*self.0).places).read_volatile() }
+    }
+
+    /// Replaces them if nobody changed them since they were read as `old`.
+    #[inline(always)]
+    pub(crate) fn swap_places(self, old: u64, new: u64) -> bool {
+        // SAFETY: the map value is a `Load`; 8-byte aligned.
+        unsafe { swapped(&raw mut (*self.0).places, old, new) }
+    }
+
+    /// When the service's next connection is due.
+    #[inline(always)]
+    pub(crate) fn due(self) -> u64 {
+        // SAFETY: as in `places`.
+        unsafe { (&raw const (*self.0).due).read_volatile() }
+    }
+
+    #[inline(always)]
+    pub(crate) fn swap_due(self, old: u64, new: u64) -> bool {
+        // SAFETY: as in `swap_places`.
+        unsafe { swapped(&raw mut (*self.0).due, old, new) }
+    }
+
+    /// Remembers when somebody last came above a limit.
+    #[inline(always)]
+    pub(crate) fn note_over(self, which: Over, now: u64) {
+        // SAFETY: masked, so inside the array; volatile, because other CPUs write it.
+        unsafe { (&raw mut (*self.0).over[which as usize & 3]).write_volatile(now) }
+    }
+
+    /// The same as [`Loads::note_expired`], of the service's word.
+    #[inline(always)]
+    pub(crate) fn note_service_expired(self, limits: &Limits, old: u64, now: u64) {
+        let suspect = u64::from(limits.suspect);
         if suspect != 0 && word::expired(old, word::epoch(now)) >= suspect {
             // SAFETY: the map value is a `Load`; volatile, because other CPUs write it.
             unsafe { (&raw mut (*self.0).suspicious_until).write_volatile(now + SUSPICION) }
@@ -272,6 +321,7 @@ impl Loads {
                 Sum::Orphans => &raw mut (*self.0).orphans,
                 Sum::Waits(bucket) => &raw mut (*self.0).waits[bucket & (WAITS - 1)],
                 Sum::Waited => &raw mut (*self.0).waited,
+                Sum::Places => &raw mut (*self.0).places,
                 #[cfg(feature = "next-contract")]
                 Sum::Closed => &raw mut (*self.0).closed,
             };
@@ -326,6 +376,95 @@ impl Loads {
             if most.read_volatile() < waiting {
                 most.write_volatile(waiting);
             }
+        }
+    }
+}
+
+/// Replaces a number if it is still what it was read as.
+///
+/// # Safety
+/// `at` is aligned, and inside a map value.
+#[inline(always)]
+unsafe fn swapped(at: *mut u64, old: u64, new: u64) -> bool {
+    // SAFETY: the caller's promise.
+    unsafe { atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(at, old, new).1 }
+}
+
+/// One bucket of sources. A handle: other CPUs write it at the same time.
+#[derive(Clone, Copy)]
+pub(crate) struct Sources(*mut Bucket);
+
+#[inline(always)]
+pub(crate) fn sources(bucket: u32) -> Option<Sources> {
+    SOURCES.get_ptr_mut(bucket).map(Sources)
+}
+
+impl Sources {
+    #[inline(always)]
+    fn at(self, way: u64) -> *mut Source {
+        // SAFETY: masked, so inside the bucket. Nothing is read.
+        unsafe { &raw mut (*self.0).sources[way as usize & (WAYS - 1)] }
+    }
+
+    /// What is in a place. Its parts are read one after the other, in any order.
+    #[inline(always)]
+    pub(crate) fn read(self, way: usize) -> Source {
+        let at = self.at(way as u64);
+        // SAFETY: inside the bucket; volatile, because other CPUs write it.
+        unsafe {
+            Source {
+                high: (&raw const (*at).high).read_volatile(),
+                low: (&raw const (*at).low).read_volatile(),
+                word: (&raw const (*at).word).read_volatile(),
+                due: (&raw const (*at).due).read_volatile(),
+            }
+        }
+    }
+
+    /// A place's word, by an atomic operation: what is read of it after that is not older.
+    #[inline(always)]
+    pub(crate) fn word(self, way: u64) -> u64 {
+        // SAFETY: inside the bucket; 8-byte aligned.
+        unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(&raw mut (*self.at(way)).word, 0) }
+    }
+
+    #[inline(always)]
+    pub(crate) fn swap_word(self, way: u64, old: u64, new: u64) -> bool {
+        // SAFETY: inside the bucket; 8-byte aligned.
+        unsafe { swapped(&raw mut (*self.at(way)).word, old, new) }
+    }
+
+    /// Changes the active count of a word.
+    #[inline(always)]
+    pub(crate) fn add(self, way: u64, delta: i64) {
+        // SAFETY: inside the bucket; 8-byte aligned.
+        unsafe {
+            atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(&raw mut (*self.at(way)).word, delta as u64);
+        }
+    }
+
+    /// When the next connection of a place's source is due.
+    #[inline(always)]
+    pub(crate) fn due(self, way: u64) -> u64 {
+        // SAFETY: inside the bucket; volatile, because other CPUs write it.
+        unsafe { (&raw const (*self.at(way)).due).read_volatile() }
+    }
+
+    #[inline(always)]
+    pub(crate) fn swap_due(self, way: u64, old: u64, new: u64) -> bool {
+        // SAFETY: inside the bucket; 8-byte aligned.
+        unsafe { swapped(&raw mut (*self.at(way)).due, old, new) }
+    }
+
+    /// Says whose a place is that is locked.
+    #[inline(always)]
+    pub(crate) fn name(self, way: u64, high: u64, low: u64) {
+        let at = self.at(way);
+        // SAFETY: inside the bucket; volatile, because other CPUs read it.
+        unsafe {
+            (&raw mut (*at).high).write_volatile(high);
+            (&raw mut (*at).low).write_volatile(low);
+            (&raw mut (*at).due).write_volatile(0);
         }
     }
 }

@@ -17,14 +17,18 @@ use aya_ebpf::{
 use aya_log_ebpf::debug;
 use distributor_ebpf::{
     contract::{
-        self, Address, CHECKER, Directed, FLAG_BELL, FLAG_CHECKS, FLAG_CLOSING, FLAG_COOKIES, Outcome, Owner,
-        Parked, Plan, Policy, ROOM, SLOTS, in_room, room_of,
+        self, Address, CHECKER, Directed, FLAG_BELL, FLAG_CHECKS, FLAG_CLOSING, FLAG_COOKIES, IN_SERVICE,
+        Outcome, Owner, Parked, Plan, Policy, ROOM, SLOTS, UNSERVED, in_room, room_of,
     },
     select::{self, Arrival, Choice, NO_SLOT, PROBES, TRIES},
+    source,
     word::{self, Place},
 };
 
-use crate::maps::{self, Change, Comes, Corridor, HASH, HOME, Loads, SOCKETS, Sum, count};
+use crate::{
+    limit::{self, Admission},
+    maps::{self, Change, Comes, Corridor, HASH, HOME, Loads, SOCKETS, Sum, count},
+};
 
 const FIN: u8 = 1;
 const SYN: u8 = 1 << 1;
@@ -142,36 +146,66 @@ fn arrive(ctx: &SkReuseportContext, plan: &'static Plan, loads: Loads) -> Verdic
         return Verdict::Done(SK_DROP);
     }
     let now = maps::nanoseconds();
-    let why = if loads.waiting() > 0 && maps::is_attended(now) {
+    let has_turn = loads.waiting() == 0 || !maps::is_attended(now);
+    let is_suspect = plan.capacity > 0 && loads.is_suspicious(now);
+    let is_limited = limit::are_set(plan);
+    let hashes = plan.policy == Policy::SourceHash as u32;
+    let source = if hashes || is_limited { arriving_source(ctx) } else { [0; 4] };
+    let (high, low) = halves(ctx, source);
+    let mut admission = Admission::Granted as u64;
+    if is_limited {
+        admission = limit::admit(high, low, now);
+        if admission == Admission::Granted as u64 {
+            admission = limit::begin(u64::from(has_turn && !is_suspect), now);
+        }
+        if let Some(why) = Admission::refused(admission) {
+            if Admission::has_source(admission) {
+                limit::withdraw(high, low, limit::SOURCE, now);
+            }
+            count(why);
+            debug!(ctx, "new connection is refused: the service or its source has as many as it may");
+            return Verdict::Done(SK_DROP);
+        }
+    }
+    let why = if !has_turn {
         Outcome::WaitTurn
-    } else if plan.capacity > 0 && loads.is_suspicious(now) {
+    } else if is_suspect {
         Outcome::WaitSuspect
+    } else if let Some(why) = Admission::waits(admission) {
+        why
     } else {
-        let hashes = plan.policy == Policy::SourceHash as u32;
-        let source = if hashes { arriving_source(ctx) } else { [0; 4] };
         match steer(ctx, plan, loads, Asks::New, now, source) {
             Steered::To(slot, next_best) => {
                 if flags & SYN != 0 && plan.flags & FLAG_COOKIES != 0 {
                     // The connection comes back as an ACK, which takes the place.
                     maps::change(slot, Change::GiveBackReserved);
+                    if is_limited {
+                        limit::withdraw(high, low, limit::PLACE | limit::TOKEN | limit::SOURCE, now);
+                    }
                 }
                 count(if next_best { Outcome::NextBest } else { Outcome::Selected });
                 debug!(ctx, "new connection goes to slot {}", slot);
                 return Verdict::Done(SK_PASS);
             }
-            Steered::Full if plan.capacity == 0 => {
-                count(Outcome::RefusedLimit);
-                debug!(ctx, "new connection is refused: every server is at its limit");
-                return Verdict::Done(SK_DROP);
+            steered => {
+                if is_limited {
+                    limit::withdraw(high, low, limit::of_who_waits(plan), now);
+                }
+                match steered {
+                    Steered::To(..) | Steered::Full => Outcome::WaitLimit,
+                    Steered::NoServer => Outcome::WaitNoServer,
+                    Steered::Failed => Outcome::WaitSelectFailed,
+                }
             }
-            Steered::Full => Outcome::WaitLimit,
-            Steered::NoServer => Outcome::WaitNoServer,
-            Steered::Failed => Outcome::WaitSelectFailed,
         }
     };
     if loads.waiting() >= u64::from(plan.capacity) {
-        count(Outcome::RefusedCapacity);
-        debug!(ctx, "new connection is refused: as many wait as may");
+        if is_limited {
+            limit::withdraw(high, low, limit::SOURCE, now);
+        }
+        let is_full = matches!(why, Outcome::WaitLimit) && plan.capacity == 0;
+        count(if is_full { Outcome::RefusedLimit } else { Outcome::RefusedCapacity });
+        debug!(ctx, "new connection is refused: no server has a place, and as many wait as may");
         return Verdict::Done(SK_DROP);
     }
     Verdict::Room(why)
@@ -218,13 +252,20 @@ fn move_half_open(
         return Verdict::Done(SK_DROP);
     }
     let waits = suspicious || loads.waiting() > 0 && maps::is_attended(now);
-    if !waits {
+    // What was to go to a server has its place in the service already.
+    // SAFETY: a socket, which the verifier checks.
+    let listener = unsafe { bpf_get_socket_cookie((*ctx.md).__bindgen_anon_3.sk.cast()) };
+    let enters = limit::are_set(plan) && room_of(home(listener)).is_some();
+    if !waits && (!enters || limit::enter(limit::Change::Reserve as u64, now) == limit::TAKEN) {
         let hashes = plan.policy == Policy::SourceHash as u32;
         let source = if hashes { socket_source(migrating) } else { [0; 4] };
         if let Steered::To(slot, _) = steer(ctx, plan, loads, Asks::HalfOpen, now, source) {
             count(Outcome::MovedHalfOpen);
             debug!(ctx, "half-open connection moves to slot {}", slot);
             return Verdict::Done(SK_PASS);
+        }
+        if enters {
+            limit::withdraw(0, 0, limit::of_who_waits(plan), now);
         }
     }
     Verdict::Room(Outcome::ParkedHalfOpen)
@@ -247,7 +288,7 @@ fn move_established(
     let before = match maps::owner(cookie) {
         Some(known) => known,
         None => {
-            let owner = Owner { owner: home(listener), reserved: 0, since: now, order: now };
+            let owner = Owner { owner: home(listener), marks: 0, since: now, order: now };
             // Without a record its close would count down where it was counted up. So it is not
             // moved: the kernel resets it.
             if !maps::record(loads, cookie, owner, true) {
@@ -269,13 +310,21 @@ fn move_established(
     // none.
     let is_before_others =
         room_of(before.owner).is_none() || before.order <= corridor.bound() || !maps::is_attended(now);
+    // Who has had a server keeps his place in the service. So does who waits since a build that did not
+    // know of it.
+    let enters = limit::are_set(plan) && before.marks & UNSERVED != 0;
     // Once one of them is parked, so are all behind it: none may overtake it.
-    if parked.count == 0 && is_before_others {
+    if parked.count == 0
+        && is_before_others
+        && (!enters || limit::enter(limit::Change::Take as u64, now) == limit::TAKEN)
+    {
         let hashes = plan.policy == Policy::SourceHash as u32;
         let source = if hashes { socket_source(migrating) } else { [0; 4] };
         if let Steered::To(slot, _) = steer(ctx, plan, loads, Asks::Established, now, source) {
             // Nothing can happen to the connection meanwhile: the kernel has it locked.
-            maps::record(loads, cookie, Owner { owner: slot, ..before }, false);
+            let counts = enters && plan.limits.service.connections != 0;
+            let marks = before.marks & !UNSERVED | if counts { IN_SERVICE } else { 0 };
+            maps::record(loads, cookie, Owner { owner: slot, marks, ..before }, false);
             loads.add(Sum::Total(slot), 1);
             if room_of(before.owner).is_some() {
                 loads.note_wait(before.since, now);
@@ -286,6 +335,9 @@ fn move_established(
             debug!(ctx, "connection moves to slot {}", slot);
             leave(loads, before.owner, false);
             return SK_PASS;
+        }
+        if enters {
+            limit::leave(plan, loads, now);
         }
     }
     let owner = match room_of(before.owner) {
@@ -559,10 +611,11 @@ pub(crate) extern "C" fn scan(now: u64, asks: u64, excluded: u64) -> u64 {
     answer(select::best(plan, |slot| loads.word(slot), |slot| loads.turn(slot), &arrival))
 }
 
-/// Some server would take a connection that waits.
+/// Some server would take a connection that waits, and the service as a whole too.
 #[inline(always)]
-pub(crate) fn has_place(time: u64) -> bool {
-    scan(word::epoch(time), Asks::Established as u64, packed([NO_SLOT; TRIES])) != NOTHING
+pub(crate) fn has_place(plan: &Plan, loads: Loads, time: u64) -> bool {
+    (!limit::are_set(plan) || limit::is_open(plan, loads, time))
+        && scan(word::epoch(time), Asks::Established as u64, packed([NO_SLOT; TRIES])) != NOTHING
 }
 
 /// The first choice of the policies that do not look at all servers; global for the same reason.
@@ -750,6 +803,12 @@ fn arriving_source(ctx: &SkReuseportContext) -> [u32; 4] {
         );
     }
     source
+}
+
+/// The halves of an arriving client's address.
+#[inline(always)]
+fn halves(ctx: &SkReuseportContext, source: [u32; 4]) -> (u64, u64) {
+    if ctx.eth_protocol() == ETH_P_IP_BE { source::mapped(source[0]) } else { source::halves(source) }
 }
 
 /// The client's address of a connection that moves.

@@ -15,12 +15,17 @@ use aya_ebpf::{
     programs::SockOpsContext,
 };
 use aya_log_ebpf::debug;
-use distributor_ebpf::contract::{
-    self, Address, CHECK, CHECKER, COUNTED, DISMISSED, EventKind, FLAG_BELL, FLAG_CHECKS, GONE, Outcome,
-    Owner, ROOM, SLOTS, Tag, in_room, room_of,
+use distributor_ebpf::{
+    contract::{
+        self, Address, CHECK, CHECKER, COUNTED, DISMISSED, EventKind, FLAG_BELL, FLAG_CHECKS, GONE,
+        IN_SERVICE, Outcome, Owner, Plan, ROOM, SLOTS, Tag, UNSERVED, counted_by, in_room, is_counted,
+        marked, room_of,
+    },
+    source,
 };
 
 use crate::{
+    limit,
     maps::{self, Change, Comes, Loads, Sum, count},
     steer,
 };
@@ -87,8 +92,19 @@ fn established(ctx: &SockOpsContext) {
         (*tag).counted = COUNTED;
         ((*tag).slot, (*tag).index, (*tag).group as usize)
     };
+    let mut marks = 0;
+    if limit::are_set(plan) {
+        let now = maps::nanoseconds();
+        marks = marked(limit::established(plan, halves(ctx), now));
+        if slot != ROOM && plan.limits.service.connections != 0 {
+            limit::change_service(limit::Change::Establish as u64, now);
+            marks |= IN_SERVICE;
+        }
+        // SAFETY: as above.
+        unsafe { (*tag).counted = COUNTED | marks };
+    }
     if slot == ROOM {
-        return wait(ctx, loads, index, group);
+        return wait(ctx, plan, loads, index, group, marks);
     }
     let active = maps::change(slot, Change::Establish);
     loads.add(Sum::Total(slot), 1);
@@ -108,16 +124,16 @@ fn check(ctx: &SockOpsContext, loads: Loads, tag: *mut Tag) {
         }
         (*tag).counted = CHECK;
     }
-    maps::record(loads, cookie(ctx), Owner { owner: CHECKER, reserved: 0, since: 0, order: 0 }, true);
+    maps::record(loads, cookie(ctx), Owner { owner: CHECKER, marks: 0, since: 0, order: 0 }, true);
     count(Outcome::CheckEstablished);
 }
 
 /// A connection begins to wait in a room. The next room becomes current, so that who comes
 /// after this one stands behind it.
 #[inline(always)]
-fn wait(ctx: &SockOpsContext, loads: Loads, index: u32, group: usize) {
+fn wait(ctx: &SockOpsContext, plan: &Plan, loads: Loads, index: u32, group: usize, marks: u32) {
     let now = maps::nanoseconds();
-    let owner = Owner { owner: in_room(index), reserved: 0, since: now, order: now };
+    let owner = Owner { owner: in_room(index), marks: UNSERVED | marks, since: now, order: now };
     maps::record(loads, cookie(ctx), owner, true);
     let before = loads.add(Sum::Waiting, 1);
     loads.note_waiting();
@@ -135,7 +151,7 @@ fn wait(ctx: &SockOpsContext, loads: Loads, index: u32, group: usize) {
         maps::next_room(loads, corridor, group, current);
     }
     // A place may have become free before anybody waited, and nobody told.
-    if before == 0 || steer::has_place(now) {
+    if before == 0 || steer::has_place(plan, loads, now) {
         maps::wake();
     }
 }
@@ -157,6 +173,7 @@ fn closed(ctx: &SockOpsContext) {
                 if owner.owner == CHECKER {
                     count(Outcome::CheckClosed);
                 } else {
+                    leave_service(owner.marks);
                     leave(loads, owner.owner, false);
                 }
             }
@@ -177,7 +194,7 @@ fn closed(ctx: &SockOpsContext) {
         count(Outcome::CheckClosed);
         return;
     }
-    if tag.counted != COUNTED {
+    if !is_counted(tag.counted) {
         // It ended before its handshake did, so it was never counted up; or it was counted down
         // when it was dismissed.
         count(Outcome::Untagged);
@@ -185,9 +202,28 @@ fn closed(ctx: &SockOpsContext) {
     }
     // SAFETY: as above.
     unsafe { (*at).counted = GONE };
-    let owner = if loads.owned() == 0 { owner_by(&tag) } else { last_owner(ctx, loads, &tag) };
-    leave(loads, owner, tag.slot == DISMISSED);
-    debug!(ctx, "slot {} has a connection less", owner);
+    let owner = if loads.owned() == 0 { by_tag(&tag) } else { last_owner(ctx, loads, &tag) };
+    leave_source(ctx, tag.counted);
+    leave_service(owner.marks | tag.counted);
+    leave(loads, owner.owner, tag.slot == DISMISSED);
+    debug!(ctx, "slot {} has a connection less", owner.owner);
+}
+
+/// A connection that is counted by these marks does not count for its source any more.
+#[inline(always)]
+fn leave_source(ctx: &SockOpsContext, marks: u32) {
+    let bits = counted_by(marks);
+    if bits != 0 {
+        limit::closed(bits, halves(ctx), maps::nanoseconds());
+    }
+}
+
+/// Nor for the service as a whole.
+#[inline(always)]
+fn leave_service(marks: u32) {
+    if marks & IN_SERVICE != 0 {
+        limit::change_service(limit::Change::Close as u64, maps::nanoseconds());
+    }
 }
 
 /// A connection is gone, from a server or from a room.
@@ -217,15 +253,19 @@ fn shut(ctx: &SockOpsContext) {
     }
     let tag = tag(ctx);
     // SAFETY: not null where it is read; this connection's own copy of its listener's tag.
-    if tag.is_null() || unsafe { (*tag).slot != DISMISSED || (*tag).counted != COUNTED } {
+    if tag.is_null() || unsafe { (*tag).slot != DISMISSED || !is_counted((*tag).counted) } {
         return;
     }
     // SAFETY: as above.
-    let owner = unsafe {
+    let (marks, owner) = unsafe {
+        let marks = (*tag).counted;
         (*tag).counted = 0;
-        last_owner(ctx, loads, &*tag)
+        (marks, last_owner(ctx, loads, &*tag))
     };
-    if let Some(index) = room_of(owner) {
+    leave_source(ctx, marks);
+    // One that a dead server left has a place in the service.
+    leave_service(owner.marks | marks);
+    if let Some(index) = room_of(owner.owner) {
         leave_room(loads, index);
     }
     count(Outcome::Dismissed);
@@ -241,17 +281,18 @@ fn leave_room(loads: Loads, index: u32) {
 
 /// Whose a closing connection is, by what was recorded of it, or else by its tag.
 #[inline(always)]
-fn last_owner(ctx: &SockOpsContext, loads: Loads, tag: &Tag) -> u32 {
+fn last_owner(ctx: &SockOpsContext, loads: Loads, tag: &Tag) -> Owner {
     let cookie = cookie(ctx);
-    let Some(owner) = maps::owner(cookie) else { return owner_by(tag) };
+    let Some(owner) = maps::owner(cookie) else { return by_tag(tag) };
     maps::forget(loads, cookie);
-    owner.owner
+    owner
 }
 
 /// Whose a connection is that never moved.
 #[inline(always)]
-fn owner_by(tag: &Tag) -> u32 {
-    if tag.slot == ROOM || tag.slot == DISMISSED { in_room(tag.index) } else { tag.slot }
+fn by_tag(tag: &Tag) -> Owner {
+    let owner = if tag.slot == ROOM || tag.slot == DISMISSED { in_room(tag.index) } else { tag.slot };
+    Owner { owner, marks: 0, since: 0, order: 0 }
 }
 
 /// User space is to know of this listener. Rooms come and go by the thousand, and the loop needs to
@@ -274,23 +315,33 @@ fn bell(ctx: &SockOpsContext) -> u64 {
 /// The client of a connection, as DIRECTED knows it.
 #[inline(always)]
 fn remote(ctx: &SockOpsContext) -> Address {
-    // SAFETY: the context is the kernel's. Word by word, as the verifier wants it.
-    let ip = unsafe {
-        let ops = ctx.ops;
-        if ctx.family() == AF_INET {
-            [(&raw const (*ops).remote_ip4).read_volatile(), 0, 0, 0]
-        } else {
-            [
-                (&raw const (*ops).remote_ip6[0]).read_volatile(),
-                (&raw const (*ops).remote_ip6[1]).read_volatile(),
-                (&raw const (*ops).remote_ip6[2]).read_volatile(),
-                (&raw const (*ops).remote_ip6[3]).read_volatile(),
-            ]
-        }
-    };
     // SAFETY: the context is the kernel's; in network byte order, in the upper half.
     let port = u32::from_be(unsafe { (*ctx.ops).remote_port });
-    steer::client(ip, ctx.family(), port)
+    steer::client(remote_ip(ctx), ctx.family(), port)
+}
+
+/// The halves of its address.
+#[inline(always)]
+fn halves(ctx: &SockOpsContext) -> (u64, u64) {
+    let ip = remote_ip(ctx);
+    if ctx.family() == AF_INET { source::mapped(ip[0]) } else { source::halves(ip) }
+}
+
+#[inline(always)]
+fn remote_ip(ctx: &SockOpsContext) -> [u32; 4] {
+    // SAFETY: the context is the kernel's. Word by word, as the verifier wants it.
+    unsafe {
+        let ops = ctx.ops;
+        if ctx.family() == AF_INET {
+            return [(&raw const (*ops).remote_ip4).read_volatile(), 0, 0, 0];
+        }
+        [
+            (&raw const (*ops).remote_ip6[0]).read_volatile(),
+            (&raw const (*ops).remote_ip6[1]).read_volatile(),
+            (&raw const (*ops).remote_ip6[2]).read_volatile(),
+            (&raw const (*ops).remote_ip6[3]).read_volatile(),
+        ]
+    }
 }
 
 #[inline(always)]

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod check;
+mod limits;
 
 use std::{
     fs::{self, File},
@@ -215,6 +216,7 @@ impl<'r> Reading<'r> {
             waiting,
             scale: written.scale.as_ref().and_then(|scale| self.scale(scale, written)),
             roll: self.roll(&written.roll),
+            limits: self.service_limits(&written.limits, &written.waiting),
             socket,
             readiness,
             backlog: self.number(&shared.backlog, 1..=65_535, BACKLOG),

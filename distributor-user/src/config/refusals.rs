@@ -3,6 +3,8 @@
 //! Each row: what is wrong, how it is written, and every sentence the operator reads.
 #![forbid(unsafe_code)]
 
+mod limits;
+
 use std::io;
 
 use proptest::prelude::*;
@@ -1004,7 +1006,7 @@ port = 10
 [service.shop.server]
 command = ["shop"]"#,
         &[
-            "shop.toml:3: service.shop.metrics: unknown field, write one of listen, policy, occupied, waiting, scale, check, roll, server, servers",
+            "shop.toml:3: service.shop.metrics: unknown field, write one of listen, policy, occupied, waiting, scale, check, roll, limits, server, servers",
         ],
     ),
     (

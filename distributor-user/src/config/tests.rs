@@ -88,6 +88,7 @@ fn what_is_left_out_has_its_default() {
             waiting: Waiting { capacity: 1024, timeout: Duration::from_secs(30), reply: [].into() },
             scale: None,
             roll: Bounds { max_surge: 1, max_unavailable: 0 },
+            limits: Limits::NONE,
             user: None,
             socket: SocketMode::Own,
             readiness: Readiness::Listening,
@@ -229,7 +230,7 @@ fn the_defaults_that_the_example_names_are_the_defaults() {
             checked += 1;
         }
     }
-    assert_eq!(checked, 41);
+    assert_eq!(checked, 45);
 }
 
 #[test]
@@ -377,7 +378,7 @@ fn check_says_what_was_understood() {
     );
     assert_eq!(
         parse(EXAMPLE).to_string(),
-        "shop: [::]:8080, 5 servers (1 to 4, big as backup), least-connections, socket own, user daemon, limit 200 (big: 400), weight 100 (big: 200), slow start 30s, scaled from 2 to 8, check http every 2s, waiting 1024 for 30s with a reply\n"
+        "shop: [::]:8080, 5 servers (1 to 4, big as backup), least-connections, socket own, user daemon, limit 200 (big: 400), weight 100 (big: 200), slow start 30s, scaled from 2 to 8, check http every 2s, waiting 1024 for 30s with a reply, limits: service 10000 connections, 500 per second (burst 1000), then wait; source 100 connections, 20 per second (burst 40) by /32 and /64, 1 exempt\n"
     );
 }
 
@@ -391,6 +392,25 @@ fn check_says_who_may_wait() {
     ] {
         let shown = parse(&format!("{LEAST}[service.shop.waiting]\n{text}")).to_string();
         assert_eq!(shown.trim_end().split_once(", weight 100, ").unwrap().1, said, "{text}");
+    }
+}
+
+#[test]
+fn check_says_what_the_service_and_its_sources_may_have() {
+    for (text, said) in [
+        ("connections = 1", "service 1 connection, then refuse"),
+        ("rate = 30\nover = \"wait\"", "service 30 per second (burst 30), then wait"),
+        (
+            "[service.shop.limits.per_source]\nrate = 9\nburst = 2",
+            "source 9 per second (burst 2) by /32 and /64",
+        ),
+        (
+            "connections = 7\n[service.shop.limits.per_source]\nconnections = 2\nprefix_ipv6 = 56\nexempt = [\"::1\", \"127.0.0.0/8\"]",
+            "service 7 connections, then refuse; source 2 connections by /32 and /56, 2 exempt",
+        ),
+    ] {
+        let shown = parse(&format!("{LEAST}[service.shop.limits]\n{text}")).to_string();
+        assert_eq!(shown.trim_end().split_once(", limits: ").unwrap().1, said, "{text}");
     }
 }
 

@@ -70,6 +70,7 @@ pub(super) struct Service {
     pub(super) scale: Option<Scale>,
     pub(super) check: Check,
     pub(super) roll: Roll,
+    pub(super) limits: Limits,
     pub(super) server: Shared,
     pub(super) servers: Vec<Named>,
 }
@@ -122,6 +123,26 @@ pub(super) struct Roll {
     pub(super) place: Place,
     pub(super) max_surge: Field<i64>,
     pub(super) max_unavailable: Field<i64>,
+}
+
+/// `[service.NAME.limits]`
+#[derive(Debug, Default)]
+pub(super) struct Limits {
+    pub(super) service: Ceiling,
+    pub(super) over: Field<String>,
+    /// `[service.NAME.limits.per_source]`
+    pub(super) source: Ceiling,
+    pub(super) prefix_ipv4: Field<i64>,
+    pub(super) prefix_ipv6: Field<i64>,
+    pub(super) exempt: List<String>,
+}
+
+/// What the service may have, or each source.
+#[derive(Debug, Default)]
+pub(super) struct Ceiling {
+    pub(super) connections: Field<i64>,
+    pub(super) rate: Field<i64>,
+    pub(super) burst: Field<i64>,
 }
 
 /// `[service.NAME.server]`: what all its servers share.
@@ -283,6 +304,7 @@ pub(super) fn from_command(form: &CommandForm) -> Written {
             waiting: Waiting { capacity: number("--waiting", form.waiting), ..Waiting::default() },
             scale: None,
             check: Check::default(),
+            limits: Limits::default(),
             server: Shared {
                 particulars: Particulars {
                     command: list("COMMAND", &form.command),
@@ -332,6 +354,7 @@ fn service(name: String, mut section: Section<'_>) -> Service {
     let roll_section = section.table("roll");
     let roll_place = roll_section.place.field.clone();
     let (roll, roll_fields) = roll(roll_section);
+    let limits = limits(section.table("limits"));
     let mut shared_section = section.table("server");
     let server = shared(&mut shared_section);
     // First, because what is refused here is known from here on, and so belongs to nobody else.
@@ -368,8 +391,20 @@ fn service(name: String, mut section: Section<'_>) -> Service {
     section.belongs_elsewhere(&server_fields, &server_place);
     section.belongs_elsewhere(&check_fields, &check_place);
     let place = section.place.clone();
-    let service =
-        Service { place, name, listen, policy, occupied, waiting, scale, check, roll, server, servers };
+    let service = Service {
+        place,
+        name,
+        listen,
+        policy,
+        occupied,
+        waiting,
+        limits,
+        scale,
+        check,
+        roll,
+        server,
+        servers,
+    };
     section.finish();
     service
 }
@@ -425,6 +460,35 @@ fn roll(mut section: Section<'_>) -> (Roll, Vec<&'static str>) {
         max_unavailable: section.number("max_unavailable", "0"),
     };
     (roll, section.finish())
+}
+
+fn limits(mut section: Section<'_>) -> Limits {
+    let mut per_source = section.table("per_source");
+    let source_place = per_source.place.field.clone();
+    let source = ceiling(&mut per_source);
+    let prefix_ipv4 = per_source.number("prefix_ipv4", "32");
+    let prefix_ipv6 = per_source.number("prefix_ipv6", "64");
+    let exempt = per_source.texts("exempt", "[\"10.0.0.0/8\"]");
+    let limits = Limits {
+        service: ceiling(&mut section),
+        over: section.text("over", "\"refuse\""),
+        source,
+        prefix_ipv4,
+        prefix_ipv6,
+        exempt,
+    };
+    per_source.belongs_elsewhere(&["over"], &section.place.field);
+    section.belongs_elsewhere(&per_source.finish(), &source_place);
+    section.finish();
+    limits
+}
+
+fn ceiling(section: &mut Section<'_>) -> Ceiling {
+    Ceiling {
+        connections: section.number("connections", "1000"),
+        rate: section.number("rate", "500"),
+        burst: section.number("burst", "1000"),
+    }
 }
 
 fn shared(section: &mut Section<'_>) -> Shared {

@@ -43,7 +43,10 @@ impl Distributor<'_> {
                         contract::LIMIT_MAX
                     ));
                 }
-                self.of_server(&server, |service, entry, _| service.set_limit(entry, limit))
+                match self.services.iter_mut().find(|service| service.name() == server) {
+                    Some(service) => service.set_service_limit(limit),
+                    None => self.of_server(&server, |service, entry, _| service.set_limit(entry, limit)),
+                }
             }
             Command::Adopt { service, pid, name, command } => self.adopt(&service, pid, &name, command, None),
             Command::Release { server } => {

@@ -1,6 +1,6 @@
 //! Counts that are right or wrong, and a kernel that is asked while connections come and go.
 
-use distributor_ebpf::contract::{DISMISSED, ROOM, Tag, in_room};
+use distributor_ebpf::contract::{COUNTED, DISMISSED, IN_SERVICE, Owner, ROOM, Tag, in_room, marked};
 use proptest::prelude::*;
 
 use super::*;
@@ -104,8 +104,11 @@ fn a_difference_that_goes_or_turns_around_does_not_stay() {
 
 #[test]
 fn a_connection_is_whose_owners_says_or_else_its_tag() {
-    let told =
-        |cookie, slot, counted, owner| Told { cookie, tag: Tag { slot, counted, index: 9, group: 0 }, owner };
+    let told = |cookie, slot, counted, owner: Option<u32>| Told {
+        cookie,
+        tag: Tag { slot, counted, index: 9, group: 0 },
+        owner: owner.map(|owner| owned(owner, 0)),
+    };
     let told = vec![
         told(1, 0, 1, None),
         told(1, 0, 1, None),       // told twice
@@ -123,6 +126,28 @@ fn a_connection_is_whose_owners_says_or_else_its_tag() {
     assert_eq!(tally(told, None), counts(2, 5));
 }
 
+fn owned(owner: u32, marks: u32) -> Owner {
+    Owner { owner, marks, since: 0, order: 0 }
+}
+
+#[test]
+fn a_connection_is_the_services_as_its_tag_says_or_owners() {
+    let told = |cookie, counted, owner: Option<Owner>| Told {
+        cookie,
+        tag: Tag { slot: 0, counted, index: 9, group: 0 },
+        owner,
+    };
+    let told = vec![
+        told(1, COUNTED, None), // of before there was a limit
+        told(2, COUNTED | IN_SERVICE | marked(128), None),
+        told(3, COUNTED | marked(64), Some(owned(in_room(9), 8))), // waits
+        told(4, COUNTED | marked(64), Some(owned(0, IN_SERVICE))), // handed over
+        told(5, COUNTED | IN_SERVICE, Some(owned(in_room(9), 0))), // a dead server left it
+        told(6, IN_SERVICE, None),                                 // closed
+    ];
+    assert_eq!(tally(told, None), Counts { service: 3, ..counts(3, 2) });
+}
+
 /// A service with two servers, whose words may be wrong.
 #[derive(Clone, Debug, Default)]
 struct Model {
@@ -130,6 +155,7 @@ struct Model {
     next: u64,
     words: [i64; 2],
     waiting: i64,
+    service: i64,
     opened: [u64; 2],
     left: u64,
     ended: u64,
@@ -160,7 +186,11 @@ type Steps = Vec<Option<Step>>;
 
 impl Model {
     fn owner(told: &Told) -> u32 {
-        told.owner.unwrap_or_else(|| owner_by(&told.tag))
+        told.owner.map_or_else(|| owner_by(&told.tag), |owner| owner.owner)
+    }
+
+    fn is_in_service(told: &Told) -> bool {
+        (told.tag.counted | told.owner.map_or(0, |owner| owner.marks)) & IN_SERVICE != 0
     }
 
     fn leave(&mut self, owner: u32) {
@@ -179,6 +209,7 @@ impl Model {
         match step {
             Some(Step::Open(slot)) => {
                 self.words[slot as usize] += 1;
+                self.service += 1;
                 self.opened[slot as usize] += 1;
                 self.add(slot, None);
             }
@@ -188,19 +219,30 @@ impl Model {
             }
             Some(Step::Close(which)) if len > 0 => {
                 let gone = self.sockets.remove(which % len);
+                if Self::is_in_service(&gone) {
+                    self.service = (self.service - 1).max(0);
+                }
                 self.leave(Self::owner(&gone));
             }
             Some(Step::Move(which, slot)) if len > 0 => {
                 self.words[slot as usize] += 1;
                 self.opened[slot as usize] += 1;
-                let old = Self::owner(&self.sockets[which % len]);
-                self.sockets[which % len].owner = Some(slot);
+                let told = &mut self.sockets[which % len];
+                let old = Self::owner(told);
+                self.service += i64::from(!Self::is_in_service(told));
+                let marks = if Self::is_in_service(told) {
+                    told.owner.map_or(0, |owner| owner.marks)
+                } else {
+                    IN_SERVICE
+                };
+                told.owner = Some(owned(slot, marks));
                 self.leave(old);
             }
             Some(Step::Park(which)) if len > 0 => {
-                let old = Self::owner(&self.sockets[which % len]);
                 self.waiting += 1;
-                self.sockets[which % len].owner = Some(in_room(1));
+                let told = &mut self.sockets[which % len];
+                let old = Self::owner(told);
+                told.owner = Some(owned(in_room(1), told.owner.map_or(0, |owner| owner.marks)));
                 self.leave(old);
             }
             _ => {}
@@ -209,8 +251,9 @@ impl Model {
 
     fn add(&mut self, slot: u32, owner: Option<u32>) {
         self.next += 1;
-        let tag = Tag { slot, counted: 1, index: 0, group: 0 };
-        self.sockets.push(Told { cookie: self.next, tag, owner });
+        let counted = if owner.is_none() { COUNTED | IN_SERVICE } else { COUNTED };
+        let tag = Tag { slot, counted, index: 0, group: 0 };
+        self.sockets.push(Told { cookie: self.next, tag, owner: owner.map(|owner| owned(owner, 0)) });
     }
 
     fn passed(&self) -> Passed {
@@ -222,6 +265,7 @@ impl Model {
     fn counted(&self) -> Counts {
         let mut counted = counts(self.words[0], self.waiting);
         counted.slots[1] = self.words[1];
+        counted.service = self.service;
         counted
     }
 
@@ -230,12 +274,13 @@ impl Model {
     }
 
     /// How wrong each count is.
-    fn drift(&self) -> [i64; 3] {
+    fn drift(&self) -> [i64; 4] {
         let (counted, there) = (self.counted(), self.there());
         [
             counted.slots[0] - there.slots[0],
             counted.slots[1] - there.slots[1],
             counted.waiting - there.waiting,
+            counted.service - there.service,
         ]
     }
 
@@ -278,6 +323,7 @@ impl Model {
         match difference.count {
             Count::Slot(slot) => self.words[slot as usize] -= difference.by,
             Count::Waiting => self.waiting -= difference.by,
+            Count::Service => self.service -= difference.by,
         }
     }
 }
@@ -287,6 +333,7 @@ fn place(count: Count) -> usize {
     match count {
         Count::Slot(slot) => slot as usize,
         Count::Waiting => 2,
+        Count::Service => 3,
     }
 }
 
@@ -298,7 +345,7 @@ proptest! {
     #[test]
     fn a_right_count_is_never_touched_and_a_wrong_one_is_repaired_in_time(
         beginning in prop::collection::vec(step(), 0..30),
-        injected in prop::array::uniform3(prop_oneof![Just(0i64), -4i64..5]),
+        injected in prop::array::uniform4(prop_oneof![Just(0i64), -4i64..5]),
         checks in prop::collection::vec(prop::collection::vec(prop::option::weighted(0.3, step()), 0..25), 0..12),
     ) {
         let mut model = Model::default();
@@ -308,6 +355,7 @@ proptest! {
         model.words[0] = (model.words[0] + injected[0]).max(0);
         model.words[1] = (model.words[1] + injected[1]).max(0);
         model.waiting += injected[2];
+        model.service = (model.service + injected[3]).max(0);
         let mut drift = Drift::default();
         for steps in checks {
             let found = drift.note(&model.check(steps));
@@ -325,6 +373,6 @@ proptest! {
                 model.repair(difference);
             }
         }
-        prop_assert_eq!(model.drift(), [0; 3]);
+        prop_assert_eq!(model.drift(), [0; 4]);
     }
 }

@@ -55,6 +55,7 @@ impl Ledger {
             slots: (0..SLOTS as u32).map(active).collect(),
             // Counted wrong, it may be below 0.
             waiting: self.waiting().load(Ordering::SeqCst) as i64,
+            service: word::active(self.service().load(Ordering::SeqCst)) as i64,
         }
     }
 
@@ -78,8 +79,8 @@ impl Ledger {
     }
 
     /// Whose a connection is that waited or moved.
-    pub fn owner(&self, cookie: u64) -> Option<u32> {
-        self.owners.get(&cookie, 0).ok().map(|owner| owner.owner)
+    pub fn owner(&self, cookie: u64) -> Option<Owner> {
+        self.owners.get(&cookie, 0).ok()
     }
 
     /// The TAG map.
@@ -90,14 +91,8 @@ impl Ledger {
     /// Corrects a count, whatever it has become meanwhile. False if it changed too often.
     pub fn repair(&self, difference: &Difference) -> bool {
         match difference.count {
-            Count::Slot(slot) => {
-                let places = self.word(slot);
-                (0..TRIES).any(|_| {
-                    let seen = places.load(Ordering::SeqCst);
-                    let right = word::corrected(seen, difference.by);
-                    places.compare_exchange(seen, right, Ordering::SeqCst, Ordering::SeqCst).is_ok()
-                })
-            }
+            Count::Slot(slot) => correct(self.word(slot), difference.by),
+            Count::Service => correct(self.service(), difference.by),
             Count::Waiting => {
                 self.waiting().fetch_sub(difference.by as u64, Ordering::SeqCst);
                 true
@@ -109,7 +104,20 @@ impl Ledger {
         self.load.long(0, offset_of!(Load, word) + slot as usize * 8)
     }
 
+    fn service(&self) -> &AtomicU64 {
+        self.load.long(0, offset_of!(Load, places))
+    }
+
     fn waiting(&self) -> &AtomicU64 {
         self.load.long(0, offset_of!(Load, waiting))
     }
+}
+
+/// Takes connections off a word, whatever it has become meanwhile.
+fn correct(places: &AtomicU64, by: i64) -> bool {
+    (0..TRIES).any(|_| {
+        let seen = places.load(Ordering::SeqCst);
+        let right = word::corrected(seen, by);
+        places.compare_exchange(seen, right, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    })
 }

@@ -126,6 +126,9 @@ const LOAD_FIELDS: &[(usize, Field)] = &[
     (offset_of!(Load, orphans), Field::Sum),
     (offset_of!(Load, waits), Field::Sum),
     (offset_of!(Load, waited), Field::Sum),
+    (offset_of!(Load, places), Field::Places),
+    (offset_of!(Load, due), Field::Most),
+    (offset_of!(Load, over), Field::Most),
     #[cfg(feature = "next-contract")]
     (offset_of!(Load, closed), Field::Sum),
 ];

@@ -23,7 +23,7 @@ use aya::maps::MapInfo;
 use super::syscall;
 
 /// Maps that outlive a distributor. TAG is among them: its entries live in the sockets.
-pub(super) const MAPS: [&str; 19] = [
+pub(super) const MAPS: [&str; 20] = [
     "PLAN",
     "ACTIVE",
     "HASH",
@@ -34,6 +34,7 @@ pub(super) const MAPS: [&str; 19] = [
     "PARKED",
     "ROOMS",
     "STATES",
+    "SOURCES",
     "ATTENDANT",
     "BELLS",
     "DIRECTED",

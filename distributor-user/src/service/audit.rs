@@ -104,6 +104,7 @@ impl Service {
                 format!("{} counted {counted} {}", self.whose(slot), noun(counted))
             }
             Count::Waiting => format!("{counted} {} counted that wait", noun(counted)),
+            Count::Service => format!("{counted} {} counted for its limit", noun(counted)),
         };
         self.audit.drift.found += 1;
         let outcome = match repair {

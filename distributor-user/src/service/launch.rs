@@ -189,6 +189,9 @@ impl Service {
         sockets: &mut notify::Held,
         host: &mut Host<'_>,
     ) -> anyhow::Result<Vec<Child>> {
+        if succession == Succession::Next {
+            self.keep_limits()?;
+        }
         latest_first(&mut found);
         let (found, mut strangers) = role::settle(found);
         let mut chosen: Vec<(usize, Found)> = Vec::new();

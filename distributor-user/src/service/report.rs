@@ -58,6 +58,7 @@ impl Service {
                 oldest_seconds: oldest.map_or(0.0, |since| now.saturating_sub(since) as f64 / 1e9),
                 wait: histogram(&load),
             },
+            limits: self.limits_status(&load, now),
             drift: self.audit.status(),
             servers: self
                 .in_order()
@@ -243,6 +244,7 @@ pub fn vacant_status(config: &config::Service, why: &str, since: SystemTime) -> 
         listen: config.listen.iter().map(ToString::to_string).collect(),
         policy: config.policy.name().to_owned(),
         waiting: WaitingStatus { capacity: u64::from(config.waiting.capacity), ..WaitingStatus::default() },
+        limits: None,
         drift: DriftStatus::default(),
         servers: config.servers.iter().map(server).collect(),
         scale: None,

@@ -30,6 +30,9 @@ impl Service {
         if self.config.waiting != before.waiting {
             self.attendant.change(self.config.waiting.clone());
         }
+        if self.config.limits != before.limits {
+            self.set_limits(self.config.limits.clone());
+        }
         for server in self.config.servers.clone() {
             if let Some(entry) = self.find(&server.name) {
                 self.set(entry, server);

@@ -46,6 +46,7 @@ pub mod service;
 pub mod share;
 pub mod shared;
 pub mod sock_diag;
+pub mod spread;
 pub mod status;
 pub mod systemd;
 pub mod trouble;

@@ -31,6 +31,7 @@ pub mod launch;
 mod launcher;
 pub mod link;
 pub mod listener;
+pub mod load;
 pub mod lock;
 pub mod logging;
 pub mod message;

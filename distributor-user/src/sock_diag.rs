@@ -68,6 +68,8 @@ pub struct Socket {
     pub remote: SocketAddr,
     /// The device it is bound to; 0: none.
     pub device: u32,
+    /// Of a listener: connections that nobody has accepted yet. Of another: bytes that nobody has read.
+    pub queue: u32,
     /// The cgroup (inode number) in which it was made, or its listener; `None` if the kernel does
     /// not tell (before Linux 5.7).
     pub cgroup: Option<u64>,
@@ -235,6 +237,7 @@ fn socket(message: &[u8]) -> Option<Socket> {
         local: address(4, 8)?,
         remote: address(6, 24)?,
         device: word(fixed, 40)?,
+        queue: word(fixed, 56)?,
         cookie: u64::from(word(fixed, 44)?) | u64::from(word(fixed, 48)?) << 32,
         cgroup: None,
         tag: None,
@@ -320,6 +323,7 @@ mod tests {
             assert_eq!(listening.len(), 1);
             assert_eq!(listening[0].cookie, sockopt::socket_cookie(&listener).unwrap());
             assert_eq!(listening[0].local, address);
+            assert_eq!(listening[0].queue, 1);
             assert!(listening[0].cgroup.is_some());
 
             let connected = all(address, States::Connections);

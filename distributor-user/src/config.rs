@@ -30,7 +30,11 @@ use std::{
 pub use distributor_ebpf::contract::Policy;
 use rustix::process::{Resource, Signal};
 
-pub use self::{cpus::write as list_of_cpus, environment::Machine, user::User};
+pub use self::{
+    cpus::{Cpus, parse as cpus_of_list, write as list_of_cpus},
+    environment::Machine,
+    user::User,
+};
 use crate::{address::ListenAddress, error::UserError};
 
 /// The file `up` reads when it is given nothing else.
@@ -114,8 +118,8 @@ pub struct Server {
     pub weight: u32,
     /// The most connections at a time.
     pub limit: Option<u32>,
-    /// The CPUs it may use, ascending. Empty: all.
-    pub cpus: Vec<usize>,
+    /// The CPUs it may use.
+    pub cpus: Cpus,
     /// Resource limits. `None`: unlimited.
     pub limits: Vec<(Resource, Option<u64>)>,
     /// The file mode bits it does not set.

@@ -50,6 +50,7 @@ pub mod sock_diag;
 pub mod spread;
 pub mod status;
 pub mod systemd;
+pub mod topology;
 pub mod trouble;
 pub mod upgrade;
 pub mod watch;

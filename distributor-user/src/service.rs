@@ -7,6 +7,7 @@
 
 mod adopt;
 mod audit;
+mod cpus;
 mod drain;
 mod launch;
 mod notified;
@@ -34,7 +35,6 @@ use tokio::{sync::mpsc::UnboundedSender, task::JoinSet};
 use tracing::{debug, error, info, warn};
 
 use crate::{
-    affinity,
     attendant::{self, Attendant, Duty, Says},
     auditor::Auditor,
     cgroup::Cgroup,
@@ -117,7 +117,7 @@ pub struct Service {
     entries: Vec<Entry>,
     /// How long a step of the shortest slow start lasts that is under way.
     warms: Option<Duration>,
-    cpus: affinity::Watch,
+    cpus: cpus::Seats,
     /// Slots of ended instances that still hold connections.
     retired: Vec<Retired>,
     slots: Slots,
@@ -159,6 +159,8 @@ struct Entry {
     /// An operator has taken it out.
     drain: Option<Drain>,
     closing: drain::Closing,
+    /// Which CPUs it has.
+    cpus: cpus::Pinned,
     run: Option<Running>,
     /// Of ended instances.
     total_before: u64,
@@ -314,7 +316,7 @@ impl Service {
             bell: options.bell,
             entries: Vec::new(),
             warms: None,
-            cpus: affinity::Watch::default(),
+            cpus: cpus::Seats::default(),
             retired: Vec::new(),
             slots: Slots::default(),
             indices: Indices::default(),
@@ -348,6 +350,7 @@ impl Service {
                     config: server.clone(),
                     drain: None,
                     closing: drain::Closing::default(),
+                    cpus: cpus::Pinned::default(),
                     run: None,
                     total_before: 0,
                     most_before: 0,

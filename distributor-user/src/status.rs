@@ -141,7 +141,20 @@ pub struct ServerStatus {
     /// An operator has taken it out until he resumes it.
     #[serde(default)]
     pub drain: Option<DrainStatus>,
+    /// Which CPUs it has; `None`: as dist-ctl itself.
+    #[serde(default)]
+    pub cpus: Option<CpusStatus>,
     /// When it entered its state.
+    pub since: Timestamp,
+}
+
+/// The CPUs of a server.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CpusStatus {
+    /// `0-3,8`
+    pub list: String,
+    pub why: String,
+    /// Since when it has these.
     pub since: Timestamp,
 }
 
@@ -208,6 +221,9 @@ impl Status {
             for (width, cell) in widths.iter_mut().zip(row) {
                 *width = (*width).max(cell.len());
             }
+        }
+        if rows.iter().flatten().all(|row| row[CPUS] == "-") {
+            widths[CPUS] = 0;
         }
         let mut blocks = Vec::new();
         for (service, rows) in self.services.iter().zip(&rows) {
@@ -342,7 +358,7 @@ enum Align {
     Right,
 }
 
-const COLUMNS: [(&str, Align); 12] = [
+const COLUMNS: [(&str, Align); 13] = [
     ("NAME", Align::Left),
     ("STATE", Align::Left),
     ("SINCE", Align::Right),
@@ -354,8 +370,12 @@ const COLUMNS: [(&str, Align); 12] = [
     ("WEIGHT", Align::Right),
     ("QUEUE", Align::Right),
     ("RESTARTS", Align::Right),
+    ("CPUS", Align::Left),
     ("REASON", Align::Left),
 ];
+
+/// This column is only there if some server has CPUs of its own.
+const CPUS: usize = 11;
 
 /// The cells of one server, in the order of `COLUMNS`.
 type Row = [String; COLUMNS.len()];
@@ -423,6 +443,7 @@ impl ServerStatus {
             weight,
             or_dash(self.accept_queue),
             self.restarts.to_string(),
+            or_dash(self.cpus.as_ref().map(|cpus| plain(&cpus.list))),
             or_dash(self.reason.as_deref().map(plain)),
         ]
     }
@@ -436,6 +457,9 @@ fn line(row: &Row, widths: &[usize; COLUMNS.len()], terminal: Option<usize>) -> 
     let mut line = String::new();
     let last = COLUMNS.len() - 1;
     for (at, (cell, (_, align))) in row.iter().zip(COLUMNS).enumerate() {
+        if widths[at] == 0 {
+            continue;
+        }
         line.push_str("  ");
         let width = widths[at];
         let _ = match align {
@@ -517,6 +541,7 @@ mod tests {
             limit: Some(200),
             weight: 100,
             effective_weight: 100,
+            cpus: None,
             accept_queue: Some(0),
             adopted: false,
             earlier: 0,
@@ -614,6 +639,7 @@ mod tests {
                     "adopted": false,
                     "earlier": 0,
                     "drain": null,
+                    "cpus": null,
                     "restarts": 3,
                     "since": "2026-01-02T03:07:15Z",
                 }],
@@ -674,6 +700,22 @@ api: 127.0.0.1:9; first; waiting 0
   api/a-long-name  ready    3m12s  4242    12   40   1234    200     100      0         0  -
 ";
         assert_eq!(status(vec![shop(), api]).table(None, now), expected);
+    }
+
+    #[test]
+    fn table_shows_cpus_where_some_server_has_its_own() {
+        let mut shop = shop();
+        let since = "2026-01-02T03:04:05Z".parse().unwrap();
+        shop.servers[0].cpus =
+            Some(CpusStatus { list: "0-3,8".to_owned(), why: "configured".to_owned(), since });
+        let table = status(vec![shop]).table(None, at("2026-01-02T03:07:17Z"));
+        let expected = "\
+shop: [::]:8080, 0.0.0.0:80; least-connections; waiting 3 of 1024 (oldest 1.2s, max 17, served 40)
+  NAME    STATE    SINCE   PID  CONN  MAX  TOTAL  LIMIT  WEIGHT  QUEUE  RESTARTS  CPUS   REASON
+  shop/1  ready    3m12s  4242    12   40   1234    200     100      0         0  0-3,8  -
+  shop/2  backoff     2s     -     0   40   1234      -   0/100      -         3  -      exited with 101 after 0.4s; next start in 2s (attempt 3)
+";
+        assert_eq!(table, expected);
     }
 
     #[test]

@@ -94,6 +94,15 @@ pub struct Server {
     pub restarts: u64,
     pub earlier: u64,
     pub drain: Option<Drain>,
+    pub cpus: Option<Cpus>,
+    pub since: String,
+}
+
+/// Which CPUs a server has.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct Cpus {
+    pub list: String,
+    pub why: String,
     pub since: String,
 }
 

@@ -17,7 +17,7 @@ use distributor_ebpf::contract::{CAPACITY_MAX, GROUPS, LIMIT_MAX, SLOTS, WEIGHT_
 use rustix::process::{Resource, Signal};
 
 use super::{
-    Config, Control, Machine, Occupied, Output, Policy, Problems, Readiness, Restart, Server, Service,
+    Config, Control, Cpus, Machine, Occupied, Output, Policy, Problems, Readiness, Restart, Server, Service,
     SocketMode, User, Waiting, cpus, duration,
     environment::{self, Facts},
     expand::{Names, expand},
@@ -468,20 +468,25 @@ impl<'r> Reading<'r> {
         Some(self.number(field, 1..=LIMIT_MAX, LIMIT_MAX))
     }
 
-    fn cpus(&self, field: &Field<String>) -> Vec<usize> {
+    fn cpus(&self, field: &Field<String>) -> Cpus {
         let Some(given) = field.given() else {
-            return Vec::new();
+            return Cpus::All;
         };
-        let wanted = cpus::parse(&given.value).unwrap_or_else(|sentence| {
+        let wanted = cpus::meant(&given.value).unwrap_or_else(|sentence| {
             self.refuse(&given.place, sentence);
-            Vec::new()
+            Cpus::All
         });
-        if let Some(possible) = &self.machine.cpus_possible {
-            let mut missing = wanted.clone();
-            missing.retain(|cpu| !possible.contains(cpu));
+        let (kind, named, possible) = match &wanted {
+            Cpus::List(cpus) => ("CPU", cpus, self.machine.cpus_possible.as_ref()),
+            Cpus::Nodes(nodes) => ("NUMA node", nodes, Some(&self.machine.nodes_possible)),
+            Cpus::All | Cpus::Spread(_) => return wanted,
+        };
+        if let Some(possible) = possible {
+            let mut missing = named.clone();
+            missing.retain(|number| !possible.contains(number));
             if !missing.is_empty() {
                 let sentence = format!(
-                    "{:?} names CPU {}, which this machine does not have, write CPUs of {:?}",
+                    "{:?} names {kind} {}, which this machine does not have, write {kind}s of {:?}",
                     given.value,
                     cpus::write(&missing),
                     cpus::write(possible)

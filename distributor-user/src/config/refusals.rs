@@ -128,13 +128,34 @@ name = "big""#,
         "cpus_that_are_no_list",
         r#"cpus = "all""#,
         &[
-            r#"shop.toml:5: service.shop.server.cpus: "all" is no list of CPUs, write for example "0-3" or "0-3,8""#,
+            r#"shop.toml:5: service.shop.server.cpus: "all" is no list of CPUs, write for example "0-3" or "0-3,8", or "node0", "spread" or "spread:nodes""#,
         ],
     ),
     (
         "cpus_backwards",
         r#"cpus = "3-0""#,
         &[r#"shop.toml:5: service.shop.server.cpus: "3-0" counts backwards, write "0-3""#],
+    ),
+    (
+        "nodes_that_are_not_here",
+        r#"cpus = "node1-2""#,
+        &[
+            r#"shop.toml:5: service.shop.server.cpus: "node1-2" names NUMA node 2, which this machine does not have, write NUMA nodes of "0-1""#,
+        ],
+    ),
+    (
+        "nodes_that_are_no_list",
+        r#"cpus = "nodes""#,
+        &[
+            r#"shop.toml:5: service.shop.server.cpus: "nodes" is no list of NUMA nodes, write for example "node0" or "node0-1""#,
+        ],
+    ),
+    (
+        "cpus_spread_over_something_else",
+        r#"cpus = "spread:cores""#,
+        &[
+            r#"shop.toml:5: service.shop.server.cpus: "spread:cores" is no list of CPUs, write for example "0-3" or "0-3,8", or "node0", "spread" or "spread:nodes""#,
+        ],
     ),
     (
         "cpus_as_a_list_of_numbers",
@@ -1117,5 +1138,5 @@ fn assert_refused(name: &str, text: &str, sentences: &[&str]) {
 }
 
 fn machine() -> Machine {
-    Machine { environment: Vec::new(), cpus_possible: Some(vec![0, 1, 2, 3]) }
+    Machine { environment: Vec::new(), cpus_possible: Some(vec![0, 1, 2, 3]), nodes_possible: vec![0, 1] }
 }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use toml::{Table, Value};
 
 use super::*;
+use crate::spread::Portion;
 
 /// Every option, for people; and for these tests.
 const EXAMPLE: &str = include_str!("../../../docs/dist-ctl.toml");
@@ -24,6 +25,7 @@ fn machine() -> Machine {
     Machine {
         environment: vec![("PATH".to_owned(), "/bin".to_owned())],
         cpus_possible: Some(vec![0, 1, 2, 3]),
+        nodes_possible: vec![0],
     }
 }
 
@@ -57,7 +59,7 @@ fn what_is_left_out_has_its_default() {
         directory: None,
         weight: 100,
         limit: None,
-        cpus: Vec::new(),
+        cpus: Cpus::All,
         limits: Vec::new(),
         umask: 0o022,
         output: Output::Inherit,
@@ -109,6 +111,8 @@ fn the_example_means_what_it_says() {
     assert_eq!(first.output, Output::File(PathBuf::from("/var/log/shop-1.log")));
     assert_eq!(first.errors, Output::Inherit);
     assert_eq!((first.weight, first.limit), (100, Some(200)));
+    assert_eq!(first.cpus, Cpus::Spread(Portion::Cpus));
+    assert_eq!(big.cpus, Cpus::List(vec![0]));
     assert_eq!(
         first.limits,
         [(Resource::Core, Some(0)), (Resource::Memlock, None), (Resource::Nofile, Some(65_536)),]

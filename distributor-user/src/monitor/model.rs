@@ -987,6 +987,7 @@ impl World {
             retired: Vec::new(),
             adopted: None,
             extra: None,
+            cpus: Default::default(),
         })
     }
 

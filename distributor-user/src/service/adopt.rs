@@ -289,6 +289,7 @@ impl Service {
             limit: config.limit,
             drain: None,
             closing: super::drain::Closing::default(),
+            cpus: super::cpus::Pinned::default(),
             run: None,
             total_before: 0,
             most_before: 0,

@@ -9,18 +9,17 @@ use std::{
 
 use anyhow::Context as _;
 use distributor_ebpf::contract::{Home, Plan, ROOM, Run as KernelRun, SLOTS};
-use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use tracing::{debug, info, warn};
 
 use super::{
-    Entry, Host, Launch, Listeners, Running, Service,
+    Host, Launch, Listeners, Running, Service,
     adopt::{self, Adopted, Guest},
+    cpus::Pinned,
     notified::Hearing,
 };
 use crate::{
-    affinity,
-    config::{self, SocketMode},
+    config::{self, Cpus, SocketMode},
     distributor::Input,
     drain::Drain,
     error, foreign,
@@ -59,6 +58,9 @@ pub struct Label {
     /// It is none of the configuration's: what it is started with again.
     #[serde(default)]
     pub extra: Option<Vec<String>>,
+    /// Which CPUs it has.
+    #[serde(default)]
+    pub cpus: Pinned,
 }
 
 /// An instance's place in the kernel's maps.
@@ -102,6 +104,7 @@ impl Service {
         self.generation = self.generation.wrapping_add(1);
         let (generation, base) = (self.generation, load.total[slot as usize]);
         let (cgroup, notify_path) = self.places_of(entry, instance, host);
+        self.seat(entry);
         // From here on `retire` gives everything back, whatever fails.
         self.entries[entry].run = Some(Running {
             instance,
@@ -223,6 +226,7 @@ impl Service {
         // Of all that was said, this holds under another monitor too: what is not to be reached must not
         // be reached because something else was killed.
         server.drain = label.drain;
+        server.cpus = label.cpus.clone();
         (server.total_before, server.most_before) = (label.total_before, label.most_before);
         server.machine = match succession {
             Succession::Next => label.machine.clone(),
@@ -423,34 +427,6 @@ impl Service {
         Ok(())
     }
 
-    /// Pins servers anew when one of their CPUs is back, and says which run on others meanwhile.
-    pub(super) fn keep_on_cpus(&mut self) {
-        if !self.cpus.is_due() {
-            return;
-        }
-        for entry in 0..self.entries.len() {
-            let Entry { config, run, .. } = &self.entries[entry];
-            let (name, cpus) = (&config.name, &config.cpus);
-            if cpus.is_empty() {
-                continue;
-            }
-            // An adopted server runs where it did.
-            let run = run.as_ref().filter(|run| run.launch == Launch::Running && run.guest.is_none());
-            let lacks = run.zip(affinity::mask(cpus).ok()).and_then(|(run, mask)| {
-                let error = affinity::restore(&run.cgroup.processes(), &mask).err()?;
-                let cpus = config::list_of_cpus(cpus);
-                Some(match error {
-                    Errno::INVAL => format!(
-                        "server {name}: none of its CPUs ({cpus}) is online and in its cpuset: runs on others until \
-                         one is"
-                    ),
-                    error => format!("server {name}: cannot be kept on CPUs {cpus}: {error}; tries again"),
-                })
-            });
-            self.note(&format!("CPUs of {name}"), lacks);
-        }
-    }
-
     /// It would be taken for one that fails if it could say nothing.
     fn needs_notify(&self, entry: usize) -> bool {
         self.config.readiness == config::Readiness::Notify || self.entries[entry].config.watchdog.is_some()
@@ -523,7 +499,7 @@ impl Service {
                 .iter()
                 .map(|&(resource, limit)| Limit { resource, soft: limit, hard: limit })
                 .collect(),
-            cpus: server.cpus.clone(),
+            cpus: self.entries[entry].cpus.now.clone(),
             cgroup,
             stdout: (&server.output).into(),
             stderr: (&server.errors).into(),
@@ -557,6 +533,7 @@ impl Service {
             total_before: server.total_before,
             most_before: server.most_before,
             retired: retired.map(|retired| (retired.slot, retired.base)).collect(),
+            cpus: server.cpus.clone(),
             extra: (entry >= self.config.servers.len()).then(|| server.config.command.clone()),
             adopted: server.run.as_ref().and_then(|run| Some(run.guest.as_ref()?.adopted.clone())),
         }
@@ -603,6 +580,11 @@ impl Service {
         let mut exec = self.exec(entry, std::path::PathBuf::new());
         // ...and what is not configured from shell to shell.
         exec.environment = self.entries[entry].config.own_environment.clone();
+        // Which CPUs it has by its part of them may change while it runs.
+        exec.cpus = match &self.entries[entry].config.cpus {
+            Cpus::List(cpus) => cpus.clone(),
+            Cpus::All | Cpus::Nodes(_) | Cpus::Spread(_) => Vec::new(),
+        };
         Ok(plan::hash(&serde_json::to_vec(&exec)?))
     }
 }

@@ -35,7 +35,7 @@ pub use self::{
     environment::Machine,
     user::User,
 };
-use crate::{address::ListenAddress, error::UserError};
+use crate::{address::ListenAddress, error::UserError, load::Rule};
 
 /// The file `up` reads when it is given nothing else.
 pub const DEFAULT_FILE: &str = "/etc/dist-ctl/dist-ctl.toml";
@@ -73,6 +73,8 @@ pub struct Service {
     pub occupied: Occupied,
     /// Who may wait when no server has a place.
     pub waiting: Waiting,
+    /// How weights follow load. `None`: they do not.
+    pub load: Option<Rule>,
     /// Whom the servers run as. `None`: as the distributor, that is root.
     pub user: Option<User>,
     /// How the servers get their listeners.
@@ -314,6 +316,10 @@ impl fmt::Display for Service {
                 write!(f, ", slow start {}", duration::write(server.slow_start))?;
             }
             _ => {}
+        }
+        if let Some(load) = &self.load {
+            let sources: Vec<&str> = load.sources.iter().map(|source| source.name()).collect();
+            write!(f, ", weights by {} down to {} %", sources.join(" and "), load.floor)?;
         }
         write!(f, ", {}", self.waiting)
     }

@@ -10,6 +10,7 @@ mod audit;
 mod cpus;
 mod drain;
 mod launch;
+mod load;
 mod notified;
 mod report;
 mod survey;
@@ -118,6 +119,8 @@ pub struct Service {
     /// How long a step of the shortest slow start lasts that is under way.
     warms: Option<Duration>,
     cpus: cpus::Seats,
+    /// When the loads of servers were last looked at.
+    loads_at: Option<Instant>,
     /// Slots of ended instances that still hold connections.
     retired: Vec<Retired>,
     slots: Slots,
@@ -211,6 +214,8 @@ struct Running {
     unwatched: bool,
     /// It can say something by sd_notify.
     notify: Option<notified::Hearing>,
+    /// How loaded it is, and what that leaves it.
+    strain: load::Strain,
     /// It was adopted.
     guest: Option<adopt::Guest>,
 }
@@ -317,6 +322,7 @@ impl Service {
             entries: Vec::new(),
             warms: None,
             cpus: cpus::Seats::default(),
+            loads_at: None,
             retired: Vec::new(),
             slots: Slots::default(),
             indices: Indices::default(),
@@ -849,6 +855,7 @@ impl Service {
         self.forget_left();
         self.count_earlier();
         self.keep_on_cpus();
+        self.follow_load();
         self.write_plan();
     }
 
@@ -1073,6 +1080,7 @@ impl Service {
                 included: entry.is_open(),
                 backup: entry.config.backup,
                 weight: entry.weight,
+                part: run.map_or(share::WHOLE, |run| run.strain.percent()),
                 warms: warms.filter(|_| !entry.config.slow_start.is_zero()).map(|_| Warming {
                     passed: now.saturating_duration_since(entry.machine.since()),
                     of: entry.config.slow_start,
@@ -1113,7 +1121,7 @@ impl Service {
                         // What it had before it was adopted takes places that nobody counts.
                         limit: match &run.guest {
                             Some(guest) => entry.limit.map(|limit| limit.saturating_sub(guest.earlier_open)),
-                            None => entry.limit,
+                            None => entry.effective_limit(),
                         },
                         generation: run.generation,
                         runs: run

@@ -125,6 +125,9 @@ pub struct ServerStatus {
     /// `None`: no limit.
     pub limit: Option<u32>,
     pub weight: u32,
+    /// The limit the kernel goes by: less, if the server says that it can serve no more.
+    #[serde(default)]
+    pub effective_limit: Option<u32>,
     /// The weight the kernel goes by: 0 while the server is to get nothing.
     pub effective_weight: u32,
     /// Connections the kernel has established and the server has not accepted yet;
@@ -141,11 +144,33 @@ pub struct ServerStatus {
     /// An operator has taken it out until he resumes it.
     #[serde(default)]
     pub drain: Option<DrainStatus>,
+    /// How loaded it is; `None`: it says nothing, and its weight does not follow its load.
+    #[serde(default)]
+    pub load: Option<LoadStatus>,
     /// Which CPUs it has; `None`: as dist-ctl itself.
     #[serde(default)]
     pub cpus: Option<CpusStatus>,
     /// When it entered its state.
     pub since: Timestamp,
+}
+
+/// What a server says of its load, what is seen of it, and what that leaves it of its weight.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LoadStatus {
+    /// X_LOAD, from 0 to 1.
+    pub reported: Option<f64>,
+    pub reported_seconds_ago: Option<f64>,
+    /// X_CAPACITY: connections.
+    pub capacity: Option<u32>,
+    pub capacity_seconds_ago: Option<f64>,
+    /// PSI of its cgroup, from 0 to 1.
+    pub cpu_pressure: Option<f64>,
+    /// How long a connection lies in its accept queue.
+    pub accept_seconds: Option<f64>,
+    /// Of its weight.
+    pub percent: u32,
+    /// Since when that is less than 100.
+    pub since: Option<Timestamp>,
 }
 
 /// The CPUs of a server.
@@ -431,6 +456,10 @@ impl ServerStatus {
         } else {
             format!("{}/{}", self.effective_weight, self.weight)
         };
+        let limit = match self.effective_limit {
+            effective if effective == self.limit => or_dash(self.limit),
+            effective => format!("{}/{}", or_dash(effective), or_dash(self.limit)),
+        };
         [
             plain(&self.name),
             self.state.to_string(),
@@ -439,7 +468,7 @@ impl ServerStatus {
             self.connections.to_string(),
             self.connections_max.to_string(),
             self.connections_total.to_string(),
-            or_dash(self.limit),
+            limit,
             weight,
             or_dash(self.accept_queue),
             self.restarts.to_string(),
@@ -539,8 +568,10 @@ mod tests {
             connections_max: 40,
             connections_total: 1234,
             limit: Some(200),
+            effective_limit: Some(200),
             weight: 100,
             effective_weight: 100,
+            load: None,
             cpus: None,
             accept_queue: Some(0),
             adopted: false,
@@ -558,6 +589,7 @@ mod tests {
             pid: None,
             connections: 0,
             limit: None,
+            effective_limit: None,
             effective_weight: 0,
             accept_queue: None,
             restarts: 3,
@@ -633,12 +665,14 @@ mod tests {
                     "connections_max": 40,
                     "connections_total": 1234,
                     "limit": null,
+                    "effective_limit": null,
                     "weight": 100,
                     "effective_weight": 0,
                     "accept_queue": null,
                     "adopted": false,
                     "earlier": 0,
                     "drain": null,
+                    "load": null,
                     "cpus": null,
                     "restarts": 3,
                     "since": "2026-01-02T03:07:15Z",
@@ -703,17 +737,19 @@ api: 127.0.0.1:9; first; waiting 0
     }
 
     #[test]
-    fn table_shows_cpus_where_some_server_has_its_own() {
+    fn table_shows_cpus_where_some_server_has_its_own_and_limits_that_are_less_than_configured() {
         let mut shop = shop();
         let since = "2026-01-02T03:04:05Z".parse().unwrap();
         shop.servers[0].cpus =
             Some(CpusStatus { list: "0-3,8".to_owned(), why: "configured".to_owned(), since });
+        shop.servers[0].effective_limit = Some(25);
+        shop.servers[1].effective_limit = Some(7);
         let table = status(vec![shop]).table(None, at("2026-01-02T03:07:17Z"));
         let expected = "\
 shop: [::]:8080, 0.0.0.0:80; least-connections; waiting 3 of 1024 (oldest 1.2s, max 17, served 40)
-  NAME    STATE    SINCE   PID  CONN  MAX  TOTAL  LIMIT  WEIGHT  QUEUE  RESTARTS  CPUS   REASON
-  shop/1  ready    3m12s  4242    12   40   1234    200     100      0         0  0-3,8  -
-  shop/2  backoff     2s     -     0   40   1234      -   0/100      -         3  -      exited with 101 after 0.4s; next start in 2s (attempt 3)
+  NAME    STATE    SINCE   PID  CONN  MAX  TOTAL   LIMIT  WEIGHT  QUEUE  RESTARTS  CPUS   REASON
+  shop/1  ready    3m12s  4242    12   40   1234  25/200     100      0         0  0-3,8  -
+  shop/2  backoff     2s     -     0   40   1234     7/-   0/100      -         3  -      exited with 101 after 0.4s; next start in 2s (attempt 3)
 ";
         assert_eq!(table, expected);
     }

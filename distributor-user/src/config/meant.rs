@@ -26,7 +26,10 @@ use super::{
     user,
     written::{self, Field, Given, List, Place, Written},
 };
-use crate::address::{ListenAddress, divide_families};
+use crate::{
+    address::{ListenAddress, divide_families},
+    load::{Rule, Source},
+};
 
 const WEIGHT: u32 = 100;
 /// What most programs ask for by themselves, or more. The kernel caps it at
@@ -44,6 +47,12 @@ const GIVE_UP_AFTER: u32 = 10;
 const CAPACITY: u32 = 1024;
 /// By then people have gone, and a program had better be told to try again.
 const WAITING_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Percent of a part in a second, for each tenth of load: from all to half in some ten seconds where there
+/// is four times as much to do as elsewhere.
+const STRENGTH: u32 = 3;
+/// A server ten times slower than the others can have just what it can serve.
+const FLOOR: u32 = 10;
 
 /// A server that dies at once is started a hundred times a second at most.
 const SHORTEST_DELAY: Duration = Duration::from_millis(10);
@@ -176,6 +185,7 @@ impl<'r> Reading<'r> {
             policy,
             occupied: self.choice(&written.occupied, &Occupied::ALL, Occupied::name, Occupied::Refuse),
             waiting: self.waiting(&written.waiting),
+            load: self.load(&written.load, policy),
             socket,
             readiness: self.choice(&shared.readiness, &Readiness::ALL, Readiness::name, Readiness::Listening),
             backlog: self.number(&shared.backlog, 1..=65_535, BACKLOG),
@@ -236,6 +246,49 @@ impl<'r> Reading<'r> {
             timeout: self.duration(&written.timeout, SHORTEST_WAIT, WAITING_TIMEOUT),
             reply: self.reply(written),
         }
+    }
+
+    fn load(&self, written: &written::Load, policy: Policy) -> Option<Rule> {
+        let place = written.place.as_ref()?;
+        if policy == Policy::First {
+            let sentence =
+                "stands beside policy \"first\", which goes by the order and not by weights, leave it out";
+            self.refuse(place, sentence);
+        }
+        let example = "sources = [\"reported\", \"accept-queue\"]";
+        let sources = match &written.sources {
+            Field::Refused => Vec::new(),
+            Field::Absent => {
+                let sentence = format!("is missing, write what tells a server's load: {example}");
+                self.refuse(&place.child("sources"), sentence);
+                Vec::new()
+            }
+            Field::Given(list) => {
+                if list.value.is_empty() {
+                    self.refuse(&list.place, format!("[] names no source, write for example {example}"));
+                }
+                self.sources(&list.value)
+            }
+        };
+        Some(Rule {
+            sources,
+            strength: self.number(&written.strength, 1..=10, STRENGTH),
+            floor: self.number(&written.floor, 1..=100, FLOOR),
+        })
+    }
+
+    fn sources(&self, list: &[Given<String>]) -> Vec<Source> {
+        let mut sources = Vec::new();
+        for given in list {
+            match Source::ALL.iter().find(|source| source.name() == given.value) {
+                Some(source) if sources.contains(source) => {
+                    self.refuse(&given.place, format!("{:?} is listed twice, write it once", given.value));
+                }
+                Some(source) => sources.push(*source),
+                None => self.refuse(&given.place, unknown(&given.value, Source::ALL.map(Source::name))),
+            }
+        }
+        sources
     }
 
     fn reply(&self, written: &written::Waiting) -> Vec<u8> {

@@ -407,6 +407,11 @@ max_delay = "1s""#,
         &["shop.toml:5: service.shop.server.policy: belongs in [service.shop], write it there"],
     ),
     (
+        "a_field_of_load",
+        "floor = 10",
+        &["shop.toml:5: service.shop.server.floor: belongs in [service.shop.load], write it there"],
+    ),
+    (
         "a_named_server_without_a_name",
         r"[[service.shop.servers]]
 weight = 2",
@@ -719,6 +724,115 @@ command = [
         &[r#"shop.toml:6: service.shop.server.command: 8080 is a number, write it as text: "8080""#],
     ),
     (
+        "load_without_a_source",
+        r#"[service.shop]
+listen = [":8080"]
+[service.shop.load]
+strength = 3
+[service.shop.server]
+command = ["shop"]"#,
+        &[
+            r#"shop.toml:3: service.shop.load.sources: is missing, write what tells a server's load: sources = ["reported", "accept-queue"]"#,
+        ],
+    ),
+    (
+        "load_by_nothing",
+        r#"[service.shop]
+listen = [":8080"]
+[service.shop.load]
+sources = []
+[service.shop.server]
+command = ["shop"]"#,
+        &[
+            r#"shop.toml:4: service.shop.load.sources: [] names no source, write for example sources = ["reported", "accept-queue"]"#,
+        ],
+    ),
+    (
+        "load_by_a_source_that_is_mistyped",
+        r#"[service.shop]
+listen = [":8080"]
+[service.shop.load]
+sources = ["accept_queue"]
+[service.shop.server]
+command = ["shop"]"#,
+        &[
+            r#"shop.toml:4: service.shop.load.sources: "accept_queue" is unknown, did you mean "accept-queue"?"#,
+        ],
+    ),
+    (
+        "load_by_a_source_that_is_invented",
+        r#"[service.shop]
+listen = [":8080"]
+[service.shop.load]
+sources = ["memory"]
+[service.shop.server]
+command = ["shop"]"#,
+        &[
+            r#"shop.toml:4: service.shop.load.sources: "memory" is unknown, write one of "reported", "cpu-pressure", "accept-queue""#,
+        ],
+    ),
+    (
+        "load_by_one_source_twice",
+        r#"[service.shop]
+listen = [":8080"]
+[service.shop.load]
+sources = ["reported", "reported"]
+[service.shop.server]
+command = ["shop"]"#,
+        &[r#"shop.toml:4: service.shop.load.sources: "reported" is listed twice, write it once"#],
+    ),
+    (
+        "load_by_a_text",
+        r#"[service.shop]
+listen = [":8080"]
+[service.shop.load]
+sources = "reported"
+[service.shop.server]
+command = ["shop"]"#,
+        &[
+            r#"shop.toml:4: service.shop.load.sources: "reported" is not a list, write sources = ["reported"]"#,
+        ],
+    ),
+    (
+        "load_out_of_all_ranges",
+        r#"[service.shop]
+listen = [":8080"]
+[service.shop.load]
+sources = ["reported"]
+strength = 11
+floor = 0
+[service.shop.server]
+command = ["shop"]"#,
+        &[
+            r#"shop.toml:5: service.shop.load.strength: 11 is out of range, write a number from 1 to 10"#,
+            r#"shop.toml:6: service.shop.load.floor: 0 is out of range, write a number from 1 to 100"#,
+        ],
+    ),
+    (
+        "load_without_weights",
+        r#"[service.shop]
+listen = [":8080"]
+policy = "first"
+[service.shop.load]
+sources = ["reported"]
+[service.shop.server]
+command = ["shop"]"#,
+        &[
+            r#"shop.toml:4: service.shop.load: stands beside policy "first", which goes by the order and not by weights, leave it out"#,
+        ],
+    ),
+    (
+        "load_with_a_field_that_is_invented",
+        r#"[service.shop]
+listen = [":8080"]
+[service.shop.load]
+sources = ["reported"]
+ceiling = 90
+[service.shop.server]
+command = ["shop"]"#,
+        &[r#"shop.toml:5: service.shop.load.ceiling: unknown field, write one of sources, strength, floor"#],
+    ),
+    (
         "a_slow_start_without_weights",
         r#"[service.shop]
 listen = [":8080"]
@@ -885,7 +999,7 @@ port = 10
 [service.shop.server]
 command = ["shop"]"#,
         &[
-            "shop.toml:3: service.shop.metrics: unknown field, write one of listen, policy, occupied, waiting, server, servers",
+            "shop.toml:3: service.shop.metrics: unknown field, write one of listen, policy, occupied, waiting, load, server, servers",
         ],
     ),
     (

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use toml::{Table, Value};
 
 use super::*;
-use crate::spread::Portion;
+use crate::{load::Source, spread::Portion};
 
 /// Every option, for people; and for these tests.
 const EXAMPLE: &str = include_str!("../../../docs/dist-ctl.toml");
@@ -86,6 +86,7 @@ fn what_is_left_out_has_its_default() {
             listen: vec!["[::]:8080".parse().unwrap()],
             policy: Policy::LeastConnections,
             waiting: Waiting { capacity: 1024, timeout: Duration::from_secs(30), reply: Vec::new() },
+            load: None,
             user: None,
             socket: SocketMode::Own,
             readiness: Readiness::Listening,
@@ -113,6 +114,8 @@ fn the_example_means_what_it_says() {
     assert_eq!((first.weight, first.limit), (100, Some(200)));
     assert_eq!(first.cpus, Cpus::Spread(Portion::Cpus));
     assert_eq!(big.cpus, Cpus::List(vec![0]));
+    let sources = vec![Source::Reported, Source::AcceptQueue];
+    assert_eq!(service.load, Some(Rule { sources, strength: 3, floor: 10 }));
     assert_eq!(
         first.limits,
         [(Resource::Core, Some(0)), (Resource::Memlock, None), (Resource::Nofile, Some(65_536)),]
@@ -177,17 +180,22 @@ fn the_defaults_that_the_example_names_are_the_defaults() {
                 assert!(default.starts_with(char::is_alphabetic), "{key}: {default}");
                 continue;
             };
-            let mut text: Table = toml::from_str(LEAST).unwrap();
+            // A table that is not there by default needs the one field that has none.
+            let base = match table {
+                "service.shop.load" => format!("{LEAST}[service.shop.load]\nsources = [\"reported\"]\n"),
+                _ => LEAST.to_owned(),
+            };
+            let mut text: Table = toml::from_str(&base).unwrap();
             let place = table.split('.').fold(&mut text, |text, name| {
                 let inner = text.entry(name).or_insert_with(|| Value::Table(Table::new()));
                 inner.as_table_mut().unwrap()
             });
             place.extend(value);
-            assert_eq!(parse(&text.to_string()), parse(LEAST), "{table}.{key} = {default}");
+            assert_eq!(parse(&text.to_string()), parse(&base), "{table}.{key} = {default}");
             checked += 1;
         }
     }
-    assert_eq!(checked, 26);
+    assert_eq!(checked, 28);
 }
 
 #[test]
@@ -330,7 +338,7 @@ fn check_says_what_was_understood() {
     );
     assert_eq!(
         parse(EXAMPLE).to_string(),
-        "shop: [::]:8080, 5 servers (1 to 4, big as backup), least-connections, socket own, user daemon, limit 200 (big: 400), weight 100 (big: 200), slow start 30s, waiting 1024 for 30s with a reply\n"
+        "shop: [::]:8080, 5 servers (1 to 4, big as backup), least-connections, socket own, user daemon, limit 200 (big: 400), weight 100 (big: 200), slow start 30s, weights by reported and accept-queue down to 10 %, waiting 1024 for 30s with a reply\n"
     );
 }
 

@@ -67,6 +67,7 @@ pub(super) struct Service {
     pub(super) policy: Field<String>,
     pub(super) occupied: Field<String>,
     pub(super) waiting: Waiting,
+    pub(super) load: Load,
     pub(super) server: Shared,
     pub(super) servers: Vec<Named>,
 }
@@ -79,6 +80,16 @@ pub(super) struct Waiting {
     pub(super) reply: Field<String>,
     pub(super) reply_file: Field<String>,
     pub(super) order: Field<String>,
+}
+
+/// `[service.NAME.load]`
+#[derive(Debug, Default)]
+pub(super) struct Load {
+    /// Where it begins; `None`: it is not there.
+    pub(super) place: Option<Place>,
+    pub(super) sources: List<String>,
+    pub(super) strength: Field<i64>,
+    pub(super) floor: Field<i64>,
 }
 
 /// `[service.NAME.server]`: what all its servers share.
@@ -218,6 +229,7 @@ pub(super) fn from_command(form: &CommandForm) -> Written {
             policy: text("--policy", &form.policy),
             occupied: Field::Absent,
             waiting: Waiting { capacity: number("--waiting", form.waiting), ..Waiting::default() },
+            load: Load::default(),
             server: Shared {
                 particulars: Particulars {
                     command: list("COMMAND", &form.command),
@@ -258,11 +270,16 @@ fn service(name: String, mut section: Section<'_>) -> Service {
     let waiting_section = section.table("waiting");
     let waiting_place = waiting_section.place.field.clone();
     let (waiting, waiting_fields) = waiting(waiting_section);
+    let load_section = section.table("load");
+    let load_place = load_section.place.field.clone();
+    let (load, load_fields) = load(load_section);
     let mut shared_section = section.table("server");
     let server = shared(&mut shared_section);
     // First, because what is refused here is known from here on, and so belongs to nobody else.
     section.belongs_elsewhere(&waiting_fields, &waiting_place);
     shared_section.belongs_elsewhere(&waiting_fields, &waiting_place);
+    section.belongs_elsewhere(&load_fields, &load_place);
+    shared_section.belongs_elsewhere(&load_fields, &load_place);
     shared_section.belongs_elsewhere(&section.known, &section.place.field);
     let server_place = shared_section.place.field.clone();
     let server_fields = shared_section.finish();
@@ -276,6 +293,7 @@ fn service(name: String, mut section: Section<'_>) -> Service {
             }
             let named = Named { place: section.place.clone(), name, particulars: particulars(&mut section) };
             section.belongs_elsewhere(&waiting_fields, &waiting_place);
+            section.belongs_elsewhere(&load_fields, &load_place);
             section.belongs_elsewhere(&server_fields, &server_place);
             section.finish();
             named
@@ -283,7 +301,7 @@ fn service(name: String, mut section: Section<'_>) -> Service {
         .collect();
     section.belongs_elsewhere(&server_fields, &server_place);
     let place = section.place.clone();
-    let service = Service { place, name, listen, policy, occupied, waiting, server, servers };
+    let service = Service { place, name, listen, policy, occupied, waiting, load, server, servers };
     section.finish();
     service
 }
@@ -297,6 +315,16 @@ fn waiting(mut section: Section<'_>) -> (Waiting, Vec<&'static str>) {
         order: section.text("order", "\"first\""),
     };
     (waiting, section.finish())
+}
+
+fn load(mut section: Section<'_>) -> (Load, Vec<&'static str>) {
+    let load = Load {
+        place: section.entries.is_some().then(|| section.place.clone()),
+        sources: section.texts("sources", "[\"reported\", \"accept-queue\"]"),
+        strength: section.number("strength", "3"),
+        floor: section.number("floor", "10"),
+    };
+    (load, section.finish())
 }
 
 fn shared(section: &mut Section<'_>) -> Shared {

@@ -988,6 +988,7 @@ impl World {
             adopted: None,
             extra: None,
             cpus: Default::default(),
+            said: None,
         })
     }
 

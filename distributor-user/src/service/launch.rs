@@ -16,6 +16,7 @@ use super::{
     Host, Launch, Listeners, Running, Service,
     adopt::{self, Adopted, Guest},
     cpus::Pinned,
+    load::{Said, Strain},
     notified::Hearing,
 };
 use crate::{
@@ -61,6 +62,9 @@ pub struct Label {
     /// Which CPUs it has.
     #[serde(default)]
     pub cpus: Pinned,
+    /// What its instance has said of its load, and what came of that.
+    #[serde(default)]
+    pub said: Option<Said>,
 }
 
 /// An instance's place in the kernel's maps.
@@ -126,6 +130,7 @@ impl Service {
             unkilled: false,
             unwatched: false,
             notify: None,
+            strain: Strain::default(),
             guest: None,
         });
         cgroup.create()?;
@@ -301,6 +306,7 @@ impl Service {
             unkilled: false,
             unwatched: false,
             notify,
+            strain: Strain::of(label.said),
             guest: label.adopted.clone().map(Guest::new),
         });
         if let (Some(_), Some(run)) = (&label.adopted, &mut self.entries[entry].run) {
@@ -534,6 +540,7 @@ impl Service {
             most_before: server.most_before,
             retired: retired.map(|retired| (retired.slot, retired.base)).collect(),
             cpus: server.cpus.clone(),
+            said: server.run.as_ref().and_then(|run| run.strain.said()),
             extra: (entry >= self.config.servers.len()).then(|| server.config.command.clone()),
             adopted: server.run.as_ref().and_then(|run| Some(run.guest.as_ref()?.adopted.clone())),
         }

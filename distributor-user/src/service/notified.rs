@@ -72,6 +72,10 @@ impl Service {
                     self.follow_main(entry, host);
                     continue;
                 }
+                Notification::Load(_) | Notification::Capacity(_) | Notification::Wrong(_) => {
+                    self.told_load(entry, notification);
+                    continue;
+                }
                 Notification::Other => continue,
             };
             self.report(entry, report, host);

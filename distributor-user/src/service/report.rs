@@ -100,7 +100,12 @@ impl Service {
         ServerStatus {
             name: server.config.name.clone(),
             state,
-            reason: reason([drained, machine_reason, share.held_back.map(held_back)]),
+            reason: reason([
+                drained,
+                machine_reason,
+                share.held_back.map(held_back),
+                self.load_reason(entry),
+            ]),
             pid: server.machine.pid(),
             connections,
             connections_max: run
@@ -109,8 +114,10 @@ impl Service {
                 .max(connections),
             connections_total: server.total_before + total,
             limit: server.limit,
+            effective_limit: server.effective_limit(),
             weight: server.weight,
             effective_weight: share.effective,
+            load: self.load_status(entry),
             cpus: self.cpus_status(entry),
             accept_queue: self.accept_queue(entry),
             restarts: server.machine.restarts(),
@@ -142,7 +149,7 @@ impl Service {
 }
 
 /// What is to be said of a server, in one line.
-fn reason(parts: [Option<String>; 3]) -> Option<String> {
+fn reason(parts: [Option<String>; 4]) -> Option<String> {
     let parts: Vec<String> = parts.into_iter().flatten().collect();
     (!parts.is_empty()).then(|| parts.join("; "))
 }
@@ -182,8 +189,10 @@ pub fn vacant_status(config: &config::Service, why: &str, since: SystemTime) -> 
         connections_max: 0,
         connections_total: 0,
         limit: server.limit,
+        effective_limit: server.limit,
         weight: server.weight,
         effective_weight: 0,
+        load: None,
         cpus: None,
         accept_queue: None,
         restarts: 0,

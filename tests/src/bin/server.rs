@@ -62,6 +62,8 @@ struct Options {
     /// Seconds for which a connection that says nothing is not accepted (TCP_DEFER_ACCEPT).
     defer_accept: Option<i32>,
     listen_after: Duration,
+    /// So long it does nothing else for each connection that it accepts, as a server with one thread.
+    pause: Duration,
     /// Listens once there is such a file.
     listen_when: Option<PathBuf>,
     /// Tells NOTIFY_SOCKET so long after it listens.
@@ -98,6 +100,7 @@ impl Options {
                 "--stdin" => options.stdin = true,
                 "--defer-accept" => options.defer_accept = Some(value()?.parse()?),
                 "--backlog" => options.backlog = value()?.parse()?,
+                "--pause" => options.pause = milliseconds(value()?)?,
                 "--listen-after" => options.listen_after = milliseconds(value()?)?,
                 "--listen-when" => options.listen_when = Some(value()?.into()),
                 "--ready-after" => options.ready_after = Some(milliseconds(value()?)?),
@@ -317,6 +320,7 @@ struct Server {
     next: u64,
     counts: Inside,
     inside: Option<File>,
+    pause: Duration,
 }
 
 /// What becomes of a connection after an event.
@@ -344,6 +348,7 @@ impl Server {
             next: FIRST_CONNECTION,
             counts: Inside::default(),
             inside,
+            pause: options.pause,
         })
     }
 
@@ -399,12 +404,17 @@ impl Server {
             self.counts.most = self.counts.most.max(self.counts.now);
             self.counts.accepted += 1;
             self.record()?;
+            thread::sleep(self.pause);
             connection.set_nonblocking(true)?;
             // It fails if the client is gone already; reading will tell.
             let _ = (&connection).write_all(format!("{} {peer}\n", self.greeting).as_bytes());
             watch(&self.epoll, connection.as_fd(), self.next)?;
             self.connections.insert(self.next, connection);
             self.next += 1;
+            if !self.pause.is_zero() {
+                // It hears what the others say in between.
+                return Ok(());
+            }
         }
     }
 

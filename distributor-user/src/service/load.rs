@@ -96,6 +96,13 @@ impl Strain {
         (said.load.is_some() || said.capacity.is_some() || self.percent() < WHOLE).then_some(said)
     }
 
+    /// We could not listen for a while, so what it said counts as said just now.
+    pub(super) fn excuse(&mut self, now: Instant) {
+        for (at, _) in [&mut self.load, &mut self.capacity].into_iter().flatten() {
+            *at = now;
+        }
+    }
+
     /// What is left of its weight.
     pub(super) fn percent(&self) -> u32 {
         (self.part * f64::from(WHOLE)).round() as u32
@@ -337,6 +344,19 @@ mod tests {
         assert_eq!((strain.load, strain.reported, strain.capacity), (None, None, Some((later, 25))));
         assert!(strain.forget(later + SAID_HOLDS + Duration::from_millis(1)), "its limit is another one");
         assert_eq!(strain.said(), None);
+    }
+
+    #[test]
+    fn nobody_is_taken_for_silent_by_whoever_did_not_listen() {
+        let start = Instant::now();
+        let later = start + 2 * SAID_HOLDS;
+        let mut strain = Strain { load: Some((start, 500)), capacity: Some((start, 7)), ..Strain::default() };
+        strain.excuse(later);
+        assert!(!strain.forget(later + SAID_HOLDS));
+        assert_eq!((strain.load, strain.capacity), (Some((later, 500)), Some((later, 7))));
+        let mut silent = Strain::default();
+        silent.excuse(later);
+        assert_eq!(silent.said(), None);
     }
 
     #[test]

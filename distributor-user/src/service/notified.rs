@@ -4,7 +4,7 @@
 //! told to its state machine.
 #![forbid(unsafe_code)]
 
-use std::os::fd::AsFd as _;
+use std::{os::fd::AsFd as _, time::Instant};
 
 use tokio::task::JoinHandle;
 use tracing::{debug, info, warn};
@@ -129,6 +129,9 @@ impl Service {
     pub fn excuse_all(&mut self, host: &mut Host<'_>) {
         for entry in 0..self.entries.len() {
             self.excuse(entry, host);
+            if let Some(run) = &mut self.entries[entry].run {
+                run.strain.excuse(Instant::now());
+            }
         }
     }
 }

@@ -54,16 +54,18 @@ pub fn mask(cpus: &[usize]) -> Result<CpuSet, usize> {
     Ok(mask)
 }
 
-/// Sets the masks of all threads that may run elsewhere than on `wanted`. Those that the server has
-/// narrowed by itself stay as they are.
+/// Sets the masks of all threads that may run elsewhere than on `wanted`, and of those that have the one
+/// that they were given `before`, if that was another. Those that the server has narrowed by itself stay as
+/// they are.
 ///
 /// # Errors
 /// EINVAL: none of these CPUs is online, or allowed by the server's cpuset (sched_setaffinity(2)).
-pub fn restore(processes: &[u32], wanted: &CpuSet) -> rustix::io::Result<()> {
+pub fn restore(processes: &[u32], before: Option<&CpuSet>, wanted: &CpuSet) -> rustix::io::Result<()> {
     for thread in processes.iter().flat_map(|&process| threads(process)) {
         let restored = sched_getaffinity(Some(thread)).and_then(|mask| {
             let strays = (0..CpuSet::MAX_CPU).any(|cpu| mask.is_set(cpu) && !wanted.is_set(cpu));
-            if strays { sched_setaffinity(Some(thread), wanted) } else { Ok(()) }
+            let is_old = before.is_some_and(|before| *before == mask && *before != *wanted);
+            if strays || is_old { sched_setaffinity(Some(thread), wanted) } else { Ok(()) }
         });
         match restored {
             // It has ended meanwhile.
@@ -93,13 +95,20 @@ mod tests {
         let first = mask(&here[..1]).expect("it can be named");
         let mut child = Command::new("sleep").arg("60").spawn().expect("run sleep");
         let now = || sched_getaffinity(Pid::from_raw(child.id() as i32)).expect("its mask");
-        let rows = [("as it is", all, all), ("narrower", first, first), ("wider", all, first)];
-        let after = rows.map(|(row, wanted, _)| (row, restore(&[child.id()], &wanted), now()));
+        let rows = [
+            ("as it is", None, all, all),
+            ("narrower", None, first, first),
+            ("wider: it may have wanted that", None, all, first),
+            ("wider, and it had another mask before", Some(all), all, first),
+            ("wider, and that was ours", Some(first), all, all),
+        ];
+        let after = rows
+            .map(|(row, before, wanted, _)| (row, restore(&[child.id()], before.as_ref(), &wanted), now()));
         child.kill().and_then(|()| child.wait()).expect("it ends");
-        for ((row, restored, mask), (_, _, expected)) in after.into_iter().zip(rows) {
+        for ((row, restored, mask), (.., expected)) in after.into_iter().zip(rows) {
             assert_eq!((restored, mask), (Ok(()), expected), "{row}");
         }
-        assert_eq!(restore(&[child.id()], &first), Ok(()), "it has ended");
+        assert_eq!(restore(&[child.id()], None, &first), Ok(()), "it has ended");
     }
 
     #[test]

@@ -151,6 +151,20 @@ impl Cgroup {
         let _ = self.remove();
     }
 
+    /// The CPUs that its processes may use, as a list: of the nearest cgroup that has a cpuset (v2).
+    pub fn cpuset(&self) -> Option<String> {
+        self.0.ancestors().find_map(|path| fs::read_to_string(path.join("cpuset.cpus.effective")).ok())
+    }
+
+    /// How much of the last ten seconds some of its processes waited for a CPU, from 0 to 1 (PSI).
+    ///
+    /// # Errors
+    /// The kernel does not tell: it has no PSI, or that is turned off, at boot or for this cgroup.
+    pub fn cpu_pressure(&self) -> io::Result<f64> {
+        let text = fs::read_to_string(self.0.join("cpu.pressure"))?;
+        pressure(&text).ok_or_else(|| io::Error::other(format!("cpu.pressure says {text:?}")))
+    }
+
     /// Removes it and those below it.
     ///
     /// # Errors
@@ -185,6 +199,13 @@ impl Cgroup {
     }
 }
 
+/// `some avg10=12.34 avg60=...`, in percent.
+fn pressure(text: &str) -> Option<f64> {
+    let some = text.lines().find_map(|line| line.strip_prefix("some "))?;
+    let percent: f64 = some.split(' ').find_map(|word| word.strip_prefix("avg10="))?.parse().ok()?;
+    (0.0..=100.0).contains(&percent).then_some(percent / 100.0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -204,5 +225,17 @@ mod tests {
     fn reads_escaped_mount_points() {
         let line = "30 23 0:26 / /a\\040b\\134c rw - cgroup2 cgroup2 rw\n";
         assert_eq!(find_mount(line), Some(PathBuf::from("/a b\\c")));
+    }
+
+    #[test]
+    fn reads_the_pressure_of_the_last_ten_seconds() {
+        let said =
+            "some avg10=12.50 avg60=3.00 avg300=0.70 total=1234\nfull avg10=99.00 avg60=0.00 total=0\n";
+        assert_eq!(pressure(said), Some(0.125));
+        for text in ["", "full avg10=1.00\n", "some avg60=1.00\n", "some avg10=much\n", "some avg10=101.00\n"]
+        {
+            assert_eq!(pressure(text), None, "{text:?}");
+        }
+        assert!(Cgroup::at("/nowhere").cpu_pressure().is_err());
     }
 }

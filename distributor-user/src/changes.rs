@@ -8,9 +8,11 @@
 use std::fmt;
 
 use crate::{
-    config::{self, Config, Server, Service},
+    config::{self, Config, Cpus, Server, Service},
+    load::Rule,
     roll::Bounds,
     scale::Scale,
+    spread::Portion,
 };
 
 /// In the order in which it is done.
@@ -220,6 +222,7 @@ fn service_settings(old: &Service, new: &Service) -> Vec<Setting> {
         occupied,
         waiting,
         limits,
+        load,
         scale,
         roll,
         user: _,
@@ -247,6 +250,14 @@ fn service_settings(old: &Service, new: &Service) -> Vec<Setting> {
         some => some,
     };
     settings.note_if(old.limits != *limits, "limits", ceilings(&old.limits), ceilings(limits));
+    let rule = |load: &Option<Rule>| match load {
+        Some(rule) => {
+            let sources: Vec<&str> = rule.sources.iter().map(|source| source.name()).collect();
+            format!("by {}, strength {}, floor {} %", sources.join(" and "), rule.strength, rule.floor)
+        }
+        None => "none".to_owned(),
+    };
+    settings.note_if(old.load != *load, "load", rule(&old.load), rule(load));
     let at_once = |roll: &Bounds| format!("{} more, {} fewer", roll.max_surge, roll.max_unavailable);
     settings.note("roll", at_once(&old.roll), at_once(roll));
     settings.note("scale", bounds(&old.scale), bounds(scale));
@@ -292,14 +303,17 @@ fn server_changes(old: &Service, new: &Service) -> Vec<ServerChange> {
 /// What can be set while it runs.
 fn server_settings(old: &Server, new: &Server) -> Vec<Setting> {
     let limit = |limit: Option<u32>| limit.map_or("none".to_owned(), |limit| limit.to_string());
-    let cpus = |cpus: &[usize]| match cpus.is_empty() {
-        true => "all".to_owned(),
-        false => config::list_of_cpus(cpus),
+    let cpus = |cpus: &Cpus| match cpus {
+        Cpus::All => "all".to_owned(),
+        Cpus::List(list) => config::list_of_cpus(list),
+        Cpus::Nodes(nodes) => format!("node{}", config::list_of_cpus(nodes)),
+        Cpus::Spread(Portion::Cpus) => "spread".to_owned(),
+        Cpus::Spread(Portion::Node) => "spread:nodes".to_owned(),
     };
     let mut settings = Settings::default();
     settings.note("weight", old.weight, new.weight);
     settings.note("limit", limit(old.limit), limit(new.limit));
-    settings.note("cpus", cpus(&old.cpus), cpus(&new.cpus));
+    settings.note_if(old.cpus != new.cpus, "cpus", cpus(&old.cpus), cpus(&new.cpus));
     settings.note("backup", old.backup, new.backup);
     settings.note("slow_start", span(old.slow_start), span(new.slow_start));
     let check = |check: &Option<config::Check>| match check {

@@ -36,12 +36,12 @@ use rustix::process::{Resource, Signal};
 
 pub(crate) use self::meant::signal_name;
 pub use self::{
-    cpus::write as list_of_cpus,
+    cpus::{Cpus, parse as cpus_of_list, write as list_of_cpus},
     environment::Machine,
     limits::{Ceiling, Limits, Over, Prefix, Rate},
     user::User,
 };
-use crate::{address::ListenAddress, error::UserError, roll::Bounds, scale::Scale};
+use crate::{address::ListenAddress, error::UserError, load::Rule, roll::Bounds, scale::Scale};
 
 /// How many numbered servers services have, by their names, instead of what is configured.
 pub type Counts = BTreeMap<String, usize>;
@@ -88,6 +88,8 @@ pub struct Service {
     pub roll: Bounds,
     /// What the service as a whole may have, and each source of clients.
     pub limits: Limits,
+    /// How weights follow load. `None`: they do not.
+    pub load: Option<Rule>,
     /// Whom the servers run as. `None`: as the distributor, that is root.
     pub user: Option<User>,
     /// How the servers get their listeners.
@@ -133,8 +135,8 @@ pub struct Server {
     pub weight: u32,
     /// The most connections at a time.
     pub limit: Option<u32>,
-    /// The CPUs it may use, ascending. Empty: all.
-    pub cpus: Vec<usize>,
+    /// The CPUs it may use.
+    pub cpus: Cpus,
     /// Resource limits. `None`: unlimited.
     pub limits: Vec<(Resource, Option<u64>)>,
     /// The file mode bits it does not set.
@@ -396,13 +398,16 @@ impl fmt::Display for Service {
         if let Some(Scale { min, max, .. }) = self.scale {
             write!(f, ", scaled from {min} to {max}")?;
         }
-
         if self.servers.iter().any(|server| server.check.is_some()) {
             let check = |server: &Server| match &server.check {
                 Some(check) => format!("{} every {}", check.kind.name(), duration::write(check.interval)),
                 None => "none".to_owned(),
             };
             write!(f, ", check {}", most_and_others(&self.servers, check))?;
+        }
+        if let Some(load) = &self.load {
+            let sources: Vec<&str> = load.sources.iter().map(|source| source.name()).collect();
+            write!(f, ", weights by {} down to {} %", sources.join(" and "), load.floor)?;
         }
         write!(f, ", {}", self.waiting)?;
         match self.limits.service.is_none() && self.limits.source.is_none() {

@@ -20,6 +20,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
+use distributor_ebpf::contract::LIMIT_MAX;
 use nix::libc;
 use rustix::fs::{Mode, fchmod};
 use socket2::{Domain, MaybeUninitSlice, MsgHdrMut, SockAddr, SockRef, Socket, Type};
@@ -67,7 +68,13 @@ pub enum Notification {
     WatchdogInterval(Option<Duration>),
     /// `EXTEND_TIMEOUT_USEC=...`: how much longer it takes to start or to stop.
     ExtendTimeout(Duration),
-    /// A word that means nothing to us, or one with a value that it cannot have.
+    /// `X_LOAD=...`: how loaded it is, in thousandths.
+    Load(u32),
+    /// `X_CAPACITY=...`: how many connections it can serve at once.
+    Capacity(u32),
+    /// One of these two with a value that it cannot have: all of it.
+    Wrong(String),
+    /// A word that means nothing to us, or another one with a value that it cannot have.
     Other,
 }
 
@@ -175,7 +182,26 @@ fn parse_line(line: &[u8]) -> Notification {
     if let Some(text) = line.strip_prefix(b"STATUS=") {
         return Notification::Status(printable(text));
     }
+    for (word, meaning) in [(&b"X_LOAD="[..], load as fn(&str) -> _), (b"X_CAPACITY=", capacity)] {
+        if let Some(value) = line.strip_prefix(word) {
+            let meant = str::from_utf8(value).ok().and_then(meaning);
+            return meant.unwrap_or_else(|| Notification::Wrong(printable(line)));
+        }
+    }
     number(line).unwrap_or(Notification::Other)
+}
+
+/// From `0.0` to `1.0`.
+fn load(value: &str) -> Option<Notification> {
+    let load: f64 = value.parse().ok()?;
+    (0.0..=1.0).contains(&load).then_some(Notification::Load((load * 1000.0).round() as u32))
+}
+
+/// More than can be counted is as much as can be.
+fn capacity(value: &str) -> Option<Notification> {
+    let is_number = !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit());
+    is_number
+        .then(|| Notification::Capacity(value.parse().map_or(LIMIT_MAX, |most: u32| most.min(LIMIT_MAX))))
 }
 
 /// A word whose value is a number.
@@ -365,7 +391,24 @@ mod tests {
             ),
             ("STATUS=", vec![Status(String::new())]),
             ("STATUS=\u{1b}[2Jcle\tared", vec![Status("[2Jcleared".to_owned())]),
-            ("WATCHDOG=1\nX_LOAD=0.5", vec![Watchdog, Other]),
+            ("WATCHDOG=1\nX_LOAD=0.5", vec![Watchdog, Load(500)]),
+            (
+                "X_LOAD=0\nX_LOAD=1\nX_LOAD=0.9996\nX_LOAD=1e-1",
+                vec![Load(0), Load(1000), Load(1000), Load(100)],
+            ),
+            ("X_LOAD=1.01", vec![Wrong("X_LOAD=1.01".to_owned())]),
+            ("X_LOAD=-0.5", vec![Wrong("X_LOAD=-0.5".to_owned())]),
+            ("X_LOAD=NaN", vec![Wrong("X_LOAD=NaN".to_owned())]),
+            ("X_LOAD=inf", vec![Wrong("X_LOAD=inf".to_owned())]),
+            ("X_LOAD=50%", vec![Wrong("X_LOAD=50%".to_owned())]),
+            ("X_LOAD=", vec![Wrong("X_LOAD=".to_owned())]),
+            ("X_LOAD", vec![Other]),
+            ("X_CAPACITY=0\nX_CAPACITY=25", vec![Capacity(0), Capacity(25)]),
+            ("X_CAPACITY=18446744073709551616", vec![Capacity(LIMIT_MAX)]),
+            ("X_CAPACITY=-1", vec![Wrong("X_CAPACITY=-1".to_owned())]),
+            ("X_CAPACITY=+1", vec![Wrong("X_CAPACITY=+1".to_owned())]),
+            ("X_CAPACITY=2.5", vec![Wrong("X_CAPACITY=2.5".to_owned())]),
+            ("X_CAPACITY=", vec![Wrong("X_CAPACITY=".to_owned())]),
             ("WATCHDOG=trigger", vec![WatchdogTrigger]),
             ("WATCHDOG=2", vec![Other]),
             ("WATCHDOG_USEC=20000000", vec![WatchdogInterval(Some(Duration::from_secs(20)))]),

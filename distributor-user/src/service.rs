@@ -9,9 +9,11 @@ mod adopt;
 mod audit;
 mod change;
 mod check;
+mod cpus;
 mod drain;
 mod launch;
 mod limits;
+mod load;
 mod notified;
 mod report;
 mod restart;
@@ -42,7 +44,6 @@ use tokio::{sync::mpsc::UnboundedSender, task::JoinSet};
 use tracing::{debug, error, info, warn};
 
 use crate::{
-    affinity,
     attendant::{self, Attendant, Duty, Says},
     auditor::Auditor,
     cgroup::Cgroup,
@@ -138,10 +139,12 @@ pub struct Service {
     entries: Vec<Entry>,
     /// How long a step of the shortest slow start lasts that is under way.
     warms: Option<Duration>,
-    cpus: affinity::Watch,
     scaler: Scaler,
     /// Why it has as many servers as it has, and since when.
     rescaled: Option<(String, SystemTime)>,
+    cpus: cpus::Seats,
+    /// When the loads of servers were last looked at.
+    loads_at: Option<Instant>,
     /// Slots of ended instances that still hold connections.
     retired: Vec<Retired>,
     slots: Slots,
@@ -199,6 +202,8 @@ struct Entry {
     checking: check::Checking,
     /// What was seen of its accept queues.
     queue: Option<Queue>,
+    /// Which CPUs it has.
+    cpus: cpus::Pinned,
     run: Option<Running>,
     /// Of ended instances.
     total_before: u64,
@@ -249,6 +254,8 @@ struct Running {
     unwatched: bool,
     /// It can say something by sd_notify.
     notify: Option<notified::Hearing>,
+    /// How loaded it is, and what that leaves it.
+    strain: load::Strain,
     /// It was adopted.
     guest: Option<adopt::Guest>,
 }
@@ -358,9 +365,10 @@ impl Service {
             next_look: None,
             entries: Vec::new(),
             warms: None,
-            cpus: affinity::Watch::default(),
             scaler: Scaler::default(),
             rescaled: None,
+            cpus: cpus::Seats::default(),
+            loads_at: None,
             retired: Vec::new(),
             slots: Slots::default(),
             indices: Indices::default(),
@@ -902,6 +910,7 @@ impl Service {
         self.count_earlier();
         self.look_at_sources();
         self.keep_on_cpus();
+        self.follow_load();
         self.write_plan();
     }
 
@@ -1142,6 +1151,7 @@ impl Service {
                 backup: entry.config.backup,
                 stalled: entry.machine.is_stalled(),
                 weight: entry.weight,
+                part: run.map_or(share::WHOLE, |run| run.strain.percent()),
                 warms: warms.filter(|_| !entry.config.slow_start.is_zero()).map(|_| Warming {
                     passed: now.saturating_duration_since(entry.machine.since()),
                     of: entry.config.slow_start,
@@ -1184,7 +1194,7 @@ impl Service {
                         // What it had before it was adopted takes places that nobody counts.
                         limit: match &run.guest {
                             Some(guest) => entry.limit.map(|limit| limit.saturating_sub(guest.earlier_open)),
-                            None => entry.limit,
+                            None => entry.effective_limit(),
                         },
                         generation: run.generation,
                         runs: run

@@ -1,9 +1,10 @@
 //! What share of the new connections each server of a service is to get: stalled servers, backup servers,
-//! and slow start.
+//! slow start, and load.
 //!
 //! Pure. A server that was just started again is slower than it will be (a JVM compiles, caches are
 //! empty), so with `slow_start` its weight grows to its full value in that time, in equal steps. That
-//! holds only while a server that is warm takes the rest: where all are new, nobody else could.
+//! holds only while a server that is warm takes the rest: where all are new, nobody else could. What part of
+//! it is left to one that is loaded more than the others, load.rs has decided.
 #![forbid(unsafe_code)]
 
 use std::time::Duration;
@@ -16,6 +17,9 @@ const STEPS: u32 = 20;
 /// No step is shorter.
 const SHORTEST_STEP: Duration = Duration::from_millis(20);
 
+/// A weight of which nothing is taken for load, in percent.
+pub const WHOLE: u32 = 100;
+
 /// A server, ready or not.
 #[derive(Clone, Copy, Debug)]
 pub struct Candidate {
@@ -26,6 +30,8 @@ pub struct Candidate {
     /// It does not accept: it is to get none while another one is ready that does.
     pub stalled: bool,
     pub weight: u32,
+    /// What its load leaves it of its weight, in percent.
+    pub part: u32,
     /// How far it is with its slow start. `None`: it has none.
     pub warms: Option<Warming>,
 }
@@ -67,13 +73,13 @@ pub fn shares(candidates: &[Candidate]) -> Vec<Share> {
     let is_eligible = |it: &Candidate| it.included && Some(it.rank()) == rank;
     let one_is_warm = candidates.iter().any(|it| is_eligible(it) && it.step() == STEPS);
     let step = |it: &Candidate| if one_is_warm { it.step() } else { STEPS };
-    let one_warms = candidates.iter().any(|it| is_eligible(it) && step(it) < STEPS);
+    let one_has_less = candidates.iter().any(|it| is_eligible(it) && (step(it) < STEPS || it.part < WHOLE));
     // A part of a small weight is no whole number, so all are multiplied as far as the kernel counts.
     let largest = candidates.iter().map(|it| it.weight).max().unwrap_or(1).max(1);
-    let scale = if one_warms { (WEIGHT_MAX / largest).max(1) } else { 1 };
+    let scale = if one_has_less { (WEIGHT_MAX / largest).max(1) } else { 1 };
     let share = |it: &Candidate| {
         let (eligible, step) = (is_eligible(it), step(it));
-        let part = |weight: u32| (weight * step / STEPS).max(1);
+        let part = |weight: u32| (weight * step * it.part / (STEPS * WHOLE)).max(1);
         let held_back = match it.warms {
             _ if it.included && !eligible && it.stalled => Some(HeldBack::Stalled),
             _ if it.included && !eligible => Some(HeldBack::Backup),
@@ -118,7 +124,7 @@ mod tests {
     const OF: Duration = Duration::from_secs(20);
 
     fn warm(weight: u32) -> Candidate {
-        Candidate { included: true, backup: false, stalled: false, weight, warms: None }
+        Candidate { included: true, backup: false, stalled: false, weight, part: WHOLE, warms: None }
     }
 
     fn stalled(candidate: Candidate) -> Candidate {
@@ -152,6 +158,10 @@ mod tests {
         Candidate { warms: Some(Warming { passed: Duration::from_secs(seconds), of: OF }), ..warm(weight) }
     }
 
+    fn loaded(weight: u32, part: u32) -> Candidate {
+        Candidate { part, ..warm(weight) }
+    }
+
     fn backup(candidate: Candidate) -> Candidate {
         Candidate { backup: true, ..candidate }
     }
@@ -177,6 +187,22 @@ mod tests {
             ("a warm backup is not there", vec![warming(9, 0), backup(warm(9))], vec![9, 0], vec![9, 9]),
             ("in need", vec![away(warm(100)), backup(warm(100))], vec![0, 100], vec![100, 100]),
             ("only backups", vec![backup(warm(7)), backup(warm(9))], vec![7, 9], vec![7, 9]),
+            ("loaded", vec![warm(100), loaded(100, 37)], vec![100, 37], vec![1000, 370]),
+            ("loaded, of a small weight", vec![warm(1), loaded(1, 10)], vec![1, 1], vec![1000, 100]),
+            ("loaded, of a large weight", vec![warm(1000), loaded(900, 10)], vec![1000, 90], vec![1000, 90]),
+            (
+                "loaded while it warms",
+                vec![warm(100), Candidate { part: 50, ..warming(100, 10) }],
+                vec![100, 27],
+                vec![1000, 275],
+            ),
+            ("loaded and away", vec![warm(100), away(loaded(100, 10))], vec![100, 0], vec![100, 10]),
+            (
+                "loaded, and a backup that is not needed",
+                vec![warm(9), backup(loaded(9, 10))],
+                vec![9, 0],
+                vec![9, 1],
+            ),
             ("none", vec![away(warm(7)), away(backup(warm(9)))], vec![0, 0], vec![7, 9]),
         ] {
             let shares = shares(&candidates);
@@ -197,13 +223,13 @@ mod tests {
     fn candidate() -> impl Strategy<Value = Candidate> {
         let warms = prop::option::of((0_u64..30_000, 1_u64..30_000));
         let (included, backup, stalled) = (any::<bool>(), any::<bool>(), any::<bool>());
-        let all = (included, backup, stalled, 1..=WEIGHT_MAX, warms);
-        all.prop_map(|(included, backup, stalled, weight, warms)| {
+        let all = (included, backup, stalled, 1..=WEIGHT_MAX, 1..=WHOLE, warms);
+        all.prop_map(|(included, backup, stalled, weight, part, warms)| {
             let warms = warms.map(|(passed, of)| Warming {
                 passed: Duration::from_millis(passed),
                 of: Duration::from_millis(of),
             });
-            Candidate { included, backup, stalled, weight, warms }
+            Candidate { included, backup, stalled, weight, part, warms }
         })
     }
 

@@ -68,7 +68,7 @@ pub struct Socket {
     pub remote: SocketAddr,
     /// The device it is bound to; 0: none.
     pub device: u32,
-    /// Of a listener: how many connections lie in its accept queue, dead ones included.
+    /// Of a listener: connections that nobody has accepted yet. Of another: bytes that nobody has read.
     pub queue: u32,
     /// The cgroup (inode number) in which it was made, or its listener; `None` if the kernel does
     /// not tell (before Linux 5.7).

@@ -148,6 +148,9 @@ pub struct ServerStatus {
     /// `None`: no limit.
     pub limit: Option<u32>,
     pub weight: u32,
+    /// The limit the kernel goes by: less, if the server says that it can serve no more.
+    #[serde(default)]
+    pub effective_limit: Option<u32>,
     /// The weight the kernel goes by: 0 while the server is to get nothing.
     pub effective_weight: u32,
     /// Connections the kernel has established and the server has not accepted yet;
@@ -170,6 +173,12 @@ pub struct ServerStatus {
     /// How its checks go. `None`: it is not checked.
     #[serde(default)]
     pub check: Option<CheckStatus>,
+    /// How loaded it is; `None`: it says nothing, and its weight does not follow its load.
+    #[serde(default)]
+    pub load: Option<LoadStatus>,
+    /// Which CPUs it has; `None`: as dist-ctl itself.
+    #[serde(default)]
+    pub cpus: Option<CpusStatus>,
     /// When it entered its state.
     pub since: Timestamp,
 }
@@ -211,6 +220,35 @@ pub enum RollState {
     Failed,
     /// It cannot be restarted.
     LeftAlone,
+}
+
+/// What a server says of its load, what is seen of it, and what that leaves it of its weight.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LoadStatus {
+    /// X_LOAD, from 0 to 1.
+    pub reported: Option<f64>,
+    pub reported_seconds_ago: Option<f64>,
+    /// X_CAPACITY: connections.
+    pub capacity: Option<u32>,
+    pub capacity_seconds_ago: Option<f64>,
+    /// PSI of its cgroup, from 0 to 1.
+    pub cpu_pressure: Option<f64>,
+    /// How long a connection lies in its accept queue.
+    pub accept_seconds: Option<f64>,
+    /// Of its weight.
+    pub percent: u32,
+    /// Since when that is less than 100.
+    pub since: Option<Timestamp>,
+}
+
+/// The CPUs of a server.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CpusStatus {
+    /// `0-3,8`
+    pub list: String,
+    pub why: String,
+    /// Since when it has these.
+    pub since: Timestamp,
 }
 
 /// Since when it is drained, and what becomes of its connections.
@@ -293,6 +331,9 @@ impl Status {
             for (width, cell) in widths.iter_mut().zip(row) {
                 *width = (*width).max(cell.len());
             }
+        }
+        if rows.iter().flatten().all(|row| row[CPUS] == "-") {
+            widths[CPUS] = 0;
         }
         let mut blocks = Vec::new();
         for (service, rows) in self.services.iter().zip(&rows) {
@@ -428,7 +469,7 @@ enum Align {
     Right,
 }
 
-const COLUMNS: [(&str, Align); 12] = [
+const COLUMNS: [(&str, Align); 13] = [
     ("NAME", Align::Left),
     ("STATE", Align::Left),
     ("SINCE", Align::Right),
@@ -440,8 +481,12 @@ const COLUMNS: [(&str, Align); 12] = [
     ("WEIGHT", Align::Right),
     ("QUEUE", Align::Right),
     ("RESTARTS", Align::Right),
+    ("CPUS", Align::Left),
     ("REASON", Align::Left),
 ];
+
+/// This column is only there if some server has CPUs of its own.
+const CPUS: usize = 11;
 
 /// The cells of one server, in the order of `COLUMNS`.
 type Row = [String; COLUMNS.len()];
@@ -540,6 +585,10 @@ impl ServerStatus {
         } else {
             format!("{}/{}", self.effective_weight, self.weight)
         };
+        let limit = match self.effective_limit {
+            effective if effective == self.limit => or_dash(self.limit),
+            effective => format!("{}/{}", or_dash(effective), or_dash(self.limit)),
+        };
         [
             plain(&self.name),
             self.state.to_string(),
@@ -548,10 +597,11 @@ impl ServerStatus {
             self.connections.to_string(),
             self.connections_max.to_string(),
             self.connections_total.to_string(),
-            or_dash(self.limit),
+            limit,
             weight,
             or_dash(self.accept_queue),
             self.restarts.to_string(),
+            or_dash(self.cpus.as_ref().map(|cpus| plain(&cpus.list))),
             or_dash(self.reason.as_deref().map(plain)),
         ]
     }
@@ -565,6 +615,9 @@ fn line(row: &Row, widths: &[usize; COLUMNS.len()], terminal: Option<usize>) -> 
     let mut line = String::new();
     let last = COLUMNS.len() - 1;
     for (at, (cell, (_, align))) in row.iter().zip(COLUMNS).enumerate() {
+        if widths[at] == 0 {
+            continue;
+        }
         line.push_str("  ");
         let width = widths[at];
         let _ = match align {
@@ -644,8 +697,11 @@ mod tests {
             connections_max: 40,
             connections_total: 1234,
             limit: Some(200),
+            effective_limit: Some(200),
             weight: 100,
             effective_weight: 100,
+            load: None,
+            cpus: None,
             accept_queue: Some(0),
             adopted: false,
             earlier: 0,
@@ -664,6 +720,7 @@ mod tests {
             pid: None,
             connections: 0,
             limit: None,
+            effective_limit: None,
             effective_weight: 0,
             accept_queue: None,
             restarts: 3,
@@ -743,12 +800,16 @@ mod tests {
                     "connections_max": 40,
                     "connections_total": 1234,
                     "limit": null,
+                    "effective_limit": null,
                     "weight": 100,
                     "effective_weight": 0,
                     "accept_queue": null,
                     "adopted": false,
                     "earlier": 0,
-                    "drain": null, "check": null,
+                    "drain": null,
+                    "check": null,
+                    "load": null,
+                    "cpus": null,
                     "restarts": 3,
                     "instance": 1,
                     "since": "2026-01-02T03:07:15Z",
@@ -812,6 +873,24 @@ api: 127.0.0.1:9; first; waiting 0
   api/a-long-name  ready    3m12s  4242    12   40   1234    200     100      0         0  -
 ";
         assert_eq!(status(vec![shop(), api]).table(None, now), expected);
+    }
+
+    #[test]
+    fn table_shows_cpus_where_some_server_has_its_own_and_limits_that_are_less_than_configured() {
+        let mut shop = shop();
+        let since = "2026-01-02T03:04:05Z".parse().unwrap();
+        shop.servers[0].cpus =
+            Some(CpusStatus { list: "0-3,8".to_owned(), why: "configured".to_owned(), since });
+        shop.servers[0].effective_limit = Some(25);
+        shop.servers[1].effective_limit = Some(7);
+        let table = status(vec![shop]).table(None, at("2026-01-02T03:07:17Z"));
+        let expected = "\
+shop: [::]:8080, 0.0.0.0:80; least-connections; waiting 3 of 1024 (oldest 1.2s, max 17, served 40)
+  NAME    STATE    SINCE   PID  CONN  MAX  TOTAL   LIMIT  WEIGHT  QUEUE  RESTARTS  CPUS   REASON
+  shop/1  ready    3m12s  4242    12   40   1234  25/200     100      0         0  0-3,8  -
+  shop/2  backoff     2s     -     0   40   1234     7/-   0/100      -         3  -      exited with 101 after 0.4s; next start in 2s (attempt 3)
+";
+        assert_eq!(table, expected);
     }
 
     #[test]

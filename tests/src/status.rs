@@ -130,6 +130,7 @@ pub struct Server {
     pub connections_max: u64,
     pub connections_total: u64,
     pub limit: Option<u64>,
+    pub effective_limit: Option<u64>,
     pub weight: u64,
     pub effective_weight: u64,
     pub accept_queue: Option<u64>,
@@ -138,6 +139,29 @@ pub struct Server {
     pub earlier: u64,
     pub drain: Option<Drain>,
     pub check: Option<Check>,
+    pub load: Option<Load>,
+    pub cpus: Option<Cpus>,
+    pub since: String,
+}
+
+/// What a server says of its load, and what is seen of it.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct Load {
+    pub reported: Option<f64>,
+    pub reported_seconds_ago: Option<f64>,
+    pub capacity: Option<u64>,
+    pub capacity_seconds_ago: Option<f64>,
+    pub cpu_pressure: Option<f64>,
+    pub accept_seconds: Option<f64>,
+    pub percent: u64,
+    pub since: Option<String>,
+}
+
+/// Which CPUs a server has.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct Cpus {
+    pub list: String,
+    pub why: String,
     pub since: String,
 }
 

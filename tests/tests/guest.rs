@@ -110,6 +110,37 @@ fn a_server_without_a_cpu_starts_on_another_until_its_own_is_back() {
 }
 
 #[test]
+#[ignore = "takes a CPU away from the machine; cargo xtask vm runs it"]
+fn a_cpu_that_goes_away_is_divided_anew_and_whoever_had_it_gets_it_back() {
+    let cpu = Cpu::of_this_test();
+    let host = Host::new();
+    let app = App { server: "cpus = \"spread\"".to_owned(), ..App::of(&host, 2) };
+    let up = host.up(&app);
+    let servers = ["app/1", "app/2"].map(|server| up.process(server));
+    let masks = || servers.map(|server| server.fact("Cpus_allowed_list"));
+    let both = ["0", "1"].map(str::to_owned);
+    assert_eq!(masks(), both);
+    under_load(2, |load| {
+        load.serves(20);
+        cpu.take_away();
+        wait_until_eq("the CPUs", seconds(20.0), ["0", "0"].map(str::to_owned), masks);
+        let its = up.service().server("app/2").cpus.clone().expect("it has CPUs");
+        assert_eq!(
+            (its.list.as_str(), its.why.as_str()),
+            ("0", "spread over those that are there; 1 when all are")
+        );
+        // The next distributor knows whose it was.
+        up.replace_distributor();
+        load.serves(20);
+        cpu.bring_back();
+        wait_until_eq("the CPUs", seconds(20.0), both.clone(), masks);
+    });
+    assert_eq!(["app/1", "app/2"].map(|server| up.process(server)), servers, "nothing was restarted");
+    up.wait_no_trouble();
+    up.stop();
+}
+
+#[test]
 #[ignore = "has the kernel kill for want of memory; cargo xtask vm runs it"]
 fn memory_that_runs_out_fails_no_connection() {
     let host = Host::new();

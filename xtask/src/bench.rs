@@ -48,6 +48,8 @@ enum Name {
     Handover,
     /// A costly request: a shared listener, plain SO_REUSEPORT and a waiting list
     Accept,
+    /// One of four servers is ten times slower, with and without weights that follow load
+    Slow,
     /// Nanoseconds per run of each eBPF program
     Programs,
     /// What clients feel of a flood of SYNs

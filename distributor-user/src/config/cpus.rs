@@ -1,12 +1,42 @@
-//! Lists of CPUs in the format of cpuset(7): `0-3,8`.
+//! Which CPUs a server may use: lists in the format of cpuset(7) (`0-3,8`), NUMA nodes, or its part of all.
 #![forbid(unsafe_code)]
+
+use crate::spread::Portion;
 
 /// The highest number a list may name (CONFIG_NR_CPUS is 8,192 at most), so that a typing
 /// error cannot ask for a list of four billion.
 const HIGHEST: usize = 8_191;
 
+/// The CPUs that a server may use.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Cpus {
+    /// All that dist-ctl itself may use.
+    All,
+    /// These, ascending.
+    List(Vec<usize>),
+    /// Those of these NUMA nodes, ascending.
+    Nodes(Vec<usize>),
+    /// Its part of them, among the servers of its service that say the same.
+    Spread(Portion),
+}
+
+/// What was written; or a sentence that begins with the text.
+pub(super) fn meant(text: &str) -> Result<Cpus, String> {
+    match text {
+        "spread" => return Ok(Cpus::Spread(Portion::Cpus)),
+        "spread:nodes" => return Ok(Cpus::Spread(Portion::Node)),
+        _ => {}
+    }
+    match text.strip_prefix("node") {
+        Some(nodes) => parse(nodes).map(Cpus::Nodes).map_err(|_| {
+            format!("{text:?} is no list of NUMA nodes, write for example \"node0\" or \"node0-1\"")
+        }),
+        None => parse(text).map(Cpus::List),
+    }
+}
+
 /// The CPUs of a list, ascending and each once; or a sentence that begins with the text.
-pub(super) fn parse(text: &str) -> Result<Vec<usize>, String> {
+pub fn parse(text: &str) -> Result<Vec<usize>, String> {
     let mut cpus = Vec::new();
     for part in text.trim().split(',') {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
@@ -16,7 +46,10 @@ pub(super) fn parse(text: &str) -> Result<Vec<usize>, String> {
                 return Err(format!("{text:?} counts backwards, write \"{last}-{first}\""));
             }
             _ => {
-                return Err(format!("{text:?} is no list of CPUs, write for example \"0-3\" or \"0-3,8\""));
+                return Err(format!(
+                    "{text:?} is no list of CPUs, write for example \"0-3\" or \"0-3,8\", or \"node0\", \
+                     \"spread\" or \"spread:nodes\""
+                ));
             }
         }
     }
@@ -66,7 +99,12 @@ mod tests {
 
     #[test]
     fn what_is_not_a_list_is_refused() {
-        let unclear = |text| format!("{text:?} is no list of CPUs, write for example \"0-3\" or \"0-3,8\"");
+        let unclear = |text| {
+            format!(
+                "{text:?} is no list of CPUs, write for example \"0-3\" or \"0-3,8\", or \"node0\", \"spread\" or \
+                 \"spread:nodes\""
+            )
+        };
         for (text, sentence) in [
             ("3-0", "\"3-0\" counts backwards, write \"0-3\"".to_owned()),
             ("", unclear("")),
@@ -78,6 +116,22 @@ mod tests {
             ("0-4294967295", unclear("0-4294967295")),
         ] {
             assert_eq!(parse(text), Err(sentence), "{text}");
+        }
+    }
+
+    #[test]
+    fn words_are_understood() {
+        for (text, cpus) in [
+            ("0-1", Cpus::List(vec![0, 1])),
+            ("node0", Cpus::Nodes(vec![0])),
+            ("node0-1,3", Cpus::Nodes(vec![0, 1, 3])),
+            ("spread", Cpus::Spread(Portion::Cpus)),
+            ("spread:nodes", Cpus::Spread(Portion::Node)),
+        ] {
+            assert_eq!(meant(text), Ok(cpus), "{text}");
+        }
+        for text in ["node", "node1-0", "nodes", "spread:", "spread:cores", "Spread", "spread "] {
+            assert!(meant(text).is_err_and(|sentence| sentence.starts_with(&format!("{text:?} "))), "{text}");
         }
     }
 

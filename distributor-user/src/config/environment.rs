@@ -7,6 +7,7 @@
 use std::{collections::BTreeMap, fs};
 
 use super::{User, cpus};
+use crate::topology;
 
 /// The facts a configuration is completed with and checked against.
 #[derive(Clone, Debug)]
@@ -16,6 +17,8 @@ pub struct Machine {
     /// The CPUs that may be plugged in, ascending: one that is offline now may be back later, and a
     /// server runs on others meanwhile. `None` where /sys does not tell.
     pub cpus_possible: Option<Vec<usize>>,
+    /// The NUMA nodes that there may be, ascending.
+    pub nodes_possible: Vec<usize>,
 }
 
 impl Machine {
@@ -30,6 +33,7 @@ impl Machine {
                 .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
                 .collect(),
             cpus_possible,
+            nodes_possible: topology::nodes(),
         }
     }
 }

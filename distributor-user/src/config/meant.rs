@@ -20,7 +20,7 @@ use distributor_ebpf::contract::{CAPACITY_MAX, GROUPS, LIMIT_MAX, SLOTS, WEIGHT_
 use rustix::process::{Resource, Signal};
 
 use super::{
-    Config, Control, Machine, Occupied, Output, Policy, Problems, Readiness, Restart, Server, Service,
+    Config, Control, Cpus, Machine, Occupied, Output, Policy, Problems, Readiness, Restart, Server, Service,
     SocketMode, User, Waiting, cpus, duration,
     environment::{self, Facts},
     expand::{Names, expand},
@@ -31,6 +31,7 @@ use super::{
 };
 use crate::{
     address::{ListenAddress, divide_families},
+    load::{Rule, Source},
     roll::Bounds,
     scale::Scale,
 };
@@ -63,6 +64,11 @@ const UP_AFTER: Duration = Duration::from_secs(2);
 const DOWN_AT: u32 = 40;
 /// ...later, as a server costs more to start than to keep for a while.
 const DOWN_AFTER: Duration = Duration::from_secs(300);
+/// Percent of a part in a second, for each tenth of load: from all to half in some ten seconds where there
+/// is four times as much to do as elsewhere.
+const STRENGTH: u32 = 3;
+/// A server ten times slower than the others can have just what it can serve.
+const FLOOR: u32 = 10;
 
 /// A server that dies at once is started a hundred times a second at most.
 const SHORTEST_DELAY: Duration = Duration::from_millis(10);
@@ -217,6 +223,7 @@ impl<'r> Reading<'r> {
             scale: written.scale.as_ref().and_then(|scale| self.scale(scale, written)),
             roll: self.roll(&written.roll),
             limits: self.service_limits(&written.limits, &written.waiting),
+            load: self.load(&written.load, policy),
             socket,
             readiness,
             backlog: self.number(&shared.backlog, 1..=65_535, BACKLOG),
@@ -340,6 +347,49 @@ impl<'r> Reading<'r> {
             self.refuse(given.unwrap_or(&written.place), sentence);
         }
         bounds
+    }
+
+    fn load(&self, written: &written::Load, policy: Policy) -> Option<Rule> {
+        let place = written.place.as_ref()?;
+        if policy == Policy::First {
+            let sentence =
+                "stands beside policy \"first\", which goes by the order and not by weights, leave it out";
+            self.refuse(place, sentence);
+        }
+        let example = "sources = [\"reported\", \"accept-queue\"]";
+        let sources = match &written.sources {
+            Field::Refused => Vec::new(),
+            Field::Absent => {
+                let sentence = format!("is missing, write what tells a server's load: {example}");
+                self.refuse(&place.child("sources"), sentence);
+                Vec::new()
+            }
+            Field::Given(list) => {
+                if list.value.is_empty() {
+                    self.refuse(&list.place, format!("[] names no source, write for example {example}"));
+                }
+                self.sources(&list.value)
+            }
+        };
+        Some(Rule {
+            sources,
+            strength: self.number(&written.strength, 1..=10, STRENGTH),
+            floor: self.number(&written.floor, 1..=100, FLOOR),
+        })
+    }
+
+    fn sources(&self, list: &[Given<String>]) -> Vec<Source> {
+        let mut sources = Vec::new();
+        for given in list {
+            match Source::ALL.iter().find(|source| source.name() == given.value) {
+                Some(source) if sources.contains(source) => {
+                    self.refuse(&given.place, format!("{:?} is listed twice, write it once", given.value));
+                }
+                Some(source) => sources.push(*source),
+                None => self.refuse(&given.place, unknown(&given.value, Source::ALL.map(Source::name))),
+            }
+        }
+        sources
     }
 
     fn reply(&self, written: &written::Waiting) -> Vec<u8> {
@@ -579,20 +629,25 @@ impl<'r> Reading<'r> {
         Some(self.number(field, 1..=LIMIT_MAX, LIMIT_MAX))
     }
 
-    fn cpus(&self, field: &Field<String>) -> Vec<usize> {
+    fn cpus(&self, field: &Field<String>) -> Cpus {
         let Some(given) = field.given() else {
-            return Vec::new();
+            return Cpus::All;
         };
-        let wanted = cpus::parse(&given.value).unwrap_or_else(|sentence| {
+        let wanted = cpus::meant(&given.value).unwrap_or_else(|sentence| {
             self.refuse(&given.place, sentence);
-            Vec::new()
+            Cpus::All
         });
-        if let Some(possible) = &self.machine.cpus_possible {
-            let mut missing = wanted.clone();
-            missing.retain(|cpu| !possible.contains(cpu));
+        let (kind, named, possible) = match &wanted {
+            Cpus::List(cpus) => ("CPU", cpus, self.machine.cpus_possible.as_ref()),
+            Cpus::Nodes(nodes) => ("NUMA node", nodes, Some(&self.machine.nodes_possible)),
+            Cpus::All | Cpus::Spread(_) => return wanted,
+        };
+        if let Some(possible) = possible {
+            let mut missing = named.clone();
+            missing.retain(|number| !possible.contains(number));
             if !missing.is_empty() {
                 let sentence = format!(
-                    "{:?} names CPU {}, which this machine does not have, write CPUs of {:?}",
+                    "{:?} names {kind} {}, which this machine does not have, write {kind}s of {:?}",
                     given.value,
                     cpus::write(&missing),
                     cpus::write(possible)

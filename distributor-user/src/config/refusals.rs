@@ -176,13 +176,34 @@ name = "big""#,
         "cpus_that_are_no_list",
         r#"cpus = "all""#,
         &[
-            r#"shop.toml:5: service.shop.server.cpus: "all" is no list of CPUs, write for example "0-3" or "0-3,8""#,
+            r#"shop.toml:5: service.shop.server.cpus: "all" is no list of CPUs, write for example "0-3" or "0-3,8", or "node0", "spread" or "spread:nodes""#,
         ],
     ),
     (
         "cpus_backwards",
         r#"cpus = "3-0""#,
         &[r#"shop.toml:5: service.shop.server.cpus: "3-0" counts backwards, write "0-3""#],
+    ),
+    (
+        "nodes_that_are_not_here",
+        r#"cpus = "node1-2""#,
+        &[
+            r#"shop.toml:5: service.shop.server.cpus: "node1-2" names NUMA node 2, which this machine does not have, write NUMA nodes of "0-1""#,
+        ],
+    ),
+    (
+        "nodes_that_are_no_list",
+        r#"cpus = "nodes""#,
+        &[
+            r#"shop.toml:5: service.shop.server.cpus: "nodes" is no list of NUMA nodes, write for example "node0" or "node0-1""#,
+        ],
+    ),
+    (
+        "cpus_spread_over_something_else",
+        r#"cpus = "spread:cores""#,
+        &[
+            r#"shop.toml:5: service.shop.server.cpus: "spread:cores" is no list of CPUs, write for example "0-3" or "0-3,8", or "node0", "spread" or "spread:nodes""#,
+        ],
     ),
     (
         "cpus_as_a_list_of_numbers",
@@ -528,6 +549,11 @@ max_delay = "1s""#,
         &["shop.toml:5: service.shop.server.policy: belongs in [service.shop], write it there"],
     ),
     (
+        "a_field_of_load",
+        "floor = 10",
+        &["shop.toml:5: service.shop.server.floor: belongs in [service.shop.load], write it there"],
+    ),
+    (
         "a_named_server_without_a_name",
         r"[[service.shop.servers]]
 weight = 2",
@@ -840,6 +866,115 @@ command = [
         &[r#"shop.toml:6: service.shop.server.command: 8080 is a number, write it as text: "8080""#],
     ),
     (
+        "load_without_a_source",
+        r#"[service.shop]
+listen = [":8080"]
+[service.shop.load]
+strength = 3
+[service.shop.server]
+command = ["shop"]"#,
+        &[
+            r#"shop.toml:3: service.shop.load.sources: is missing, write what tells a server's load: sources = ["reported", "accept-queue"]"#,
+        ],
+    ),
+    (
+        "load_by_nothing",
+        r#"[service.shop]
+listen = [":8080"]
+[service.shop.load]
+sources = []
+[service.shop.server]
+command = ["shop"]"#,
+        &[
+            r#"shop.toml:4: service.shop.load.sources: [] names no source, write for example sources = ["reported", "accept-queue"]"#,
+        ],
+    ),
+    (
+        "load_by_a_source_that_is_mistyped",
+        r#"[service.shop]
+listen = [":8080"]
+[service.shop.load]
+sources = ["accept_queue"]
+[service.shop.server]
+command = ["shop"]"#,
+        &[
+            r#"shop.toml:4: service.shop.load.sources: "accept_queue" is unknown, did you mean "accept-queue"?"#,
+        ],
+    ),
+    (
+        "load_by_a_source_that_is_invented",
+        r#"[service.shop]
+listen = [":8080"]
+[service.shop.load]
+sources = ["memory"]
+[service.shop.server]
+command = ["shop"]"#,
+        &[
+            r#"shop.toml:4: service.shop.load.sources: "memory" is unknown, write one of "reported", "cpu-pressure", "accept-queue""#,
+        ],
+    ),
+    (
+        "load_by_one_source_twice",
+        r#"[service.shop]
+listen = [":8080"]
+[service.shop.load]
+sources = ["reported", "reported"]
+[service.shop.server]
+command = ["shop"]"#,
+        &[r#"shop.toml:4: service.shop.load.sources: "reported" is listed twice, write it once"#],
+    ),
+    (
+        "load_by_a_text",
+        r#"[service.shop]
+listen = [":8080"]
+[service.shop.load]
+sources = "reported"
+[service.shop.server]
+command = ["shop"]"#,
+        &[
+            r#"shop.toml:4: service.shop.load.sources: "reported" is not a list, write sources = ["reported"]"#,
+        ],
+    ),
+    (
+        "load_out_of_all_ranges",
+        r#"[service.shop]
+listen = [":8080"]
+[service.shop.load]
+sources = ["reported"]
+strength = 11
+floor = 0
+[service.shop.server]
+command = ["shop"]"#,
+        &[
+            r#"shop.toml:5: service.shop.load.strength: 11 is out of range, write a number from 1 to 10"#,
+            r#"shop.toml:6: service.shop.load.floor: 0 is out of range, write a number from 1 to 100"#,
+        ],
+    ),
+    (
+        "load_without_weights",
+        r#"[service.shop]
+listen = [":8080"]
+policy = "first"
+[service.shop.load]
+sources = ["reported"]
+[service.shop.server]
+command = ["shop"]"#,
+        &[
+            r#"shop.toml:4: service.shop.load: stands beside policy "first", which goes by the order and not by weights, leave it out"#,
+        ],
+    ),
+    (
+        "load_with_a_field_that_is_invented",
+        r#"[service.shop]
+listen = [":8080"]
+[service.shop.load]
+sources = ["reported"]
+ceiling = 90
+[service.shop.server]
+command = ["shop"]"#,
+        &[r#"shop.toml:5: service.shop.load.ceiling: unknown field, write one of sources, strength, floor"#],
+    ),
+    (
         "a_slow_start_without_weights",
         r#"[service.shop]
 listen = [":8080"]
@@ -1006,7 +1141,7 @@ port = 10
 [service.shop.server]
 command = ["shop"]"#,
         &[
-            "shop.toml:3: service.shop.metrics: unknown field, write one of listen, policy, occupied, waiting, scale, check, roll, limits, server, servers",
+            "shop.toml:3: service.shop.metrics: unknown field, write one of listen, policy, occupied, waiting, scale, check, roll, limits, load, server, servers",
         ],
     ),
     (
@@ -1259,5 +1394,5 @@ fn assert_refused(name: &str, text: &str, sentences: &[&str]) {
 }
 
 fn machine() -> Machine {
-    Machine { environment: Vec::new(), cpus_possible: Some(vec![0, 1, 2, 3]) }
+    Machine { environment: Vec::new(), cpus_possible: Some(vec![0, 1, 2, 3]), nodes_possible: vec![0, 1] }
 }

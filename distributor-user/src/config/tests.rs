@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use toml::{Table, Value};
 
 use super::*;
+use crate::{load::Source, spread::Portion};
 
 /// Every option, for people; and for these tests.
 const EXAMPLE: &str = include_str!("../../../docs/dist-ctl.toml");
@@ -24,6 +25,7 @@ fn machine() -> Machine {
     Machine {
         environment: vec![("PATH".to_owned(), "/bin".to_owned())],
         cpus_possible: Some(vec![0, 1, 2, 3]),
+        nodes_possible: vec![0],
     }
 }
 
@@ -57,7 +59,7 @@ fn what_is_left_out_has_its_default() {
         directory: None,
         weight: 100,
         limit: None,
-        cpus: Vec::new(),
+        cpus: Cpus::All,
         limits: Vec::new(),
         umask: 0o022,
         output: Output::Inherit,
@@ -89,6 +91,7 @@ fn what_is_left_out_has_its_default() {
             scale: None,
             roll: Bounds { max_surge: 1, max_unavailable: 0 },
             limits: Limits::NONE,
+            load: None,
             user: None,
             socket: SocketMode::Own,
             readiness: Readiness::Listening,
@@ -118,6 +121,10 @@ fn the_example_means_what_it_says() {
         Some((2, 8, 80, 40))
     );
     assert_eq!((first.weight, first.limit), (100, Some(200)));
+    assert_eq!(first.cpus, Cpus::Spread(Portion::Cpus));
+    assert_eq!(big.cpus, Cpus::List(vec![0]));
+    let sources = vec![Source::Reported, Source::AcceptQueue];
+    assert_eq!(service.load, Some(Rule { sources, strength: 3, floor: 10 }));
     assert_eq!(
         first.limits,
         [(Resource::Core, Some(0)), (Resource::Memlock, None), (Resource::Nofile, Some(65_536)),]
@@ -218,6 +225,7 @@ fn the_defaults_that_the_example_names_are_the_defaults() {
             let least = match table {
                 "service.shop.scale" => &format!("{LEAST}limit = 9\n[service.shop.scale]\nmin = 1\nmax = 2"),
                 "service.shop.check" => &format!("{LEAST}[service.shop.check]\ntype = \"http\"\n"),
+                "service.shop.load" => &format!("{LEAST}[service.shop.load]\nsources = [\"reported\"]\n"),
                 _ => LEAST,
             };
             let mut text: Table = toml::from_str(least).unwrap();
@@ -230,7 +238,7 @@ fn the_defaults_that_the_example_names_are_the_defaults() {
             checked += 1;
         }
     }
-    assert_eq!(checked, 45);
+    assert_eq!(checked, 47);
 }
 
 #[test]
@@ -378,7 +386,7 @@ fn check_says_what_was_understood() {
     );
     assert_eq!(
         parse(EXAMPLE).to_string(),
-        "shop: [::]:8080, 5 servers (1 to 4, big as backup), least-connections, socket own, user daemon, limit 200 (big: 400), weight 100 (big: 200), slow start 30s, scaled from 2 to 8, check http every 2s, waiting 1024 for 30s with a reply, limits: service 10000 connections, 500 per second (burst 1000), then wait; source 100 connections, 20 per second (burst 40) by /32 and /64, 1 exempt\n"
+        "shop: [::]:8080, 5 servers (1 to 4, big as backup), least-connections, socket own, user daemon, limit 200 (big: 400), weight 100 (big: 200), slow start 30s, scaled from 2 to 8, check http every 2s, weights by reported and accept-queue down to 10 %, waiting 1024 for 30s with a reply, limits: service 10000 connections, 500 per second (burst 1000), then wait; source 100 connections, 20 per second (burst 40) by /32 and /64, 1 exempt\n"
     );
 }
 

@@ -71,6 +71,7 @@ pub(super) struct Service {
     pub(super) check: Check,
     pub(super) roll: Roll,
     pub(super) limits: Limits,
+    pub(super) load: Load,
     pub(super) server: Shared,
     pub(super) servers: Vec<Named>,
 }
@@ -143,6 +144,16 @@ pub(super) struct Ceiling {
     pub(super) connections: Field<i64>,
     pub(super) rate: Field<i64>,
     pub(super) burst: Field<i64>,
+}
+
+/// `[service.NAME.load]`
+#[derive(Debug, Default)]
+pub(super) struct Load {
+    /// Where it begins; `None`: it is not there.
+    pub(super) place: Option<Place>,
+    pub(super) sources: List<String>,
+    pub(super) strength: Field<i64>,
+    pub(super) floor: Field<i64>,
 }
 
 /// `[service.NAME.server]`: what all its servers share.
@@ -305,6 +316,7 @@ pub(super) fn from_command(form: &CommandForm) -> Written {
             scale: None,
             check: Check::default(),
             limits: Limits::default(),
+            load: Load::default(),
             server: Shared {
                 particulars: Particulars {
                     command: list("COMMAND", &form.command),
@@ -355,11 +367,18 @@ fn service(name: String, mut section: Section<'_>) -> Service {
     let roll_place = roll_section.place.field.clone();
     let (roll, roll_fields) = roll(roll_section);
     let limits = limits(section.table("limits"));
+    let load_section = section.table("load");
+    let load_place = load_section.place.field.clone();
+    let (load, load_fields) = load(load_section);
     let mut shared_section = section.table("server");
     let server = shared(&mut shared_section);
     // First, because what is refused here is known from here on, and so belongs to nobody else.
-    let tables =
-        [(&waiting_fields, &waiting_place), (&scale_fields, &scale_place), (&roll_fields, &roll_place)];
+    let tables = [
+        (&waiting_fields, &waiting_place),
+        (&scale_fields, &scale_place),
+        (&roll_fields, &roll_place),
+        (&load_fields, &load_place),
+    ];
     for (fields, place) in tables {
         section.belongs_elsewhere(fields, place);
         shared_section.belongs_elsewhere(fields, place);
@@ -382,6 +401,7 @@ fn service(name: String, mut section: Section<'_>) -> Service {
             let named = Named { place: section.place.clone(), name, particulars, check };
             section.belongs_elsewhere(&waiting_fields, &waiting_place);
             section.belongs_elsewhere(&roll_fields, &roll_place);
+            section.belongs_elsewhere(&load_fields, &load_place);
             section.belongs_elsewhere(&server_fields, &server_place);
             section.belongs_elsewhere(&its_fields, &its_check);
             section.finish();
@@ -399,6 +419,7 @@ fn service(name: String, mut section: Section<'_>) -> Service {
         occupied,
         waiting,
         limits,
+        load,
         scale,
         check,
         roll,
@@ -489,6 +510,16 @@ fn ceiling(section: &mut Section<'_>) -> Ceiling {
         rate: section.number("rate", "500"),
         burst: section.number("burst", "1000"),
     }
+}
+
+fn load(mut section: Section<'_>) -> (Load, Vec<&'static str>) {
+    let load = Load {
+        place: section.entries.is_some().then(|| section.place.clone()),
+        sources: section.texts("sources", "[\"reported\", \"accept-queue\"]"),
+        strength: section.number("strength", "3"),
+        floor: section.number("floor", "10"),
+    };
+    (load, section.finish())
 }
 
 fn shared(section: &mut Section<'_>) -> Shared {

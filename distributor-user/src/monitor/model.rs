@@ -996,6 +996,8 @@ impl World {
             extra: None,
             not_replaced: None,
             beside: Vec::new(),
+            cpus: Default::default(),
+            said: None,
         })
     }
 

@@ -20,7 +20,7 @@ use distributor_ebpf::contract::ROOM;
 use serde::{Deserialize, Serialize};
 use tracing::{debug, info, warn};
 
-use super::{Entry, Host, Launch, Listeners, Retired, Role, Running, Service};
+use super::{Entry, Host, Launch, Listeners, Retired, Role, Running, Service, load::Strain};
 use crate::{
     cgroup::Cgroup,
     config,
@@ -252,6 +252,7 @@ impl Service {
             unkilled: false,
             unwatched: false,
             notify: None,
+            strain: Strain::default(),
             guest: Some(Guest::new(adopted)),
         });
         self.entries[entry].changed = true;

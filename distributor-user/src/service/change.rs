@@ -13,7 +13,7 @@ use anyhow::{Context as _, ensure};
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
-use super::{Entry, Host, Label, Role, Service, check, drain, report};
+use super::{Entry, Host, Label, Role, Service, check, cpus, drain, report};
 use crate::{
     config,
     health::Health,
@@ -62,6 +62,7 @@ impl Entry {
             health: Health::default(),
             checking: check::Checking::default(),
             queue: None,
+            cpus: cpus::Pinned::default(),
             run: None,
             total_before: 0,
             most_before: 0,

@@ -9,19 +9,19 @@ use std::{
 
 use anyhow::Context as _;
 use distributor_ebpf::contract::{Home, Plan, ROOM, Run as KernelRun, SLOTS};
-use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use tracing::{debug, info, warn};
 
 use super::{
-    Entry, Host, Launch, Listeners, NotReplaced, Role, Running, Service,
+    Host, Launch, Listeners, NotReplaced, Role, Running, Service,
     adopt::{self, Adopted, Guest},
+    cpus::Pinned,
+    load::{Said, Strain},
     notified::Hearing,
     role,
 };
 use crate::{
-    affinity,
-    config::{self, SocketMode},
+    config::{self, Cpus, SocketMode},
     distributor::Input,
     drain::Drain,
     error, foreign,
@@ -73,6 +73,12 @@ pub struct Label {
     /// All instances that are beside it. What else is known of one is not true any more.
     #[serde(default)]
     pub beside: Vec<Instance>,
+    /// Which CPUs it has.
+    #[serde(default)]
+    pub cpus: Pinned,
+    /// What its instance has said of its load, and what came of that.
+    #[serde(default)]
+    pub said: Option<Said>,
 }
 
 /// An instance's place in the kernel's maps.
@@ -119,6 +125,7 @@ impl Service {
         self.generation = self.generation.wrapping_add(1);
         let (generation, base) = (self.generation, load.total[slot as usize]);
         let (cgroup, notify_path) = self.places_of(entry, instance, host);
+        self.seat(entry);
         // From here on `retire` gives everything back, whatever fails.
         self.entries[entry].run = Some(Running {
             instance,
@@ -140,6 +147,7 @@ impl Service {
             unkilled: false,
             unwatched: false,
             notify: None,
+            strain: Strain::default(),
             guest: None,
         });
         cgroup.create()?;
@@ -239,6 +247,7 @@ impl Service {
         // be reached because something else was killed.
         server.drain = label.drain;
         server.health = label.health.clone();
+        server.cpus = label.cpus.clone();
         (server.total_before, server.most_before) = (label.total_before, label.most_before);
         server.not_replaced.clone_from(&label.not_replaced);
         server.machine = match (succession, server.role) {
@@ -317,6 +326,7 @@ impl Service {
             unkilled: false,
             unwatched: false,
             notify,
+            strain: Strain::of(label.said),
             guest: label.adopted.clone().map(Guest::new),
         });
         if let (Some(_), Some(run)) = (&label.adopted, &mut self.entries[entry].run) {
@@ -443,34 +453,6 @@ impl Service {
         Ok(())
     }
 
-    /// Pins servers anew when one of their CPUs is back, and says which run on others meanwhile.
-    pub(super) fn keep_on_cpus(&mut self) {
-        if !self.cpus.is_due() {
-            return;
-        }
-        for entry in 0..self.entries.len() {
-            let name = self.entries[entry].name();
-            let Entry { config: config::Server { cpus, .. }, run, .. } = &self.entries[entry];
-            if cpus.is_empty() {
-                continue;
-            }
-            // An adopted server runs where it did.
-            let run = run.as_ref().filter(|run| run.launch == Launch::Running && run.guest.is_none());
-            let lacks = run.zip(affinity::mask(cpus).ok()).and_then(|(run, mask)| {
-                let error = affinity::restore(&run.cgroup.processes(), &mask).err()?;
-                let cpus = config::list_of_cpus(cpus);
-                Some(match error {
-                    Errno::INVAL => format!(
-                        "server {name}: none of its CPUs ({cpus}) is online and in its cpuset: runs on others until \
-                         one is"
-                    ),
-                    error => format!("server {name}: cannot be kept on CPUs {cpus}: {error}; tries again"),
-                })
-            });
-            self.note(&format!("CPUs of {name}"), lacks);
-        }
-    }
-
     /// It would be taken for one that fails if it could say nothing.
     fn needs_notify(&self, entry: usize) -> bool {
         self.config.readiness == config::Readiness::Notify || self.entries[entry].config.watchdog.is_some()
@@ -543,7 +525,7 @@ impl Service {
                 .iter()
                 .map(|&(resource, limit)| Limit { resource, soft: limit, hard: limit })
                 .collect(),
-            cpus: server.cpus.clone(),
+            cpus: self.entries[entry].cpus.now.clone(),
             cgroup,
             stdout: (&server.output).into(),
             stderr: (&server.errors).into(),
@@ -582,6 +564,8 @@ impl Service {
             extra: server.extra.then(|| server.config.command.clone()),
             not_replaced: server.not_replaced.clone(),
             beside: self.beside(entry),
+            cpus: server.cpus.clone(),
+            said: server.run.as_ref().and_then(|run| run.strain.said()),
             adopted: server.run.as_ref().and_then(|run| Some(run.guest.as_ref()?.adopted.clone())),
         }
     }
@@ -632,6 +616,11 @@ impl Service {
         let mut exec = self.exec(entry, std::path::PathBuf::new());
         // ...and what is not configured from shell to shell.
         exec.environment = self.entries[entry].config.own_environment.clone();
+        // Which CPUs it has by its part of them may change while it runs.
+        exec.cpus = match &self.entries[entry].config.cpus {
+            Cpus::List(cpus) => cpus.clone(),
+            Cpus::All | Cpus::Nodes(_) | Cpus::Spread(_) => Vec::new(),
+        };
         Ok(plan::hash(&serde_json::to_vec(&exec)?))
     }
 }

@@ -4,7 +4,7 @@
 //! told to its state machine.
 #![forbid(unsafe_code)]
 
-use std::os::fd::AsFd as _;
+use std::{os::fd::AsFd as _, time::Instant};
 
 use tokio::task::JoinHandle;
 use tracing::{debug, info, warn};
@@ -72,6 +72,10 @@ impl Service {
                     self.follow_main(entry, host);
                     continue;
                 }
+                Notification::Load(_) | Notification::Capacity(_) | Notification::Wrong(_) => {
+                    self.told_load(entry, notification);
+                    continue;
+                }
                 Notification::Other => continue,
             };
             self.report(entry, report, host);
@@ -125,6 +129,9 @@ impl Service {
     pub fn excuse_all(&mut self, host: &mut Host<'_>) {
         for entry in 0..self.entries.len() {
             self.excuse(entry, host);
+            if let Some(run) = &mut self.entries[entry].run {
+                run.strain.excuse(Instant::now());
+            }
         }
     }
 }

@@ -122,6 +122,7 @@ impl Service {
                 machine_reason,
                 doubt,
                 share.held_back.and_then(held_back),
+                self.load_reason(entry),
             ]),
             pid: server.machine.pid(),
             connections,
@@ -131,8 +132,11 @@ impl Service {
                 .max(connections),
             connections_total: server.total_before + total,
             limit: server.limit,
+            effective_limit: server.effective_limit(),
             weight: server.weight,
             effective_weight: share.effective,
+            load: self.load_status(entry),
+            cpus: self.cpus_status(entry),
             accept_queue: self.accept_queue(entry),
             restarts: server.machine.restarts(),
             instance: server.machine.instance().0,
@@ -186,7 +190,7 @@ pub(super) fn wall(then: Instant, now: Instant) -> Timestamp {
 }
 
 /// What is to be said of a server, in one line.
-fn reason(parts: [Option<String>; 5]) -> Option<String> {
+fn reason(parts: [Option<String>; 6]) -> Option<String> {
     let parts: Vec<String> = parts.into_iter().flatten().collect();
     (!parts.is_empty()).then(|| parts.join("; "))
 }
@@ -228,8 +232,11 @@ pub fn vacant_status(config: &config::Service, why: &str, since: SystemTime) -> 
         connections_max: 0,
         connections_total: 0,
         limit: server.limit,
+        effective_limit: server.limit,
         weight: server.weight,
         effective_weight: 0,
+        load: None,
+        cpus: None,
         accept_queue: None,
         restarts: 0,
         instance: 0,

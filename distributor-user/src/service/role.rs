@@ -97,6 +97,8 @@ mod tests {
             adopted: None,
             extra: None,
             not_replaced: None,
+            cpus: Default::default(),
+            said: None,
             beside: Vec::new(),
         };
         let child = Child { id: 1, pid: 4711, label: Vec::new(), exit: None };

@@ -65,6 +65,7 @@ impl Service {
             }
         }
         self.roll_on(replaced);
+        self.plan_cpus();
         self.write_plan();
     }
 

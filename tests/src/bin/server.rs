@@ -64,6 +64,8 @@ struct Options {
     /// Seconds for which a connection that says nothing is not accepted (TCP_DEFER_ACCEPT).
     defer_accept: Option<i32>,
     listen_after: Duration,
+    /// So long it does nothing else for each connection that it accepts, as a server with one thread.
+    pause: Duration,
     /// Listens once there is such a file.
     listen_when: Option<PathBuf>,
     /// Tells NOTIFY_SOCKET so long after it listens.
@@ -102,6 +104,7 @@ impl Options {
                 "--stdin" => options.stdin = true,
                 "--defer-accept" => options.defer_accept = Some(value()?.parse()?),
                 "--backlog" => options.backlog = value()?.parse()?,
+                "--pause" => options.pause = milliseconds(value()?)?,
                 "--listen-after" => options.listen_after = milliseconds(value()?)?,
                 "--listen-when" => options.listen_when = Some(value()?.into()),
                 "--ready-after" => options.ready_after = Some(milliseconds(value()?)?),
@@ -323,6 +326,7 @@ struct Server {
     counts: Inside,
     inside: Option<File>,
     http: Option<PathBuf>,
+    pause: Duration,
 }
 
 /// What becomes of a connection after an event.
@@ -351,6 +355,7 @@ impl Server {
             counts: Inside::default(),
             inside,
             http: options.http.clone(),
+            pause: options.pause,
         })
     }
 
@@ -406,6 +411,7 @@ impl Server {
             self.counts.most = self.counts.most.max(self.counts.now);
             self.counts.accepted += 1;
             self.record()?;
+            thread::sleep(self.pause);
             connection.set_nonblocking(true)?;
             if self.http.is_none() {
                 // It fails if the client is gone already; reading will tell.
@@ -414,6 +420,10 @@ impl Server {
             watch(&self.epoll, connection.as_fd(), self.next)?;
             self.connections.insert(self.next, connection);
             self.next += 1;
+            if !self.pause.is_zero() {
+                // It hears what the others say in between.
+                return Ok(());
+            }
         }
     }
 

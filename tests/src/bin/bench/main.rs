@@ -18,6 +18,7 @@ mod load;
 mod plot;
 mod programs;
 mod servers;
+mod slow;
 mod statistics;
 mod table;
 mod verifier;
@@ -67,6 +68,9 @@ fn run() -> Result<String> {
     if name == "server" {
         return handover::server(words);
     }
+    if name == "sleeper" {
+        return slow::sleeper(words);
+    }
     if name == "worker" {
         return accept::worker(words);
     }
@@ -88,6 +92,7 @@ fn run() -> Result<String> {
         "flood" => flood::run(&run),
         "handover" => handover::run(&run),
         "accept" => accept::run(&run),
+        "slow" => slow::run(&run),
         "programs" => programs::run(&run),
         "idle" => idle::run(&run),
         "verifier" => verifier::run(&run),

@@ -40,6 +40,7 @@ use crate::{
     accept_queue,
     address::ListenAddress,
     bell,
+    config::Waiting,
     corridor::Corridor,
     dismiss::{self, Dismissed},
     error::{advised, lacking},
@@ -116,10 +117,8 @@ pub struct Duty {
     pub cgroup_id: u64,
     /// Where the keeper listens.
     pub keeper: PathBuf,
-    pub capacity: u32,
-    pub timeout: Duration,
-    /// What who waited too long is told; empty: he is reset.
-    pub reply: Arc<[u8]>,
+    /// Who may wait, how long, and what he is told then.
+    pub waiting: Waiting,
     /// Somebody else listens, and his clients come. Until `select` is in charge, the kernel sends
     /// some of them to rooms by its hash: so there is only one, the current one.
     pub in_use: bool,
@@ -144,6 +143,8 @@ pub enum Says {
 enum Told {
     /// Something has changed: look.
     Look,
+    /// This holds from now on, also for who waits already.
+    Change(Waiting),
     /// Turn everybody away.
     DismissAll,
     Stop,
@@ -163,6 +164,11 @@ impl Handle {
     /// The plan has changed.
     pub fn look(&self) {
         self.tell(Told::Look);
+    }
+
+    /// How long who waits may do so, and what he is told then, is another from now on.
+    pub fn change(&self, waiting: Waiting) {
+        self.tell(Told::Change(waiting));
     }
 
     /// Turns away everybody who waits, as if his time was up.
@@ -434,6 +440,7 @@ impl Attendant {
         while let Ok(told) = self.heard.try_recv() {
             match told {
                 Told::Look => {}
+                Told::Change(waiting) => self.duty.waiting = waiting,
                 Told::DismissAll => {
                     self.dismissing = true;
                     self.dismiss_all();
@@ -490,7 +497,7 @@ impl Attendant {
         let within = match (served, busy || self.desk.waiting() > 0) {
             (false, _) => STUCK,
             (true, true) if self.groups.iter().any(|group| !group.closed.is_empty()) => SOON,
-            (true, true) => WATCHFUL.min(self.duty.timeout / 4).max(SOON),
+            (true, true) => WATCHFUL.min(self.duty.waiting.timeout / 4).max(SOON),
             (true, false) => IDLE,
         };
         // What the keeper brings can wait as long as there are rooms.
@@ -640,7 +647,7 @@ impl Attendant {
     // Who has waited too long is turned away.
 
     fn turn_away_the_late(&mut self, now: u64) {
-        let timeout = u64::try_from(self.duty.timeout.as_nanos()).unwrap_or(u64::MAX);
+        let timeout = u64::try_from(self.duty.waiting.timeout.as_nanos()).unwrap_or(u64::MAX);
         let is_late = |since: u64| since != 0 && since.saturating_add(timeout) <= now;
         self.catch_up();
         for number in 0..self.groups.len() {
@@ -682,7 +689,7 @@ impl Attendant {
             if let Err(error) = self.desk.dismiss(connection.as_fd(), index) {
                 debug!("a client that waited too long is counted as one that left: {error:#}");
             }
-            if let Some(dismissed) = dismiss::dismiss(connection, &self.duty.reply) {
+            if let Some(dismissed) = dismiss::dismiss(connection, &self.duty.waiting.reply) {
                 (self.tell)(Says::Dismissed(dismissed));
             }
         }
@@ -960,7 +967,7 @@ impl Attendant {
         let share = if available > most / 2 {
             1
         } else {
-            let may_come = u64::from(self.duty.capacity).saturating_sub(waiting) * 5 / 4;
+            let may_come = u64::from(self.duty.waiting.capacity).saturating_sub(waiting) * 5 / 4;
             u32::try_from(may_come.div_ceil(available.max(1) as u64)).unwrap_or(u32::MAX).max(1)
         };
         if self.desk.share(number).load(Ordering::Relaxed) != share {

@@ -16,7 +16,7 @@ use clap::{
     Args, CommandFactory as _, Parser, Subcommand,
     error::{ContextKind, ContextValue, Error, ErrorKind},
 };
-use distributor_ebpf::contract::{LIMIT_MAX, WEIGHT_MAX};
+use distributor_ebpf::contract::{LIMIT_MAX, SLOTS, WEIGHT_MAX};
 
 use crate::{
     address::ListenAddress,
@@ -129,6 +129,8 @@ impl Invocation {
                 Command::Change(control::Command::Adopt { service, pid, name, command })
             }
             Verb::Release { server } => Command::Change(control::Command::Release { server }),
+            Verb::Reload { dry_run } => Command::Change(control::Command::Reload { dry_run }),
+            Verb::Scale { service, count } => Command::Change(control::Command::Scale { service, count }),
             Verb::Down => Command::Down,
             Verb::Upgrade { binary } => Command::Upgrade(binary),
             Verb::Check { file } => Command::Check(file),
@@ -292,7 +294,7 @@ Examples: four copies of a web server behind port 8080; and what a file says
   dist-ctl up --listen 0.0.0.0:8080 --servers 4 -- python3 -m http.server --bind 0.0.0.0 8080
   dist-ctl up -f /etc/dist-ctl/dist-ctl.toml
 
-SIGTERM and SIGINT stop the servers and then dist-ctl.";
+SIGTERM and SIGINT stop the servers and then dist-ctl. SIGHUP has it read its file again.";
 
 const STATUS_EXAMPLE: &str = "\
 Example: for a program
@@ -327,6 +329,19 @@ Examples: a server that somebody else keeps running, and one that is to be start
 const RELEASE_EXAMPLE: &str = "\
 Example: it keeps its connections, and gets no new ones while others serve the address
   dist-ctl release shop/old";
+
+const RELOAD_EXAMPLE: &str = "\
+Examples: what would be done, and doing it
+  dist-ctl reload --dry-run
+  dist-ctl reload
+
+A configuration that is wrong changes nothing. SIGHUP to dist-ctl up does the same as reload.";
+
+const SCALE_EXAMPLE: &str = "\
+Example: six servers, whether there were more or fewer
+  dist-ctl scale shop 6
+
+New ones get connections when they are ready; the last ones are drained before they are stopped.";
 
 const DOWN_EXAMPLE: &str = "\
 Example: stop another instance than the usual one
@@ -466,6 +481,25 @@ enum Verb {
         /// SERVICE/SERVER, as in `dist-ctl status`
         #[arg(value_parser = server_name)]
         server: String,
+    },
+
+    /// Read the configuration again, and change what differs while everything runs
+    #[command(after_help = RELOAD_EXAMPLE)]
+    Reload {
+        /// Only say what would be done
+        #[arg(long)]
+        dry_run: bool,
+    },
+
+    /// Have so many servers in a service, at once and until the next start
+    #[command(after_help = SCALE_EXAMPLE)]
+    Scale {
+        /// The service, as in `dist-ctl status`
+        #[arg(value_parser = service_name)]
+        service: String,
+        /// How many numbered servers; those with names are not counted
+        #[arg(value_name = "N", value_parser = clap::value_parser!(u32).range(0..=SLOTS as i64))]
+        count: u32,
     },
 
     /// Stop all servers, and dist-ctl itself
@@ -869,8 +903,8 @@ mod tests {
         assert_eq!(
             seen,
             [
-                "up", "status", "weight", "limit", "drain", "resume", "adopt", "release", "down", "upgrade",
-                "check", "doctor"
+                "up", "status", "weight", "limit", "drain", "resume", "adopt", "release", "reload", "scale",
+                "down", "upgrade", "check", "doctor"
             ]
         );
         EXAMPLE.lines().filter_map(|line| line.strip_prefix("  ")).for_each(assert_meant_for_people);

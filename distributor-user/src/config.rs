@@ -22,17 +22,23 @@ mod written;
 
 use std::{
     cell::RefCell,
+    collections::BTreeMap,
     fmt, io,
     ops::RangeInclusive,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
 pub use distributor_ebpf::contract::Policy;
 use rustix::process::{Resource, Signal};
 
+pub(crate) use self::meant::signal_name;
 pub use self::{cpus::write as list_of_cpus, environment::Machine, user::User};
-use crate::{address::ListenAddress, error::UserError};
+use crate::{address::ListenAddress, error::UserError, scale::Scale};
+
+/// How many numbered servers services have, by their names, instead of what is configured.
+pub type Counts = BTreeMap<String, usize>;
 
 /// The file `up` reads when it is given nothing else.
 pub const DEFAULT_FILE: &str = "/etc/dist-ctl/dist-ctl.toml";
@@ -70,6 +76,8 @@ pub struct Service {
     pub occupied: Occupied,
     /// Who may wait when no server has a place.
     pub waiting: Waiting,
+    /// Between how many numbered servers there are, and by what. `None`: always as many.
+    pub scale: Option<Scale>,
     /// Whom the servers run as. `None`: as the distributor, that is root.
     pub user: Option<User>,
     /// How the servers get their listeners.
@@ -91,7 +99,7 @@ pub struct Waiting {
     /// How long one may wait.
     pub timeout: Duration,
     /// What a client is told whose time is up; empty: its connection is reset.
-    pub reply: Vec<u8>,
+    pub reply: Arc<[u8]>,
 }
 
 /// One server, with everything it needs to be started.
@@ -283,25 +291,44 @@ impl Config {
 
     /// The configuration in `text`. `file` is its name in sentences.
     pub fn parse(text: &str, file: &str) -> Result<Self, UserError> {
-        Self::parse_for(text, file, &Machine::this())
+        Self::parse_with(text, file, &Counts::new())
+    }
+
+    /// The same, with other numbers of servers.
+    pub fn parse_with(text: &str, file: &str, counts: &Counts) -> Result<Self, UserError> {
+        Self::parse_for(text, file, counts, &Machine::this())
     }
 
     /// The configuration of the command-line form.
     pub fn from_command(form: &CommandForm) -> Result<Self, UserError> {
-        Self::from_command_for(form, &Machine::this())
+        Self::from_command_with(form, &Counts::new())
     }
 
-    fn parse_for(text: &str, file: &str, machine: &Machine) -> Result<Self, UserError> {
+    /// The same, with other numbers of servers.
+    pub fn from_command_with(form: &CommandForm, counts: &Counts) -> Result<Self, UserError> {
+        Self::from_command_for(form, counts, &Machine::this())
+    }
+
+    /// The service of this name.
+    pub fn service(&self, name: &str) -> Option<&Service> {
+        self.services.iter().find(|service| service.name == name)
+    }
+
+    fn parse_for(text: &str, file: &str, counts: &Counts, machine: &Machine) -> Result<Self, UserError> {
         let problems = Problems::default();
-        let config =
-            written::read(text, &problems).map(|written| meant::config(&written, machine, &problems));
+        let config = written::read(text, &problems).map(|mut written| {
+            written.set_counts(counts);
+            meant::config(&written, machine, &problems)
+        });
         problems.unless_none(Some(file))?;
         Ok(config.expect("without a problem the text was read"))
     }
 
-    fn from_command_for(form: &CommandForm, machine: &Machine) -> Result<Self, UserError> {
+    fn from_command_for(form: &CommandForm, counts: &Counts, machine: &Machine) -> Result<Self, UserError> {
         let problems = Problems::default();
-        let config = meant::config(&written::from_command(form), machine, &problems);
+        let mut written = written::from_command(form);
+        written.set_counts(counts);
+        let config = meant::config(&written, machine, &problems);
         problems.unless_none(None)?;
         Ok(config)
     }
@@ -321,8 +348,7 @@ impl fmt::Display for Service {
         for address in &self.listen {
             write!(f, "{}, ", String::from(*address))?;
         }
-        let numbered = self.servers.iter().filter(|server| server.is_numbered());
-        let mut names: Vec<String> = match numbered.count() {
+        let mut names: Vec<String> = match self.numbered() {
             0 => Vec::new(),
             1 => vec!["1".to_owned()],
             count => vec![format!("1 to {count}")],
@@ -364,6 +390,9 @@ impl fmt::Display for Service {
             };
             write!(f, ", check {}", most_and_others(&self.servers, check))?;
         }
+        if let Some(Scale { min, max, .. }) = self.scale {
+            write!(f, ", scaled from {min} to {max}")?;
+        }
         write!(f, ", {}", self.waiting)
     }
 }
@@ -382,8 +411,16 @@ impl fmt::Display for Waiting {
     }
 }
 
+impl Service {
+    /// How many of its servers have numbers for names.
+    pub fn numbered(&self) -> usize {
+        self.servers.iter().filter(|server| server.is_numbered()).count()
+    }
+}
+
 impl Server {
-    fn is_numbered(&self) -> bool {
+    /// Its name is its number.
+    pub fn is_numbered(&self) -> bool {
         self.short_name == self.index.to_string()
     }
 }
@@ -425,7 +462,7 @@ impl Occupied {
     const ALL: [Self; 2] = [Self::Refuse, Self::Wait];
 
     /// The name an operator writes.
-    const fn name(self) -> &'static str {
+    pub const fn name(self) -> &'static str {
         match self {
             Self::Refuse => "refuse",
             Self::Wait => "wait",

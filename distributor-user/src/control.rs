@@ -51,7 +51,7 @@ pub const VERSION: u32 = 1;
 pub const ASK_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long where the kernel verifies programs first: for an answer to `upgrade`, which comes after the
-/// trial, and to `adopt`, with which a service may begin. On a slow machine that takes half a minute.
+/// trial, and to `adopt` and `reload`, with which a service may begin. On a slow machine that takes half a minute.
 pub const TRIAL_TIMEOUT: Duration = Duration::from_secs(40);
 
 /// What can be asked: `{"command":"weight","server":"shop/1","weight":50}`.
@@ -98,6 +98,16 @@ pub enum Command {
     Release {
         server: String,
     },
+    /// Read the configuration again, and do what differs; or only say what that would be.
+    Reload {
+        #[serde(default)]
+        dry_run: bool,
+    },
+    /// Have so many numbered servers in a service.
+    Scale {
+        service: String,
+        count: u32,
+    },
     /// Stop the instance.
     Down,
     /// Make room for the program of this file. Answered after its trial.
@@ -113,6 +123,8 @@ pub enum Command {
 pub enum Response {
     Done,
     Status(Status),
+    /// What has been done, or would be, a sentence for each thing.
+    Changes(Vec<String>),
     /// Nothing was done, and why, in a sentence.
     Refused {
         error: String,
@@ -155,8 +167,10 @@ pub enum Level {
 
 impl Command {
     /// Every command, as it is written.
-    pub const NAMES: [&str; 9] =
-        ["status", "weight", "limit", "drain", "resume", "adopt", "release", "down", "upgrade"];
+    pub const NAMES: [&str; 11] = [
+        "status", "weight", "limit", "drain", "resume", "adopt", "release", "reload", "scale", "down",
+        "upgrade",
+    ];
 
     /// What a client must be allowed to do to ask this.
     pub fn level(&self) -> Level {
@@ -168,6 +182,8 @@ impl Command {
             | Self::Resume { .. }
             | Self::Adopt { .. }
             | Self::Release { .. }
+            | Self::Reload { .. }
+            | Self::Scale { .. }
             | Self::Down
             | Self::Upgrade { .. } => Level::Admin,
         }
@@ -216,9 +232,16 @@ impl Response {
 
     /// The refusal as an error that leads to the right exit code; the status, if there is one.
     pub fn into_result(self) -> anyhow::Result<Option<Status>> {
-        match self {
-            Self::Done => Ok(None),
+        match self.succeeded()? {
             Self::Status(status) => Ok(Some(status)),
+            Self::Done | Self::Changes(_) | Self::Refused { .. } => Ok(None),
+        }
+    }
+
+    /// The answer, unless it is a refusal.
+    pub fn succeeded(self) -> anyhow::Result<Self> {
+        match self {
+            answer @ (Self::Done | Self::Status(_) | Self::Changes(_)) => Ok(answer),
             Self::Refused { error, kind } => match kind {
                 Kind::Input => Err(UserError::new(error).into()),
                 Kind::Failure => Err(anyhow::Error::msg(error)),
@@ -403,6 +426,8 @@ struct Answer {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     status: Option<Status>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    changes: Option<Vec<String>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     error: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     kind: Option<Kind>,
@@ -410,12 +435,15 @@ struct Answer {
 
 impl From<Response> for Answer {
     fn from(response: Response) -> Self {
-        let (ok, status, error, kind) = match response {
-            Response::Done => (true, None, None, None),
-            Response::Status(status) => (true, Some(status), None, None),
-            Response::Refused { error, kind } => (false, None, Some(error), Some(kind)),
-        };
-        Self { version: VERSION, ok, status, error, kind }
+        let done = Self { version: VERSION, ok: true, status: None, changes: None, error: None, kind: None };
+        match response {
+            Response::Done => done,
+            Response::Status(status) => Self { status: Some(status), ..done },
+            Response::Changes(changes) => Self { changes: Some(changes), ..done },
+            Response::Refused { error, kind } => {
+                Self { ok: false, error: Some(error), kind: Some(kind), ..done }
+            }
+        }
     }
 }
 
@@ -429,6 +457,7 @@ impl TryFrom<Answer> for Response {
                 kind: answer.kind.unwrap_or(Kind::Failure),
             }),
             Answer { status: Some(status), .. } => Ok(Self::Status(status)),
+            Answer { changes: Some(changes), .. } => Ok(Self::Changes(changes)),
             Answer { .. } => Ok(Self::Done),
         }
     }
@@ -596,7 +625,9 @@ async fn converse(mut stream: UnixStream, peer: Peer, requests: mpsc::Sender<Req
             Line::Whole(line) => match Command::parse(&line) {
                 Ok(command) => {
                     let patience = match command {
-                        Command::Adopt { .. } | Command::Upgrade { .. } => TRIAL_TIMEOUT,
+                        Command::Adopt { .. } | Command::Reload { .. } | Command::Upgrade { .. } => {
+                            TRIAL_TIMEOUT
+                        }
                         _ => patience.distributor,
                     };
                     let response = answer(command, peer, &requests, patience).await;
@@ -1091,6 +1122,11 @@ mod tests {
                 },
             ),
             (r#"{"command":"release","server":"shop/1"}"#, Command::Release { server: server() }),
+            (r#"{"command":"reload","dry_run":true}"#, Command::Reload { dry_run: true }),
+            (
+                r#"{"command":"scale","service":"shop","count":7}"#,
+                Command::Scale { service: "shop".to_owned(), count: 7 },
+            ),
             (r#"{"command":"down"}"#, Command::Down),
             (
                 r#"{"command":"upgrade","program":"/usr/bin/dist-ctl"}"#,
@@ -1117,17 +1153,17 @@ mod tests {
             (
                 "[]",
                 "read the request: it has no \"command\": write one object on a line, like \
-                 {\"command\":\"status\"}; the commands are status, weight, limit, drain, resume, adopt, release, down, upgrade",
+                 {\"command\":\"status\"}; the commands are status, weight, limit, drain, resume, adopt, release, reload, scale, down, upgrade",
             ),
             (
                 r#"{"command":5}"#,
                 "read the request: it has no \"command\": write one object on a line, like \
-                 {\"command\":\"status\"}; the commands are status, weight, limit, drain, resume, adopt, release, down, upgrade",
+                 {\"command\":\"status\"}; the commands are status, weight, limit, drain, resume, adopt, release, reload, scale, down, upgrade",
             ),
             (
                 r#"{"command":"explode"}"#,
                 "no command is called \"explode\": the commands are status, weight, limit, drain, \
-                 resume, adopt, release, down, upgrade",
+                 resume, adopt, release, reload, scale, down, upgrade",
             ),
             (r#"{"command":"weight","weight":5}"#, "command \"weight\": missing field `server`"),
             (r#"{"command":"limit","server":"shop/1"}"#, "command \"limit\": missing field `limit`"),
@@ -1157,6 +1193,10 @@ mod tests {
     fn responses_are_written_with_version_and_ok() {
         for (response, text) in [
             (Response::Done, r#"{"version":1,"ok":true}"#),
+            (
+                Response::Changes(vec!["a".to_owned(), "b".to_owned()]),
+                r#"{"version":1,"ok":true,"changes":["a","b"]}"#,
+            ),
             (
                 Response::Status(a_status()),
                 r#"{"version":1,"ok":true,"status":{"version":"0.1.0","build":"1-2-3-4.5","pid":7,"not_upgraded":null,"troubles":[],"services":[]}}"#,

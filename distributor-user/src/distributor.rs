@@ -7,15 +7,18 @@
 
 mod adopt;
 mod answer;
+mod configured;
+mod reload;
 mod vacancy;
 
 use std::{
-    fs::{self, DirBuilder, File},
+    collections::HashSet,
+    fs::{self, DirBuilder},
     io::Write as _,
     os::{
         fd::{AsFd as _, OwnedFd},
         unix::{
-            fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _},
+            fs::{DirBuilderExt as _, MetadataExt as _},
             process::parent_id,
         },
     },
@@ -26,10 +29,7 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use distributor_ebpf::contract;
-use rustix::{
-    event::{EventfdFlags, eventfd},
-    fs::MemfdFlags,
-};
+use rustix::event::{EventfdFlags, eventfd};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use tokio::{
     sync::{
@@ -41,7 +41,10 @@ use tokio::{
 };
 use tracing::{debug, error, info, warn};
 
-use self::vacancy::Vacancy;
+use self::{
+    configured::{CONFIGURATION, Configured},
+    vacancy::Vacancy,
+};
 use crate::{
     attendant, auditor, bell,
     cgroup::Cgroup,
@@ -140,19 +143,18 @@ pub fn run(source: &Source, runtime_dir: &Path, log: ProgramLog) -> anyhow::Resu
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     LocalSet::new().block_on(&runtime, async {
         let (link, inheritance) = Link::open()?;
-        let (config, text) = configuration(source, &inheritance)?;
-        let keepsakes = Keepsakes { configuration: text, spare };
-        serve(config, runtime_dir, log, link, inheritance, keepsakes).await
+        let configured = Configured::find(source, &inheritance)?;
+        serve(configured, runtime_dir, log, link, inheritance, spare).await
     })
 }
 
 async fn serve(
-    config: Config,
+    configured: Configured<'_>,
     runtime_dir: &Path,
     log: ProgramLog,
     mut link: Link,
     mut inheritance: Inheritance,
-    keepsakes: Keepsakes,
+    spare: Option<OwnedFd>,
 ) -> anyhow::Result<()> {
     ensure!(
         rustix::process::geteuid().is_root(),
@@ -172,8 +174,8 @@ async fn serve(
     })?;
     // What an earlier run has left is not ours to end because we cannot start.
     let nothing_runs = inheritance.is_empty() && !place.is_populated();
-    match Distributor::begin(&config, &place, log, link, inheritance, keepsakes).await {
-        Ok(distributor) => distributor.work(&config).await,
+    match Distributor::begin(configured, &place, log, link, inheritance, spare).await {
+        Ok(distributor) => distributor.work().await,
         Err(error) => {
             if nothing_runs && let Err(left) = place.remove() {
                 error!("{left:#}; remove it by hand, or with the next dist-ctl up");
@@ -182,17 +184,6 @@ async fn serve(
         }
     }
 }
-
-/// Descriptors that it opened first.
-struct Keepsakes {
-    /// The text of the configuration that is in force, for the monitor to hold.
-    configuration: OwnedFd,
-    /// For the control socket.
-    spare: Option<OwnedFd>,
-}
-
-/// The label of the configuration that is in force.
-const CONFIGURATION: &[u8] = b"configuration";
 
 /// The label of the lock on the instance's cgroup.
 const INSTANCE: &[u8] = b"instance";
@@ -219,34 +210,14 @@ fn lock_instance(cgroup: &Cgroup, inheritance: &mut Inheritance, link: &mut Link
     link.send(&hold, Some(locked.as_fd()))
 }
 
-/// The configuration that is in force, and a file with its text for the monitor to hold: what the
-/// first distributor of this monitor that was ready has read. The file may say something else
-/// since, or nothing that can be read.
-fn configuration(source: &Source, inheritance: &Inheritance) -> anyhow::Result<(Config, OwnedFd)> {
-    let held = inheritance.held.iter().find(|held| held.label == CONFIGURATION);
-    let (text, config) = match (source, held) {
-        (Source::File(path), Some(held)) => {
-            let file = File::from(held.fd.try_clone()?);
-            let mut text = vec![0; usize::try_from(file.metadata()?.len())?];
-            // Its offset is that of every distributor before us.
-            file.read_exact_at(&mut text, 0).context("read the configuration that is in force")?;
-            let config = Config::parse(&String::from_utf8(text)?, &path.display().to_string())?;
-            return Ok((config, file.into()));
-        }
-        (Source::File(path), None) => Config::read_with_text(path)?,
-        // It is in our arguments; that there was one before us is said all the same.
-        (Source::Command(_), _) => (String::new(), source.read()?),
-    };
-    let keep = "keep the configuration for the next distributor";
-    let memory = rustix::fs::memfd_create("configuration", MemfdFlags::CLOEXEC).context(keep)?;
-    File::from(memory.try_clone()?).write_all(text.as_bytes()).context(keep)?;
-    Ok((config, memory))
-}
-
 struct Distributor<'a> {
     place: &'a Instance,
     link: Link,
+    configured: Configured<'a>,
+    /// In the order in which they began; `Input` names them by their numbers.
     services: Vec<Service>,
+    /// Of the next service that begins.
+    next_number: usize,
     /// Services that wait for their addresses.
     vacant: Vec<Vacancy>,
     options: service::Options,
@@ -260,7 +231,7 @@ struct Distributor<'a> {
     /// Why we were not replaced by the last one that was to take over.
     not_upgraded: Option<String>,
     /// The services that were announced on standard output.
-    announced: Vec<bool>,
+    announced: HashSet<usize>,
     recorder: Recorder,
     /// A server that is being adopted.
     adopting: Option<Adopting>,
@@ -277,14 +248,13 @@ struct Distributor<'a> {
 impl<'a> Distributor<'a> {
     /// Makes or takes over everything, up to the point where every server is started or found.
     async fn begin(
-        config: &Config,
+        configured: Configured<'a>,
         place: &'a Instance,
         log: ProgramLog,
         mut link: Link,
         inheritance: Inheritance,
-        keepsakes: Keepsakes,
+        spare: Option<OwnedFd>,
     ) -> anyhow::Result<Self> {
-        let Keepsakes { configuration, spare } = keepsakes;
         let (inputs, received) = mpsc::unbounded_channel();
         let Inheritance { children, mut held, not_replaced, stop } = inheritance;
         let sockets = notify::held(&mut held);
@@ -301,7 +271,7 @@ impl<'a> Distributor<'a> {
             None
         });
         if succession == Succession::First {
-            record = clear_the_way(config, place, record)?;
+            record = clear_the_way(&configured.config, place, record)?;
         }
         let runs = succession == Succession::Next || place.is_populated();
         make_notify_dir(place)?;
@@ -316,7 +286,17 @@ impl<'a> Distributor<'a> {
         }
         let interrupted = record.as_mut().and_then(|record| record.adopting.take());
         let (mut services, mut vacant) = (Vec::new(), Vec::new());
-        for service in &config.services {
+        // Of configurations before this one, some may not have come to their end.
+        let leaving = configured.leaving(place);
+        for service in &leaving {
+            let mut host = Host { place, link: &mut link, inputs: &inputs };
+            services.push(Service::open(services.len(), service.clone(), options, &mut host)?);
+        }
+        for service in &configured.config.services {
+            if leaving.iter().any(|leaving| leaving.name == service.name) {
+                vacant.push(Vacancy::until_it_has_left(service.clone()));
+                continue;
+            }
             let adopting = interrupted.as_ref().filter(|adopting| adopting.service == service.name);
             if let Some(waits) = Vacancy::of(service, place, adopting, &children) {
                 info!("service {}: {}", service.name, waits.why);
@@ -326,11 +306,16 @@ impl<'a> Distributor<'a> {
             let mut host = Host { place, link: &mut link, inputs: &inputs };
             services.push(Service::open(services.len(), service.clone(), options, &mut host)?);
         }
-        let announced = vec![succession == Succession::Next; services.len()];
+        let announced = match succession {
+            Succession::Next => (0..services.len()).collect(),
+            Succession::First => HashSet::new(),
+        };
         let recorder = Recorder::new(&place.runtime_dir);
         let mut distributor = Self {
             place,
             link,
+            configured,
+            next_number: services.len(),
             services,
             vacant,
             options,
@@ -352,14 +337,17 @@ impl<'a> Distributor<'a> {
         distributor.look_around();
         let (services, mut host) = distributor.split();
         services.iter_mut().for_each(Service::begin);
-        if !stop {
-            services.iter_mut().for_each(|service| service.start(&mut host));
+        for service in services.iter_mut().filter(|_| !stop) {
+            match leaving.iter().any(|leaving| leaving.name == service.name()) {
+                true => service.stop(&mut host),
+                false => service.start(&mut host),
+            }
         }
         if let Some(adopting) = interrupted {
             distributor.finish_adoption(&adopting);
         }
         distributor.write_down();
-        match distributor.open_control(config) {
+        match distributor.open_control() {
             // What runs is more than that somebody can ask for it.
             Err(error) if runs => distributor.cannot_be_asked(&error),
             opened => opened?,
@@ -368,8 +356,7 @@ impl<'a> Distributor<'a> {
         if succession == Succession::First {
             // Whoever comes after us goes on where we were. After one that died before this he
             // begins again.
-            let hold = ToMonitor::Hold { key: distributor.link.number(), label: CONFIGURATION.to_vec() };
-            distributor.link.send(&hold, Some(configuration.as_fd()))?;
+            distributor.configured.hold(&mut distributor.link)?;
         }
         distributor.link.send(&ToMonitor::Ready, None)?;
         if stop {
@@ -497,12 +484,13 @@ impl<'a> Distributor<'a> {
         self.troubles.note("control", Some(what), SystemTime::now());
     }
 
-    fn open_control(&mut self, config: &Config) -> anyhow::Result<()> {
-        let listener = control::bind(&self.place.runtime_dir, &config.control)?;
+    fn open_control(&mut self) -> anyhow::Result<()> {
+        let access = &self.configured.config.control;
+        let listener = control::bind(&self.place.runtime_dir, access)?;
         let (requests, mut received) = mpsc::channel(64);
         let spare = self.spare.take();
-        let task = spawn_local(control::serve(listener, config.control.clone(), requests, spare));
-        self.control = Some(ControlSocket { task, inode: control_inode(self.place) });
+        let task = spawn_local(control::serve(listener, access.clone(), requests, spare));
+        self.control = Some(ControlSocket { task, inode: control_inode(self.place), access: access.clone() });
         let inputs = self.inputs.clone();
         spawn_local(async move {
             while let Some(request) = received.recv().await {
@@ -516,25 +504,27 @@ impl<'a> Distributor<'a> {
 
     /// Sees that there are the monitor's lock file and the control socket. If somebody has removed
     /// them, maybe with the whole runtime directory, all is made again by which others know of us.
-    fn stay_reachable(&mut self, config: &Config) -> anyhow::Result<()> {
+    fn stay_reachable(&mut self) -> anyhow::Result<()> {
         let place = self.place;
         if let Some(lock) = lock::remake(&place.runtime_dir, parent_id())? {
             warn!("{}: its lock file was removed: makes it again", place.runtime_dir.display());
             let hold = ToMonitor::Hold { key: self.link.number(), label: REMADE.to_vec() };
             self.link.send(&hold, Some(lock.as_fd()))?;
         }
-        let socket = control_inode(place);
-        if self.control.as_ref().is_some_and(|control| control.inode == socket) {
+        let (socket, access) = (control_inode(place), &self.configured.config.control);
+        if self.control.as_ref().is_some_and(|control| control.inode == socket && control.access == *access) {
             return Ok(());
         }
         make_notify_dir(place)?;
         if let Some(control) = self.control.take() {
-            warn!("{}: its control socket was removed: makes it again", place.runtime_dir.display());
+            if control.inode != socket {
+                warn!("{}: its control socket was removed: makes it again", place.runtime_dir.display());
+                self.recorder = Recorder::new(&place.runtime_dir);
+            }
             control.task.abort();
             self.spare = control::spare();
-            self.recorder = Recorder::new(&place.runtime_dir);
         }
-        self.open_control(config)
+        self.open_control()
     }
 
     fn listen_to_monitor(&mut self) -> anyhow::Result<()> {
@@ -550,7 +540,7 @@ impl<'a> Distributor<'a> {
     }
 
     /// The loop.
-    async fn work(mut self, config: &Config) -> anyhow::Result<()> {
+    async fn work(mut self) -> anyhow::Result<()> {
         let mut looked_around = Instant::now();
         while !(self.stopping && self.services.iter().all(Service::has_stopped)) {
             let next = self.next_tick(looked_around);
@@ -568,10 +558,11 @@ impl<'a> Distributor<'a> {
                 services.iter_mut().for_each(|service| service.excuse_all(&mut host));
             }
             services.iter_mut().for_each(|service| service.tick(now, &mut host));
+            self.let_go();
             if now - looked_around >= LOOK_AROUND {
                 looked_around = now;
                 self.look_around();
-                match self.stay_reachable(config) {
+                match self.stay_reachable() {
                     Ok(()) => self.troubles.note("control", None, SystemTime::now()),
                     Err(error) => self.cannot_be_asked(&error),
                 }
@@ -597,6 +588,9 @@ impl<'a> Distributor<'a> {
 
     fn look_around(&mut self) {
         self.fill_vacancies();
+        if !self.stopping {
+            self.rescale();
+        }
         let (services, mut host) = self.split();
         services.iter_mut().for_each(|service| service.look_around(&mut host));
         // Three, as a server takes to be started; one may be that which the control socket has in reserve.
@@ -633,32 +627,32 @@ impl<'a> Distributor<'a> {
         match input {
             Input::MonitorSpeaks => {}
             Input::Kernel { service, events } => {
-                if let Some(service) = services.get_mut(service) {
+                if let Some(service) = numbered(services, service) {
                     service.kernel_events(&events, &mut host);
                 }
             }
             Input::Launched { service, entry, instance, result } => {
-                if let Some(service) = services.get_mut(service) {
+                if let Some(service) = numbered(services, service) {
                     service.launched(entry, instance, result, &mut host);
                 }
             }
             Input::Notified { service, entry, instance, message } => {
-                if let Some(service) = services.get_mut(service) {
+                if let Some(service) = numbered(services, service) {
                     service.notified(entry, instance, &message, &mut host);
                 }
             }
             Input::Attendant { service, says } => {
-                if let Some(service) = services.get_mut(service) {
+                if let Some(service) = numbered(services, service) {
                     service.attendant_says(says)?;
                 }
             }
             Input::Closed { service, entry, result } => {
-                if let Some(service) = services.get_mut(service) {
+                if let Some(service) = numbered(services, service) {
                     service.closed(entry, result);
                 }
             }
             Input::Audited { service, result } => {
-                if let Some(service) = services.get_mut(service) {
+                if let Some(service) = numbered(services, service) {
                     service.audited(result);
                 }
             }
@@ -729,9 +723,7 @@ impl<'a> Distributor<'a> {
                 error!("the monitor cannot hold descriptor {key}: {why}; raise its limit of open files");
             }
             FromMonitor::Stop => self.stop(),
-            FromMonitor::Reload => {
-                info!("asked to reload: this version reads its configuration at the start only")
-            }
+            FromMonitor::Reload => self.reload_as_told(),
             FromMonitor::Child { .. }
             | FromMonitor::Held { .. }
             | FromMonitor::NotReplaced { .. }
@@ -755,9 +747,8 @@ impl<'a> Distributor<'a> {
 
     /// One line on standard output for each service, once all its servers are ready.
     fn announce(&mut self) {
-        for (number, service) in self.services.iter().enumerate() {
-            if !self.announced[number] && service.is_ready() {
-                self.announced[number] = true;
+        for service in &self.services {
+            if service.is_ready() && self.announced.insert(service.number()) {
                 let service = service.config();
                 let listen: Vec<String> = service.listen.iter().map(ToString::to_string).collect();
                 let servers = service.servers.len();
@@ -779,11 +770,18 @@ impl<'a> Distributor<'a> {
     }
 }
 
+/// The service with this number, if it is still there.
+fn numbered(services: &mut [Service], number: usize) -> Option<&mut Service> {
+    services.iter_mut().find(|service| service.number() == number)
+}
+
 /// Serves the control socket.
 struct ControlSocket {
     task: JoinHandle<()>,
     /// Of its file.
     inode: Option<u64>,
+    /// Who may talk to it.
+    access: config::Control,
 }
 
 /// The number of whatever stands at the control socket's place.

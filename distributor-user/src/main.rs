@@ -16,7 +16,7 @@ use anyhow::{Context as _, bail};
 use distributor_user::{
     cli::{Command, Form, Invocation},
     config::Config,
-    control::{self, ASK_TIMEOUT, TRIAL_TIMEOUT},
+    control::{self, ASK_TIMEOUT, Response, TRIAL_TIMEOUT},
     demo, distributor, doctor, error,
     instance::{self, Instance},
     keeper,
@@ -66,12 +66,15 @@ fn perform(invocation: &Invocation) -> anyhow::Result<ExitCode> {
             demo::run(demo::Options { listen: listen.clone(), name: name.clone() })?;
         }
         Command::Status(form) => {
-            if let Some(status) = ask(directory, &control::Command::Status)? {
+            if let Response::Status(status) = ask(directory, &control::Command::Status)? {
                 show(&status, *form)?;
             }
         }
         Command::Change(command) => {
-            ask(directory, command)?;
+            if let Response::Changes(lines) = ask(directory, command)? {
+                let lines = if lines.is_empty() { vec!["nothing to change".to_owned()] } else { lines };
+                print(&(lines.join("\n") + "\n"))?;
+            }
         }
         Command::DrainAndWait(drain, server) => {
             ask(directory, drain)?;
@@ -120,9 +123,10 @@ fn perform(invocation: &Invocation) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn ask(directory: &Path, command: &control::Command) -> anyhow::Result<Option<Status>> {
+fn ask(directory: &Path, command: &control::Command) -> anyhow::Result<Response> {
     let timeout = match command {
-        control::Command::Adopt { .. } => TRIAL_TIMEOUT,
+        // A service may begin with it.
+        control::Command::Adopt { .. } | control::Command::Reload { .. } => TRIAL_TIMEOUT,
         _ => ASK_TIMEOUT,
     };
     match control::ask(directory, command, timeout) {
@@ -131,7 +135,7 @@ fn ask(directory: &Path, command: &control::Command) -> anyhow::Result<Option<St
              goes on with them, dist-ctl down ends them",
             directory.display()
         ),
-        answer => answer?.into_result(),
+        answer => answer?.succeeded(),
     }
 }
 

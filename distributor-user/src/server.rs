@@ -40,7 +40,7 @@ pub struct Server {
 }
 
 /// The number of an instance. A server's first is 1; none is used twice.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Instance(pub u32);
 
 impl Instance {
@@ -67,6 +67,8 @@ pub struct Supervision {
     pub watchdog: Option<Duration>,
     pub remedies: Remedies,
     pub backoff: Backoff,
+    /// It has one try: if its instance fails, there is another one that serves.
+    pub once: bool,
 }
 
 /// What is done about a server that is ready and not well, beside giving it nothing.
@@ -240,6 +242,8 @@ pub enum Fault {
     CrashLoop { failures: u32, why: String },
     /// It does what its service cannot have, and would do so again.
     Misconfigured { sentence: String },
+    /// It had one try.
+    OnlyTry { why: String },
 }
 
 /// What a server is told.
@@ -353,6 +357,9 @@ pub enum Recipient {
 struct History {
     /// The newest instance.
     instance: Instance,
+    /// Up to here the numbers are taken, by others of the same name.
+    #[serde(default)]
+    taken: Instance,
     /// In a row, since the last healthy run.
     failures: u32,
     /// In a row, starts for which the machine lacked something.
@@ -382,6 +389,7 @@ impl Supervision {
                 hang_kill: server.stall.and_then(|stall| stall.kill_after),
             },
             backoff: Backoff::try_new(server.restart)?,
+            once: false,
         })
     }
 }
@@ -401,6 +409,7 @@ impl Server {
             state: State::Stopped { since: now },
             history: History {
                 instance: newest,
+                taken: newest,
                 failures: 0,
                 lacked: 0,
                 restarts: 0,
@@ -443,6 +452,16 @@ impl Server {
             running @ (State::Starting { .. } | State::Ready { .. }) => running,
         };
         Self { state, history }
+    }
+
+    /// This number is somebody else's: its next instance gets a higher one.
+    pub fn take_number(&mut self, taken: Instance) {
+        self.history.taken = self.history.taken.max(taken);
+    }
+
+    /// It takes the place of this one: what is said of both together goes on.
+    pub fn succeed(&mut self, before: &Self) {
+        self.history.restarts = self.history.restarts.saturating_add(before.history.restarts);
     }
 
     /// What was known of its instance has come to nothing; the next one has a number of its own.
@@ -493,6 +512,17 @@ impl Server {
             | State::Stopping { .. }
             | State::Backoff { .. }
             | State::Failed { .. } => false,
+        }
+    }
+
+    /// It does not run and will not, or is on its way there.
+    pub fn is_ending(&self) -> bool {
+        match &self.state {
+            State::Stopped { .. } | State::Failed { .. } => true,
+            State::Draining { then, .. } | State::Stopping { then, .. } => {
+                matches!(then, Then::Stopped | Then::Failed(_))
+            }
+            State::Starting { .. } | State::Ready { .. } | State::Backoff { .. } => false,
         }
     }
 
@@ -782,6 +812,7 @@ impl Fault {
     fn explained(self, why: String) -> Self {
         match self {
             Self::CrashLoop { failures, .. } => Self::CrashLoop { failures, why },
+            Self::OnlyTry { .. } => Self::OnlyTry { why },
             misconfigured @ Self::Misconfigured { .. } => misconfigured,
         }
     }
@@ -795,6 +826,7 @@ impl fmt::Display for Fault {
                 write!(f, "{why}; given up after {failures} failures in a row")
             }
             Self::Misconfigured { sentence } => f.write_str(sentence),
+            Self::OnlyTry { why } => f.write_str(why),
         }
     }
 }

@@ -7,13 +7,16 @@
 
 mod adopt;
 mod audit;
+mod change;
 mod check;
 mod drain;
 mod launch;
 mod notified;
 mod report;
+mod role;
 mod stall;
 mod survey;
+mod update;
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -56,6 +59,7 @@ use crate::{
     message::{Exit, ToMonitor},
     plan::{Indices, Slots, Wanted, WantedServer},
     record,
+    scale::Scaler,
     server::{Action, Event, Instance, Recipient, Report, Server, Supervision},
     share::{self, HeldBack, Share, Warming},
     stall::Queue,
@@ -64,11 +68,13 @@ use crate::{
 
 pub use adopt::{Adopted, RELEASED, Shared, give_back, released_by};
 pub use audit::Drift;
+pub use change::NotReplaced;
 pub use launch::{Found, Label, Ran, Succession};
 #[cfg(test)]
 pub(crate) use launch::{is_unaccounted, latest_first};
 pub use notified::FORMER;
 pub use report::vacant_status;
+pub use role::Role;
 pub use survey::{Left, left};
 
 /// Places in SOCKETS that a server gets for its listeners on one address at first.
@@ -130,6 +136,9 @@ pub struct Service {
     /// How long a step of the shortest slow start lasts that is under way.
     warms: Option<Duration>,
     cpus: affinity::Watch,
+    scaler: Scaler,
+    /// Why it has as many servers as it has, and since when.
+    rescaled: Option<(String, SystemTime)>,
     /// Slots of ended instances that still hold connections.
     retired: Vec<Retired>,
     slots: Slots,
@@ -160,11 +169,16 @@ pub struct Service {
     troubles: Troubles,
 }
 
-/// One configured server.
+/// One server, or an instance beside it: see `change`.
 struct Entry {
     config: config::Server,
     policy: Supervision,
     machine: Server,
+    role: Role,
+    /// It is none of the configuration's.
+    extra: bool,
+    /// What came of the last try to replace it, if that failed.
+    not_replaced: Option<NotReplaced>,
     /// Live: the configuration's, or what an operator set since.
     weight: u32,
     limit: Option<u32>,
@@ -182,7 +196,7 @@ struct Entry {
     most_before: u64,
     /// Its label is out of date.
     changed: bool,
-    /// It was adopted, and is none of the service's any more.
+    /// It is none of the service's any more.
     gone: bool,
 }
 
@@ -299,9 +313,7 @@ impl Service {
             cgroup: rooms_cgroup.path().to_owned(),
             cgroup_id: rooms_cgroup.id().context("read the number of a cgroup")?,
             keeper: socket,
-            capacity: config.waiting.capacity,
-            timeout: config.waiting.timeout,
-            reply: config.waiting.reply.as_slice().into(),
+            waiting: config.waiting.clone(),
             in_use: options.in_use,
             most_rooms: most_rooms(config.listen.len()),
             bell: options.bell,
@@ -337,6 +349,8 @@ impl Service {
             entries: Vec::new(),
             warms: None,
             cpus: affinity::Watch::default(),
+            scaler: Scaler::default(),
+            rescaled: None,
             retired: Vec::new(),
             slots: Slots::default(),
             indices: Indices::default(),
@@ -361,25 +375,7 @@ impl Service {
             .config
             .servers
             .iter()
-            .map(|server| {
-                anyhow::Ok(Entry {
-                    policy: Supervision::of(&service.config, server)?,
-                    machine: Server::new(Instance(0), Instant::now()),
-                    weight: server.weight,
-                    limit: server.limit,
-                    config: server.clone(),
-                    drain: None,
-                    closing: drain::Closing::default(),
-                    health: Health::default(),
-                    checking: check::Checking::default(),
-                    queue: None,
-                    run: None,
-                    total_before: 0,
-                    most_before: 0,
-                    changed: true,
-                    gone: false,
-                })
-            })
+            .map(|server| Entry::new(&service.config, server.clone(), Role::Current, Instance(0)))
             .collect::<Result<_, _>>()?;
         Ok(service)
     }
@@ -388,13 +384,23 @@ impl Service {
         &self.config.name
     }
 
+    /// What `Input` names it by.
+    pub fn number(&self) -> usize {
+        self.number
+    }
+
+    /// It is being stopped, and will be gone.
+    pub fn is_leaving(&self) -> bool {
+        self.stopping
+    }
+
     pub fn config(&self) -> &config::Service {
         &self.config
     }
 
     /// Every server is ready.
     pub fn is_ready(&self) -> bool {
-        let mut entries = self.entries.iter().filter(|entry| !entry.gone);
+        let mut entries = self.entries.iter().filter(|entry| entry.is_current());
         entries.all(|entry| entry.run.as_ref().is_some_and(|run| run.included))
     }
 
@@ -420,18 +426,21 @@ impl Service {
     /// Starts every server that does not run, or is to be stopped.
     pub fn start(&mut self, host: &mut Host<'_>) {
         for entry in 0..self.entries.len() {
-            if !self.entries[entry].gone {
-                self.tell(entry, Event::Start, host);
+            match self.entries[entry].role {
+                _ if self.entries[entry].gone => {}
+                Role::Current => self.tell(entry, Event::Start, host),
+                Role::Successor => self.depart(entry),
+                Role::Leaving => self.see_off(entry, host),
             }
         }
     }
 
     /// Takes no more connections, and stops every server. Said again, it hurries.
     pub fn stop(&mut self, host: &mut Host<'_>) {
-        if !self.stopping {
+        let hurries = std::mem::replace(&mut self.stopping, true);
+        if !hurries {
             self.take_back(host);
         }
-        self.stopping = true;
         // Whoever was adopted serves on, and in the end alone: also if he was drained.
         let guests: Vec<usize> = (0..self.entries.len()).filter(|entry| self.is_guest(*entry)).collect();
         guests.iter().for_each(|guest| self.end_drain(*guest));
@@ -442,7 +451,10 @@ impl Service {
             self.attendant.dismiss_all();
         }
         for entry in 0..self.entries.len() {
-            if !self.is_guest(entry) && !self.entries[entry].gone {
+            let it = &self.entries[entry];
+            // Whoever ends already was told by us or by the distributor before us, and told again he hurries.
+            let is_told = !hurries && it.machine.is_ending();
+            if !self.is_guest(entry) && !it.gone && !is_told {
                 self.tell(entry, Event::Stop, host);
             }
         }
@@ -461,18 +473,18 @@ impl Service {
 
     /// The entry of a server's full name, `shop/1`.
     pub fn find(&self, name: &str) -> Option<usize> {
-        self.entries.iter().position(|entry| entry.config.name == name && !entry.gone)
+        self.entries.iter().position(|entry| entry.is_current() && entry.config.name == name)
     }
 
     /// The full names of its servers.
     pub fn server_names(&self) -> impl Iterator<Item = String> {
-        self.entries.iter().filter(|entry| !entry.gone).map(|entry| entry.config.name.clone())
+        self.entries.iter().filter(|entry| entry.is_current()).map(Entry::name)
     }
 
     pub fn set_weight(&mut self, entry: usize, weight: u32) -> Response {
         let entry_ = &mut self.entries[entry];
         let before = std::mem::replace(&mut entry_.weight, weight);
-        info!("server {}: weight {before} -> {weight}", entry_.config.name);
+        info!("server {}: weight {before} -> {weight}", entry_.name());
         self.changed(entry)
     }
 
@@ -480,7 +492,7 @@ impl Service {
         let shown = |limit: Option<u32>| limit.map_or("none".to_owned(), |limit| limit.to_string());
         let entry_ = &mut self.entries[entry];
         let before = std::mem::replace(&mut entry_.limit, limit);
-        info!("server {}: limit {} -> {}", entry_.config.name, shown(before), shown(limit));
+        info!("server {}: limit {} -> {}", entry_.name(), shown(before), shown(limit));
         self.changed(entry)
     }
 
@@ -587,7 +599,7 @@ impl Service {
             match self.settle(entry, group, found) {
                 Ok(report) => reports.extend(report),
                 Err(error) => {
-                    let name = &self.entries[entry].config.name;
+                    let name = self.entries[entry].name();
                     unsettled = Some(format!(
                         "server {name}: its listener cannot be adopted: {error:#}; tries again"
                     ));
@@ -595,7 +607,7 @@ impl Service {
             }
         }
         let settled = unsettled.is_none();
-        self.note(&format!("listeners of {}", self.entries[entry].config.name), unsettled);
+        self.note(&format!("listeners of {}", self.entries[entry].name()), unsettled);
         for report in reports {
             self.report(entry, report, host);
         }
@@ -679,7 +691,7 @@ impl Service {
         let error = std::io::Error::from_raw_os_error(errno);
         if let Some(run) = self.entries[entry].run.as_mut().filter(|run| run.launch == Launch::Running) {
             run.unwatched = true;
-            let name = &self.entries[entry].config.name;
+            let name = self.entries[entry].name();
             let what =
                 format!("server {name}: the monitor cannot watch its process: {error}; tries every second");
             return self.note(&format!("watch {name}"), Some(what));
@@ -708,7 +720,7 @@ impl Service {
     fn watch_unwatched(&mut self, entry: usize, host: &mut Host<'_>) {
         let Some(run) = self.entries[entry].run.as_mut().filter(|run| run.unwatched) else { return };
         run.unwatched = false;
-        let (id, name) = (run.id, self.entries[entry].config.name.clone());
+        let (id, name) = (run.id, self.entries[entry].name());
         self.note(&format!("watch {name}"), None);
         let Some(run) = &self.entries[entry].run else { return };
         match run
@@ -949,9 +961,10 @@ impl Service {
             }
         }
         let server = &self.entries[entry];
-        let name = server.config.name.clone();
+        let name = server.name();
         let lacks = server.machine.lacks().map(|why| format!("server {name} {why}; tried until it can be"));
         self.note(&name, lacks);
+        self.depart(entry);
     }
 
     /// Performs one action. What is known of its outcome at once is the next event.
@@ -964,7 +977,10 @@ impl Service {
                 Err(error) => of(not_launched(format!("{error:#}"))),
             },
             Action::Include { .. } => {
-                self.set_included(entry, true);
+                match self.entries[entry].role {
+                    Role::Successor => self.take_place(entry, host),
+                    Role::Current | Role::Leaving => self.set_included(entry, true),
+                }
                 None
             }
             Action::Exclude { .. } => {
@@ -999,7 +1015,7 @@ impl Service {
                 run.emptying = true;
                 if let Err(error) = run.cgroup.kill() {
                     run.unkilled = true;
-                    error!("server {}: {error:#}; tries again", self.entries[entry].config.name);
+                    error!("server {}: {error:#}; tries again", self.entries[entry].name());
                 }
                 let empty = self.entries[entry].run.as_ref().is_none_or(|run| run.cgroup.has_emptied());
                 if empty { of(Report::CgroupEmpty) } else { None }
@@ -1009,7 +1025,7 @@ impl Service {
                 None
             }
             Action::Log { level, sentence } => {
-                let name = &self.entries[entry].config.name;
+                let name = self.entries[entry].name();
                 match level {
                     tracing::Level::ERROR => error!("server {name} {sentence}"),
                     tracing::Level::WARN => warn!("server {name} {sentence}"),
@@ -1034,7 +1050,7 @@ impl Service {
             Recipient::Main => {
                 let message = ToMonitor::Signal { id: run.id, signal: signal.as_raw() };
                 if let Err(error) = host.link.send(&message, None) {
-                    error!("server {}: {error:#}", self.entries[entry].config.name);
+                    error!("server {}: {error:#}", self.entries[entry].name());
                 }
             }
             Recipient::Everyone => {
@@ -1072,16 +1088,18 @@ impl Service {
         self.bound.retain(|_, of| *of != entry);
         self.scans.retain(|scan| scan.entry != entry);
         if let Err(error) = run.cgroup.remove() {
-            debug!(
-                "server {}: {error:#}; the end of the instance removes it",
-                self.entries[entry].config.name
-            );
+            debug!("server {}: {error:#}; the end of the instance removes it", self.entries[entry].name());
         }
-        if let Ok(load) = self.kernel.load() {
+        // What it had is had by its server, which may be another entry by now.
+        let heir = match self.entries[entry].role {
+            Role::Current => Some(entry),
+            Role::Successor | Role::Leaving => self.find(&self.entries[entry].config.name),
+        };
+        if let (Some(heir), Ok(load)) = (heir, self.kernel.load()) {
             let most = report::most(&load, run.slot, run.generation);
-            self.entries[entry].most_before = self.entries[entry].most_before.max(most);
+            self.entries[heir].most_before = self.entries[heir].most_before.max(most);
         }
-        self.retired.push(Retired { slot: run.slot, entry: Some(entry), base: run.base });
+        self.retired.push(Retired { slot: run.slot, entry: heir, base: run.base });
         self.write_plan();
     }
 
@@ -1136,10 +1154,10 @@ impl Service {
             bell: self.bell,
             checks: self.checks_directly(),
             servers: self
-                .entries
-                .iter()
-                .zip(shares)
-                .filter_map(|(entry, share)| {
+                .in_order()
+                .into_iter()
+                .filter_map(|place| {
+                    let (entry, share) = (&self.entries[place], &shares[place]);
                     let run = entry.run.as_ref()?;
                     Some(WantedServer {
                         slot: run.slot,

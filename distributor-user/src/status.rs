@@ -55,8 +55,22 @@ pub struct ServiceStatus {
     #[serde(default)]
     pub drift: DriftStatus,
     pub servers: Vec<ServerStatus>,
+    /// How many servers there are by its connections; `None`: as many as are configured.
+    #[serde(default)]
+    pub scale: Option<ScaleStatus>,
     /// How often the kernel programs ended in each of their ways out.
     pub outcomes: BTreeMap<String, u64>,
+}
+
+/// How a service is scaled. Named servers are not counted.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ScaleStatus {
+    pub servers: u64,
+    pub min: u64,
+    pub max: u64,
+    /// Why it has as many, and since when, if that was decided by this distributor.
+    pub reason: Option<String>,
+    pub since: Option<Timestamp>,
 }
 
 /// The waiting list of a service. All of it is 0 for a service that has none.
@@ -131,6 +145,9 @@ pub struct ServerStatus {
     /// `None` while it has no listener.
     pub accept_queue: Option<u32>,
     pub restarts: u64,
+    /// The number of the instance that runs, or of the last one that did; 0: none has.
+    #[serde(default)]
+    pub instance: u32,
     /// It was started by somebody else, and adopted.
     #[serde(default)]
     pub adopted: bool,
@@ -387,7 +404,7 @@ const DAY: u64 = 24 * 60 * 60;
 const SHORTEST_REASON: usize = 16;
 
 impl ServiceStatus {
-    /// `shop: [::]:8080, 0.0.0.0:80; least-connections; waiting 3 of 1024 (oldest 1.2s)`
+    /// `shop: [::]:8080, 0.0.0.0:80; least-connections; waiting 3 of 1024 (oldest 1.2s); 3 of 2 to 8 servers`
     fn headline(&self) -> String {
         let listen = match self.listen.as_slice() {
             [] => "no address".to_owned(),
@@ -416,6 +433,12 @@ impl ServiceStatus {
         }
         if !details.is_empty() {
             let _ = write!(line, " ({})", details.join(", "));
+        }
+        if let Some(ScaleStatus { servers, min, max, reason, .. }) = &self.scale {
+            let _ = write!(line, "; {servers} of {min} to {max} servers");
+            if let Some(reason) = reason {
+                let _ = write!(line, " ({reason})");
+            }
         }
         let mut line = plain(&line);
         line.push('\n');
@@ -543,6 +566,7 @@ mod tests {
             drain: None,
             check: None,
             restarts: 0,
+            instance: 1,
             since: "2026-01-02T03:04:05Z".parse().unwrap(),
         }
     }
@@ -584,6 +608,7 @@ mod tests {
                 unavailable: None,
             },
             servers: vec![server("shop/1"), dead_server("shop/2")],
+            scale: None,
             outcomes: BTreeMap::from([("selected".to_owned(), 1234)]),
         }
     }
@@ -636,8 +661,10 @@ mod tests {
                     "earlier": 0,
                     "drain": null, "check": null,
                     "restarts": 3,
+                    "instance": 1,
                     "since": "2026-01-02T03:07:15Z",
                 }],
+                "scale": null,
                 "outcomes": {"selected": 1234},
             }],
         });

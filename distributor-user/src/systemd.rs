@@ -22,6 +22,7 @@ use rustix::{
         SocketType, UCred, sendmsg_addr, socket_with,
     },
     process::{Pid, getgid, getuid},
+    time::{ClockId, clock_gettime},
 };
 use tracing::{debug, warn};
 
@@ -103,6 +104,18 @@ impl Manager {
         if status != self.status && self.silent_until <= now && self.say(&format!("STATUS={status}"), now) {
             self.status = status;
         }
+    }
+
+    /// The configuration is read again. Said with the time, as Type=notify-reload wants it (sd_notify(3)).
+    pub fn reloading(&mut self, now: Instant) {
+        let time = clock_gettime(ClockId::Monotonic);
+        let micros = time.tv_sec as u64 * 1_000_000 + time.tv_nsec as u64 / 1_000;
+        self.say(&format!("RELOADING=1\nMONOTONIC_USEC={micros}"), now);
+    }
+
+    /// It has been, whatever came of it: it is to be said again that we are ready.
+    pub fn reloaded(&mut self) {
+        self.ready = false;
     }
 
     /// All is being stopped.

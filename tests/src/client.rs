@@ -20,6 +20,7 @@ use std::{
 use rustix::{
     buffer::spare_capacity,
     event::{PollFd, PollFlags, Timespec, epoll, poll},
+    thread::{CpuSet, sched_getaffinity, sched_setaffinity},
 };
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
@@ -141,6 +142,25 @@ pub fn is_greeted(stream: &TcpStream) -> bool {
 /// addresses by turns.
 #[track_caller]
 pub fn stand(addresses: &[SocketAddr], count: usize) -> Vec<TcpStream> {
+    on_one_cpu(|| connect_in_turn(addresses, count))
+}
+
+/// Does something on one CPU, the same for all who ask.
+///
+/// The last segment of a handshake waits for its turn on the CPU that sent it, also when the client
+/// believes to be connected. A segment from another CPU can be faster, and then that client came first.
+pub fn on_one_cpu<T>(work: impl FnOnce() -> T) -> T {
+    let all = sched_getaffinity(None).expect("read the mask of CPUs");
+    let mut one = CpuSet::new();
+    one.set((0..CpuSet::MAX_CPU).find(|cpu| all.is_set(*cpu)).expect("there is a CPU"));
+    sched_setaffinity(None, &one).expect("stay on one CPU");
+    let done = work();
+    sched_setaffinity(None, &all).expect("run on all CPUs again");
+    done
+}
+
+#[track_caller]
+fn connect_in_turn(addresses: &[SocketAddr], count: usize) -> Vec<TcpStream> {
     let addresses = addresses.iter().cycle().take(count);
     let connections = addresses.enumerate().map(|(number, address)| {
         connect(*address)

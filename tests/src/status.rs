@@ -92,6 +92,7 @@ pub struct Server {
     pub effective_weight: u64,
     pub accept_queue: Option<u64>,
     pub restarts: u64,
+    pub instance: u64,
     pub earlier: u64,
     pub drain: Option<Drain>,
     pub check: Option<Check>,

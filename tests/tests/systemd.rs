@@ -66,6 +66,29 @@ fn the_manager_is_told_when_all_serve_and_how_many_and_when_it_stops() {
 }
 
 #[test]
+fn the_manager_is_told_of_a_reload_and_its_end_whatever_comes_of_it() {
+    let host = Host::new();
+    let path = host.path("manager");
+    let manager = Manager::at(&path);
+    let app = App::of(&host, 1);
+    let up = host.start_command(command(&host, &app, &host.path_text("manager")));
+    manager.wait_for("READY=1");
+    for file in [App { weight: Some(7), ..app }.toml(), "wrong".to_owned()] {
+        host.write("dist-ctl.toml", &file);
+        up.signal(Signal::HUP);
+        let said = manager.wait_for("RELOADING=1");
+        // As Type=notify-reload wants it.
+        let when =
+            said.iter().flat_map(|said| &said.words).find_map(|word| word.strip_prefix("MONOTONIC_USEC="));
+        assert!(when.is_some_and(|when| when.parse::<u64>().is_ok()), "{said:#?}");
+        assert_from_monitor(&up, &said);
+        manager.wait_for("READY=1");
+    }
+    assert_eq!(up.service().servers[0].weight, 7);
+    up.stop();
+}
+
+#[test]
 fn an_abstract_socket_is_as_good() {
     let host = Host::new();
     let manager = Manager::called("dist-ctl-test-manager");

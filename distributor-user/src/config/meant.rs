@@ -28,7 +28,10 @@ use super::{
     user,
     written::{self, Field, Given, List, Place, Written},
 };
-use crate::address::{ListenAddress, divide_families};
+use crate::{
+    address::{ListenAddress, divide_families},
+    scale::Scale,
+};
 
 const WEIGHT: u32 = 100;
 /// What most programs ask for by themselves, or more. The kernel caps it at
@@ -46,6 +49,15 @@ const GIVE_UP_AFTER: u32 = 10;
 const CAPACITY: u32 = 1024;
 /// By then people have gone, and a program had better be told to try again.
 const WAITING_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Most of the places are taken: more servers are wanted...
+const UP_AT: u32 = 80;
+/// ...soon, as somebody will have to wait...
+const UP_AFTER: Duration = Duration::from_secs(2);
+/// ...and fewer when less than half of the others' would be...
+const DOWN_AT: u32 = 40;
+/// ...later, as a server costs more to start than to keep for a while.
+const DOWN_AFTER: Duration = Duration::from_secs(300);
 
 /// A server that dies at once is started a hundred times a second at most.
 const SHORTEST_DELAY: Duration = Duration::from_millis(10);
@@ -70,6 +82,11 @@ const SIGNALS: [(&str, Signal); 9] = [
     ("ABRT", Signal::ABORT),
     ("KILL", Signal::KILL),
 ];
+
+/// The name of one of them.
+pub(crate) fn signal_name(signal: Signal) -> &'static str {
+    SIGNALS.iter().find(|(_, known)| *known == signal).map_or("?", |(name, _)| name)
+}
 
 /// The resources of setrlimit(2).
 const RESOURCES: [(&str, Resource); 16] = [
@@ -177,6 +194,7 @@ impl<'r> Reading<'r> {
             self.choice(&shared.readiness, &Readiness::ALL, Readiness::name, Readiness::Listening);
         let occupied = self.choice(&written.occupied, &Occupied::ALL, Occupied::name, Occupied::Refuse);
         let waiting = self.waiting(&written.waiting);
+        let scale = written.scale.as_ref().and_then(|scale| self.scale(scale, written));
         let servers = self.servers(written, &listen, user.as_ref());
         if let (Readiness::Check, Some(given)) = (readiness, shared.readiness.given())
             && !written.check.is_given
@@ -192,6 +210,7 @@ impl<'r> Reading<'r> {
             policy,
             occupied,
             waiting,
+            scale,
             socket,
             readiness,
             backlog: self.number(&shared.backlog, 1..=65_535, BACKLOG),
@@ -250,8 +269,56 @@ impl<'r> Reading<'r> {
         Waiting {
             capacity: self.number(&written.capacity, 0..=CAPACITY_MAX, CAPACITY),
             timeout: self.duration(&written.timeout, SHORTEST_WAIT, WAITING_TIMEOUT),
-            reply: self.reply(written),
+            reply: self.reply(written).into(),
         }
+    }
+
+    fn scale(&self, scale: &written::Scale, service: &written::Service) -> Option<Scale> {
+        let most = u32::try_from(SLOTS).expect("the contract has few slots");
+        let bound = |field: &Field<i64>, name: &str, least| {
+            if let Field::Absent = field {
+                let sentence = format!("is missing, write how many servers there are to be: {name} = 4");
+                self.refuse(&scale.place.child(name), sentence);
+            }
+            self.number(field, least..=most, least) as usize
+        };
+        let (min, max) = (bound(&scale.min, "min", 1), bound(&scale.max, "max", 1));
+        let up_at = self.number(&scale.up_at, 1..=100, UP_AT);
+        let down_at = self.number(&scale.down_at, 0..=99, DOWN_AT.min(up_at / 2));
+        if let Some(given) = scale.max.given()
+            && max < min
+        {
+            self.refuse(&given.place, format!("{max} is less than min, write {min} or more"));
+        }
+        if let Some(given) = scale.down_at.given()
+            && down_at >= up_at
+        {
+            let sentence = format!("{down_at} is not below up_at ({up_at}), write for example {}", up_at / 2);
+            self.refuse(&given.place, sentence);
+        }
+        let shared = &service.server;
+        if let Some(given) = shared.count.given()
+            && let Ok(count) = usize::try_from(given.value)
+            && !(min..=max).contains(&count)
+            && min <= max
+        {
+            let sentence =
+                format!("{count} is not between the service's scale.min and scale.max, write {min} to {max}");
+            self.refuse(&given.place, sentence);
+        }
+        if let Field::Absent = shared.particulars.limit {
+            let sentence = "stands without a limit for its servers, by which places are counted, write limit in \
+                            [service.NAME.server]";
+            self.refuse(&scale.place, sentence.replace("NAME", &service.name));
+        }
+        Some(Scale {
+            min,
+            max,
+            up_at,
+            up_after: self.duration(&scale.up_after, Duration::ZERO, UP_AFTER),
+            down_at,
+            down_after: self.duration(&scale.down_after, Duration::ZERO, DOWN_AFTER),
+        })
     }
 
     fn reply(&self, written: &written::Waiting) -> Vec<u8> {
@@ -323,7 +390,9 @@ impl<'r> Reading<'r> {
         let named = written.servers.len();
         let most = u32::try_from(SLOTS).expect("the contract has few slots");
         let field = &written.server.count;
-        let count = self.number(field, 0..=most, u32::from(named == 0)) as usize;
+        let least = written.scale.as_ref().and_then(|scale| u32::try_from(scale.min.given()?.value).ok());
+        let default = least.filter(|least| *least <= most).unwrap_or(u32::from(named == 0));
+        let count = self.number(field, 0..=most, default) as usize;
         match (field.given(), count + named) {
             (Some(given), 0) => {
                 let sentence = "0 leaves no server to run, write 1 or more, or name some servers";

@@ -7,7 +7,7 @@ use std::io;
 
 use proptest::prelude::*;
 
-use super::{CommandForm, Config, DEFAULT_FILE, Machine, unreadable};
+use super::{CommandForm, Config, Counts, DEFAULT_FILE, Machine, unreadable};
 
 /// Plain ASCII, so that any byte may be changed.
 const EXAMPLE: &str = include_str!("../../../docs/dist-ctl.toml");
@@ -23,6 +23,40 @@ command = ["shop"]
 
 /// What may be wrong with servers.
 const SERVERS: &[Row] = &[
+    (
+        "bounds_the_wrong_way_round",
+        "limit = 5\n[service.shop.scale]\nmin = 4\nmax = 2",
+        &["shop.toml:8: service.shop.scale.max: 2 is less than min, write 4 or more"],
+    ),
+    (
+        "a_bound_that_is_missing",
+        "limit = 5\n[service.shop.scale]\nmin = 1",
+        &["shop.toml:6: service.shop.scale.max: is missing, write how many servers there are to be: max = 4"],
+    ),
+    (
+        "more_servers_than_the_bounds_allow",
+        "limit = 5\ncount = 9\n[service.shop.scale]\nmin = 2\nmax = 4",
+        &[
+            "shop.toml:6: service.shop.server.count: 9 is not between the service's scale.min and scale.max, write 2 to 4",
+        ],
+    ),
+    (
+        "scaling_without_a_limit",
+        "[service.shop.scale]\nmin = 2\nmax = 4",
+        &[
+            "shop.toml:5: service.shop.scale: stands without a limit for its servers, by which places are counted, write limit in [service.shop.server]",
+        ],
+    ),
+    (
+        "fewer_servers_where_more_are_wanted",
+        "limit = 5\n[service.shop.scale]\nmin = 2\nmax = 4\nup_at = 50\ndown_at = 50",
+        &["shop.toml:10: service.shop.scale.down_at: 50 is not below up_at (50), write for example 25"],
+    ),
+    (
+        "a_bound_in_the_wrong_table",
+        "min = 2",
+        &["shop.toml:5: service.shop.server.min: belongs in [service.shop.scale], write it there"],
+    ),
     (
         "a_count_above_the_slots",
         "count = 257",
@@ -958,7 +992,7 @@ port = 10
 [service.shop.server]
 command = ["shop"]"#,
         &[
-            "shop.toml:3: service.shop.metrics: unknown field, write one of listen, policy, occupied, waiting, check, server, servers",
+            "shop.toml:3: service.shop.metrics: unknown field, write one of listen, policy, occupied, waiting, check, scale, server, servers",
         ],
     ),
     (
@@ -1107,7 +1141,7 @@ fn a_file_that_holds_no_reply_is_refused() {
     ] {
         std::fs::write(&path, reply).unwrap();
         let text = format!("{SERVICE}[service.shop.waiting]\nreply_file = {path:?}");
-        let refused = Config::parse_for(&text, "shop.toml", &machine());
+        let refused = Config::parse_for(&text, "shop.toml", &Counts::new(), &machine());
         std::fs::remove_file(&path).unwrap();
         let sentence = format!("shop.toml:6: service.shop.waiting.reply_file: {path:?} {sentence}");
         assert_eq!(refused.unwrap_err().sentences(), [sentence]);
@@ -1161,7 +1195,7 @@ proptest! {
             let at = at.min(text.len() - 1);
             text.replace_range(at..=at, &with);
         }
-        if let Err(error) = Config::parse_for(&text, "shop.toml", &machine()) {
+        if let Err(error) = Config::parse_for(&text, "shop.toml", &Counts::new(), &machine()) {
             prop_assert!(!error.sentences().is_empty());
             for sentence in error.sentences() {
                 prop_assert!(sentence.starts_with("shop.toml:"), "{}", sentence);
@@ -1185,7 +1219,7 @@ fn wrong_command_forms_are_refused_by_the_names_of_their_options() {
         user: Some("no-such-user".to_owned()),
         command: vec!["{port}".to_owned()],
     };
-    let refused = Config::from_command_for(&form, &machine()).unwrap_err();
+    let refused = Config::from_command_for(&form, &Counts::new(), &machine()).unwrap_err();
     assert_eq!(
         refused.sentences(),
         [
@@ -1204,7 +1238,7 @@ fn wrong_command_forms_are_refused_by_the_names_of_their_options() {
 }
 
 fn assert_refused(name: &str, text: &str, sentences: &[&str]) {
-    match Config::parse_for(text, "shop.toml", &machine()) {
+    match Config::parse_for(text, "shop.toml", &Counts::new(), &machine()) {
         Ok(config) => panic!("{name} was accepted as {config}"),
         Err(error) => assert_eq!(error.sentences(), sentences, "{name}"),
     }

@@ -28,7 +28,7 @@ fn machine() -> Machine {
 }
 
 fn parse(text: &str) -> Config {
-    Config::parse_for(text, "shop.toml", &machine()).unwrap()
+    Config::parse_for(text, "shop.toml", &Counts::new(), &machine()).unwrap()
 }
 
 fn strings<const N: usize>(texts: [&str; N]) -> Vec<String> {
@@ -85,7 +85,8 @@ fn what_is_left_out_has_its_default() {
             name: "shop".to_owned(),
             listen: vec!["[::]:8080".parse().unwrap()],
             policy: Policy::LeastConnections,
-            waiting: Waiting { capacity: 1024, timeout: Duration::from_secs(30), reply: Vec::new() },
+            waiting: Waiting { capacity: 1024, timeout: Duration::from_secs(30), reply: [].into() },
+            scale: None,
             user: None,
             socket: SocketMode::Own,
             readiness: Readiness::Listening,
@@ -104,12 +105,16 @@ fn the_example_means_what_it_says() {
     let (uid, gid) = service.user.as_ref().map(|user| (user.uid, user.gid)).unwrap();
 
     assert_eq!(config.control.mode, 0o660);
-    assert_eq!(service.waiting.reply, BUSY.as_bytes());
+    assert_eq!(*service.waiting.reply, *BUSY.as_bytes());
     assert_eq!(uid, nix_uid("daemon"));
     assert!(service.user.as_ref().unwrap().groups.contains(&gid));
     assert_eq!(first.command, strings(["java", "-Dname=1", "-jar", "shop.jar"]));
     assert_eq!(first.output, Output::File(PathBuf::from("/var/log/shop-1.log")));
     assert_eq!(first.errors, Output::Inherit);
+    assert_eq!(
+        service.scale.map(|scale| (scale.min, scale.max, scale.up_at, scale.down_at)),
+        Some((2, 8, 80, 40))
+    );
     assert_eq!((first.weight, first.limit), (100, Some(200)));
     assert_eq!(
         first.limits,
@@ -173,12 +178,10 @@ fn the_example_shows_every_field_there_is() {
         absent.map(|line| line.trim().to_owned()).collect()
     };
     // A server's own check has the fields of its service's, of which the example shows some.
-    let (before, check) = EXAMPLE.split_once("[service.shop.check]").unwrap();
-    let (check, behind) = check.split_once("[service.shop.server]").unwrap();
-    let (behind, _) = behind.split_once("[service.shop.servers.check]").unwrap();
-    let example = format!(
-        "{before}[service.shop.check]{check}[service.shop.server]{behind}[service.shop.servers.check]{check}"
-    );
+    let (_, check) = EXAMPLE.split_once("[service.shop.check]").unwrap();
+    let (check, _) = check.split_once("\n[").unwrap();
+    let (before, _) = EXAMPLE.split_once("[service.shop.servers.check]").unwrap();
+    let example = format!("{before}[service.shop.servers.check]{check}");
     // These exclude others, so they stand in comments.
     let commented = ["reply_file: Absent,", "command: Absent,", "command: Absent,"];
     assert_eq!(absent(&example), commented);
@@ -207,21 +210,23 @@ fn the_defaults_that_the_example_names_are_the_defaults() {
                 assert!(default.starts_with(char::is_alphabetic), "{key}: {default}");
                 continue;
             };
-            let least = match table {
+            // These tables have no defaults of their own.
+            let base = match table {
                 "service.shop.check" => &format!("{LEAST}[service.shop.check]\ntype = \"http\"\n"),
+                "service.shop.scale" => &format!("{LEAST}limit = 9\n[service.shop.scale]\nmin = 1\nmax = 2"),
                 _ => LEAST,
             };
-            let mut text: Table = toml::from_str(least).unwrap();
+            let mut text: Table = toml::from_str(base).unwrap();
             let place = table.split('.').fold(&mut text, |text, name| {
                 let inner = text.entry(name).or_insert_with(|| Value::Table(Table::new()));
                 inner.as_table_mut().unwrap()
             });
             place.extend(value);
-            assert_eq!(parse(&text.to_string()), parse(least), "{table}.{key} = {default}");
+            assert_eq!(parse(&text.to_string()), parse(base), "{table}.{key} = {default}");
             checked += 1;
         }
     }
-    assert_eq!(checked, 35);
+    assert_eq!(checked, 39);
 }
 
 #[test]
@@ -276,7 +281,12 @@ fn readers_get_through_the_mode_by_default() {
 fn a_reply_is_the_same_from_the_file_and_from_a_file_of_its_own() {
     let path = std::env::temp_dir().join(format!("dist-ctl-test-reply-{}", std::process::id()));
     let waiting = |reply: &str| {
-        let config = Config::parse_for(&format!("{LEAST}[service.shop.waiting]\n{reply}"), "", &machine());
+        let config = Config::parse_for(
+            &format!("{LEAST}[service.shop.waiting]\n{reply}"),
+            "",
+            &Counts::new(),
+            &machine(),
+        );
         config.map(|mut config| config.services.remove(0).waiting.reply)
     };
     let from_file = |reply: &[u8]| {
@@ -290,9 +300,9 @@ fn a_reply_is_the_same_from_the_file_and_from_a_file_of_its_own() {
     let longest = from_file(&[b'x'; 65_536]);
     std::fs::remove_file(&path).unwrap();
 
-    assert_eq!(text, Ok(BUSY.as_bytes().to_vec()));
+    assert_eq!(text, Ok(BUSY.as_bytes().into()));
     assert_eq!(file, text);
-    assert_eq!(bytes, Ok(b"belegt f\xfcr heute\0".to_vec()));
+    assert_eq!(bytes, Ok(b"belegt f\xfcr heute\0"[..].into()));
     assert_eq!(longest.map(|reply| reply.len()), Ok(65_536));
 }
 
@@ -305,7 +315,7 @@ fn the_extremes_of_waiting_are_accepted() {
         ("timeout = \"168h\"", 1024, Duration::from_hours(168)),
     ] {
         let config = parse(&format!("{LEAST}[service.shop.waiting]\n{text}"));
-        let meant = Waiting { capacity, timeout, reply: Vec::new() };
+        let meant = Waiting { capacity, timeout, reply: [].into() };
         assert_eq!(config.services[0].waiting, meant, "{text}");
     }
 }
@@ -353,7 +363,7 @@ fn the_command_form_means_the_same_as_a_file() {
         socket = "systemd"
         user = "root"
     "#;
-    assert_eq!(Config::from_command_for(&form, &machine()), Ok(parse(file)));
+    assert_eq!(Config::from_command_for(&form, &Counts::new(), &machine()), Ok(parse(file)));
 }
 
 #[test]
@@ -364,7 +374,7 @@ fn check_says_what_was_understood() {
     );
     assert_eq!(
         parse(EXAMPLE).to_string(),
-        "shop: [::]:8080, 5 servers (1 to 4, big as backup), least-connections, socket own, user daemon, limit 200 (big: 400), weight 100 (big: 200), slow start 30s, check http every 2s, waiting 1024 for 30s with a reply\n"
+        "shop: [::]:8080, 5 servers (1 to 4, big as backup), least-connections, socket own, user daemon, limit 200 (big: 400), weight 100 (big: 200), slow start 30s, check http every 2s, scaled from 2 to 8, waiting 1024 for 30s with a reply\n"
     );
 }
 

@@ -11,7 +11,7 @@ use toml::{
     de::{DeTable, DeValue},
 };
 
-use super::{CommandForm, Problems, nearest::nearest};
+use super::{CommandForm, Counts, Problems, nearest::nearest};
 
 /// Where something was written.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -68,6 +68,7 @@ pub(super) struct Service {
     pub(super) occupied: Field<String>,
     pub(super) waiting: Waiting,
     pub(super) check: Check,
+    pub(super) scale: Option<Scale>,
     pub(super) server: Shared,
     pub(super) servers: Vec<Named>,
 }
@@ -100,6 +101,18 @@ pub(super) struct Check {
     pub(super) rise: Field<i64>,
     pub(super) fall: Field<i64>,
     pub(super) restart_after: Field<String>,
+}
+
+/// `[service.NAME.scale]`
+#[derive(Debug, Default)]
+pub(super) struct Scale {
+    pub(super) place: Place,
+    pub(super) min: Field<i64>,
+    pub(super) max: Field<i64>,
+    pub(super) up_at: Field<i64>,
+    pub(super) up_after: Field<String>,
+    pub(super) down_at: Field<i64>,
+    pub(super) down_after: Field<String>,
 }
 
 /// `[service.NAME.server]`: what all its servers share.
@@ -157,6 +170,21 @@ pub(super) struct Restart {
     pub(super) max_delay: Field<String>,
     pub(super) healthy_after: Field<String>,
     pub(super) give_up_after: Field<i64>,
+}
+
+impl Written {
+    /// Other numbers of servers than were written.
+    pub(super) fn set_counts(&mut self, counts: &Counts) {
+        for service in &mut self.services {
+            let Some(&count) = counts.get(&service.name) else { continue };
+            let place = match service.server.count.given() {
+                Some(given) => given.place.clone(),
+                None => service.server.place.child("count"),
+            };
+            let value = i64::try_from(count).unwrap_or(i64::MAX);
+            service.server.count = Field::Given(Given { place, value });
+        }
+    }
 }
 
 impl Place {
@@ -244,6 +272,7 @@ pub(super) fn from_command(form: &CommandForm) -> Written {
             occupied: Field::Absent,
             waiting: Waiting { capacity: number("--waiting", form.waiting), ..Waiting::default() },
             check: Check::default(),
+            scale: None,
             server: Shared {
                 particulars: Particulars {
                     command: list("COMMAND", &form.command),
@@ -287,11 +316,16 @@ fn service(name: String, mut section: Section<'_>) -> Service {
     let check_section = section.table("check");
     let check_place = check_section.place.field.clone();
     let (check, check_fields) = checking(check_section);
+    let scale_section = section.table("scale");
+    let scale_place = scale_section.place.field.clone();
+    let (scale, scale_fields) = scale(scale_section);
     let mut shared_section = section.table("server");
     let server = shared(&mut shared_section);
     // First, because what is refused here is known from here on, and so belongs to nobody else.
     section.belongs_elsewhere(&waiting_fields, &waiting_place);
     shared_section.belongs_elsewhere(&waiting_fields, &waiting_place);
+    section.belongs_elsewhere(&scale_fields, &scale_place);
+    shared_section.belongs_elsewhere(&scale_fields, &scale_place);
     shared_section.belongs_elsewhere(&section.known, &section.place.field);
     shared_section.belongs_elsewhere(&check_fields, &check_place);
     let server_place = shared_section.place.field.clone();
@@ -318,7 +352,7 @@ fn service(name: String, mut section: Section<'_>) -> Service {
     section.belongs_elsewhere(&server_fields, &server_place);
     section.belongs_elsewhere(&check_fields, &check_place);
     let place = section.place.clone();
-    let service = Service { place, name, listen, policy, occupied, waiting, check, server, servers };
+    let service = Service { place, name, listen, policy, occupied, waiting, check, scale, server, servers };
     section.finish();
     service
 }
@@ -351,6 +385,20 @@ fn checking(mut section: Section<'_>) -> (Check, Vec<&'static str>) {
         restart_after: section.duration("restart_after"),
     };
     (check, section.finish())
+}
+
+fn scale(mut section: Section<'_>) -> (Option<Scale>, Vec<&'static str>) {
+    let is_there = section.entries.is_some();
+    let scale = Scale {
+        place: section.place.clone(),
+        min: section.number("min", "2"),
+        max: section.number("max", "8"),
+        up_at: section.number("up_at", "80"),
+        up_after: section.duration("up_after"),
+        down_at: section.number("down_at", "40"),
+        down_after: section.duration("down_after"),
+    };
+    (is_there.then_some(scale), section.finish())
 }
 
 fn shared(section: &mut Section<'_>) -> Shared {

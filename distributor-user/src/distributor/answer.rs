@@ -10,7 +10,7 @@ use tokio::{
 };
 use tracing::info;
 
-use super::{Distributor, Input};
+use super::{Distributor, Input, reload::Purpose};
 use crate::{
     control::{Command, Response},
     drain::Rest,
@@ -65,6 +65,8 @@ impl Distributor<'_> {
             Command::Resume { server } => {
                 self.of_server(&server, |service, entry, host| service.resume(entry, host))
             }
+            Command::Reload { dry_run } => self.reload(if dry_run { Purpose::Show } else { Purpose::Do }),
+            Command::Scale { service, count } => self.scale(&service, count as usize),
             Command::Down => {
                 // If the monitor cannot hear it, it is gone.
                 let _ = self.link.send(&ToMonitor::Stopping, None);

@@ -56,7 +56,16 @@ impl Vacancy {
             "{taken:#}; or make it one of the service's servers: dist-ctl adopt {} --pid PID",
             service.name
         );
-        Some(Self { config: service.clone(), why, since: SystemTime::now() })
+        Some(Self::new(service.clone(), why))
+    }
+
+    /// For one that was configured otherwise before, and has not come to its end as that.
+    pub(super) fn until_it_has_left(config: config::Service) -> Self {
+        Self::new(config, "it begins anew, when it has been stopped as it was before".to_owned())
+    }
+
+    pub(super) fn new(config: config::Service, why: String) -> Self {
+        Self { config, why, since: SystemTime::now() }
     }
 
     pub(super) fn status(&self) -> ServiceStatus {
@@ -69,16 +78,29 @@ impl Distributor<'_> {
     pub(super) fn fill_vacancies(&mut self) {
         for number in (0..self.vacant.len()).rev() {
             let free = |address| room::is_free(address);
-            if self.stopping || !self.vacant[number].config.listen.iter().all(free) {
+            let config = &self.vacant[number].config;
+            let is_leaving = self.services.iter().any(|service| service.name() == config.name);
+            if self.stopping || is_leaving || !config.listen.iter().all(free) {
                 continue;
             }
             let vacancy = self.vacant.remove(number);
             info!("service {}: its addresses are free", vacancy.config.name);
-            if let Err(error) = self.fill(&vacancy, None) {
-                error!("service {}: {error:#}; tries again every second", vacancy.config.name);
-                self.leave_vacant(vacancy);
+            if let Err(error) = self.fill_or_leave(vacancy) {
+                error!("{error:#}");
             }
         }
+    }
+
+    /// Begins a service; if it cannot, it is tried again later.
+    pub(super) fn fill_or_leave(&mut self, mut vacancy: Vacancy) -> anyhow::Result<()> {
+        let filled = self.fill(&vacancy, None);
+        if let Err(error) = &filled {
+            vacancy.why = format!("{error:#}; tries again every second");
+            let sentence = format!("service {}: {}", vacancy.config.name, vacancy.why);
+            self.leave_vacant(vacancy);
+            anyhow::bail!(sentence);
+        }
+        Ok(())
     }
 
     /// A service could not begin: nothing is to look as if it had.
@@ -93,7 +115,8 @@ impl Distributor<'_> {
     /// Begins a service, with a server that has the address already if there is one, and starts
     /// its own.
     pub(super) fn fill(&mut self, vacancy: &Vacancy, guest: Option<Guest<'_>>) -> anyhow::Result<()> {
-        let number = self.services.len();
+        let number = self.next_number;
+        self.next_number += 1;
         let options = service::Options { in_use: guest.is_some(), ..self.options };
         let (services, mut host) = self.split();
         let mut service = Service::open(number, vacancy.config.clone(), options, &mut host)?;
@@ -109,7 +132,6 @@ impl Distributor<'_> {
         service.begin();
         service.start(&mut host);
         services.push(service);
-        self.announced.push(false);
         Ok(())
     }
 }

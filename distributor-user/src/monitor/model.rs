@@ -27,7 +27,7 @@ use crate::{
     record::{self, Record},
     recovery::{Decision, Finding, Group, Past, examine},
     server::{self, Instance, Main, Recipient, Report, Run, Server, Supervision, Then},
-    service::{Drift, Found, Label, Succession, is_unaccounted, latest_first},
+    service::{Drift, Found, Label, Role, Succession, is_unaccounted, latest_first},
 };
 
 const SERVERS: usize = 2;
@@ -68,6 +68,7 @@ fn policy() -> Supervision {
         watchdog: None,
         remedies: server::Remedies::default(),
         backoff: Backoff::try_new(restart).unwrap(),
+        once: false,
     }
 }
 
@@ -981,6 +982,7 @@ impl World {
         Ok(Label {
             service: SERVICE.into(),
             server: name(server),
+            role: Role::Current,
             machine: entry.machine.clone(),
             run: None,
             weight: entry.weight,
@@ -992,6 +994,7 @@ impl World {
             retired: Vec::new(),
             adopted: None,
             extra: None,
+            not_replaced: None,
         })
     }
 

@@ -29,6 +29,7 @@ fn policy() -> Supervision {
         watchdog: None,
         remedies: Remedies::default(),
         backoff: Backoff::try_new(restart).unwrap(),
+        once: false,
     }
 }
 

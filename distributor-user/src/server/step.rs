@@ -578,7 +578,7 @@ impl Step<'_> {
     }
 
     fn launch(&mut self) -> State {
-        let instance = self.history.instance.next();
+        let instance = self.history.instance.max(self.history.taken).next();
         self.history.instance = instance;
         self.actions.push(Action::Launch { instance });
         State::Starting {
@@ -624,6 +624,15 @@ impl Step<'_> {
 
     /// Does what is due.
     fn look(&mut self, since: Instant, mut run: Run) -> State {
+        // What was to be done may have been taken out of the configuration.
+        let remedies = self.policy.remedies;
+        for (ailment, remedy) in
+            [(&mut run.stalled, remedies.hang_kill), (&mut run.unhealthy, remedies.restart_after)]
+        {
+            if let Some(ailment) = ailment {
+                ailment.due = ailment.due.filter(|Due(due)| remedy.is_some() || *due > self.now);
+            }
+        }
         let is_due = |ailment: &Option<Ailment>, now: Instant| {
             ailment.clone().filter(|it| it.due.is_some_and(|Due(due)| due <= now))
         };
@@ -729,6 +738,9 @@ impl Step<'_> {
         if !run.healthy {
             self.history.failures = self.history.failures.saturating_add(1);
         }
+        if self.policy.once {
+            return Then::Failed(Fault::OnlyTry { why });
+        }
         let failures = self.history.failures;
         let backoff = &self.policy.backoff;
         if failures > 0 && backoff.gives_up(failures) {
@@ -758,6 +770,9 @@ impl Step<'_> {
     /// fault, so it counts as no failure, and it is never given up.
     fn lacked(&mut self, why: String) -> Then {
         self.history.last_end = Some(why.clone());
+        if self.policy.once {
+            return Then::Failed(Fault::OnlyTry { why });
+        }
         self.history.lacked = self.history.lacked.saturating_add(1);
         let delay = self.policy.backoff.delay(self.history.lacked.saturating_add(1), self.random);
         Then::Restart { why, delay: delay.min(LACKING) }
@@ -876,7 +891,10 @@ impl Step<'_> {
                 State::Backoff { since, until: self.after(delay), attempt, why }
             }
             Then::Failed(fault) => {
-                self.log(Level::ERROR, format!("{fault}; not started again until it is resumed"));
+                // Whoever wanted it says what follows.
+                if !self.policy.once {
+                    self.log(Level::ERROR, format!("{fault}; not started again until it is resumed"));
+                }
                 State::Failed { since, fault }
             }
         }

@@ -23,10 +23,12 @@ fn policy() -> Supervision {
             give_up_after: Some(4),
         })
         .unwrap(),
+        once: false,
     }
 }
 
 /// A server and its time. Actions are told as short words, log lines apart.
+#[derive(Debug)]
 struct Story {
     server: Server,
     now: Instant,
@@ -1204,6 +1206,84 @@ fn one_that_was_stalled_and_unhealthy_is_stalled_when_its_checks_are_good() {
     assert_eq!(story.status(), ServerState::Starting);
     story.report(Report::ListenerAdopted { address: 0 });
     assert_eq!(story.status(), ServerState::Ready);
+}
+
+#[test]
+fn one_that_has_one_try_is_not_started_again_however_it_fails() {
+    let once = || Story::with(Supervision { once: true, ..policy() });
+    type Fails = fn(&mut Story) -> Vec<String>;
+    let failures: [(Fails, &str); 4] = [
+        (|story| story.exits(Exit::Code(1)), "exited with 1 after 0ms"),
+        (
+            |story| {
+                story.deadline();
+                story.exits(Exit::Signal(15))
+            },
+            "was not ready after 1m00s: waits for a listener on [::]:8080",
+        ),
+        (
+            |story| {
+                story.report(Report::LaunchFailed { sentence: "exec: no".to_owned() });
+                story.report(Report::CgroupEmpty)
+            },
+            "could not be started: exec: no",
+        ),
+        (
+            |story| {
+                story.report(Report::LaunchLacked { sentence: "spawn: no memory".to_owned() });
+                story.report(Report::CgroupEmpty)
+            },
+            "could not be started: spawn: no memory",
+        ),
+    ];
+    for (fails, why) in failures {
+        let mut story = once();
+        story.tell(Event::Start);
+        if !why.starts_with("could") {
+            story.launched();
+        }
+        assert_eq!(fails(&mut story), ["remove 1"], "{why}");
+        let State::Failed { fault, .. } = story.server.state() else { panic!("{why}: {story:?}") };
+        assert_eq!(fault.to_string(), why);
+        assert!(story.server.is_ending());
+        assert!(!story.log.iter().any(|line| line.contains("resumed")), "{:?}", story.log);
+    }
+}
+
+#[test]
+fn a_number_that_was_used_beside_it_is_used_by_nobody_else() {
+    let mut story = Story::ready();
+    story.server.take_number(Instance(4));
+    assert_eq!(story.exits(Exit::Code(1)), ["exclude 1", "remove 1", "launch 5"]);
+    // It is written down with the rest.
+    let text = serde_json::to_string(&story.server).unwrap();
+    story.server = serde_json::from_str(&text).unwrap();
+    story.server.take_number(Instance(9));
+    assert_eq!(
+        story.tell(Event::Of(Instance(5), Report::LaunchInterrupted)),
+        ["SIGKILL to main of 5", "kill 5"]
+    );
+    assert_eq!(story.exits(Exit::Signal(9)), ["remove 5", "launch 10"]);
+}
+
+#[test]
+fn whether_it_is_on_its_way_out_is_known_in_every_state() {
+    let mut story = Story::new();
+    assert!(story.server.is_ending());
+    story.tell(Event::Start);
+    assert!(!story.server.is_ending());
+    story.launched();
+    story.report(Report::ListenerAdopted { address: 0 });
+    assert!(!story.server.is_ending());
+    story.tell(Event::Stop);
+    assert!(story.server.is_ending());
+    story.tell(Event::Start);
+    assert!(!story.server.is_ending(), "it is started again");
+    story.tell(Event::Stop);
+    story.report(Report::DrainDone);
+    assert!(story.server.is_ending());
+    story.exits(Exit::Code(0));
+    assert!(story.server.is_ending());
 }
 
 // -- Whatever happens

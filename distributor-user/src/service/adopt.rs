@@ -20,18 +20,17 @@ use distributor_ebpf::contract::ROOM;
 use serde::{Deserialize, Serialize};
 use tracing::{debug, info, warn};
 
-use super::{Entry, Host, Launch, Listeners, Retired, Running, Service};
+use super::{Entry, Host, Launch, Listeners, Retired, Role, Running, Service};
 use crate::{
     cgroup::Cgroup,
     config,
     foreign::{self, Before, EarlierConnections, Foreign},
-    health::Health,
     kernel::{self, Ledger},
     link::Child,
     listener,
     message::ToMonitor,
     record,
-    server::{self, Instance, Main, Remedies, Server, Supervision},
+    server::{self, Main, Remedies, Server, Supervision},
     sock_diag::{self, States},
 };
 
@@ -257,7 +256,7 @@ impl Service {
         });
         self.entries[entry].changed = true;
         self.watch(entry, shared.pidfd.as_fd(), host);
-        info!("server {} is adopted (pid {})", self.entries[entry].config.name, shared.pid);
+        info!("server {} is adopted (pid {})", self.entries[entry].name(), shared.pid);
         self.scan(entry, None, host);
         self.note_earlier(entry, &shared.server.listeners, host);
         self.write_plan();
@@ -267,10 +266,14 @@ impl Service {
     /// An entry for a server of that name: a new one, or that of one that was released.
     pub(super) fn place_for(&mut self, short_name: &str, command: &[String]) -> anyhow::Result<usize> {
         let name = format!("{}/{short_name}", self.config.name);
-        if let Some(entry) = self.entries.iter().position(|entry| entry.config.name == name) {
-            ensure!(self.entries[entry].gone, "a server is called {name} already: give it another --name");
+        ensure!(
+            !self.entries.iter().any(|entry| entry.is_of(&name)),
+            "a server is called {name} already: give it another --name"
+        );
+        let released = |entry: &Entry| entry.config.name == name && entry.role == Role::Current;
+        if let Some(entry) = self.entries.iter().position(released) {
             let entry_ = &mut self.entries[entry];
-            (entry_.gone, entry_.drain) = (false, None);
+            (entry_.gone, entry_.drain, entry_.extra) = (false, None, true);
             entry_.config.command = command.to_vec();
             entry_.policy.remedies = remedies(&self.config, &entry_.config)?;
             return Ok(entry);
@@ -279,32 +282,16 @@ impl Service {
         let like = self.config.servers.first().context("a service has servers")?;
         let config = config::Server {
             short_name: short_name.to_owned(),
-            index: self.entries.len() + 1,
+            index: self.entries.iter().map(|entry| entry.config.index).max().unwrap_or(0) + 1,
             command: command.to_vec(),
             name,
             ..like.clone()
         };
-        self.entries.push(Entry {
-            policy: Supervision {
-                remedies: remedies(&self.config, &config)?,
-                ..Supervision::of(&self.config, &config)?
-            },
-            machine: Server::new(Instance(0), Instant::now()),
-            weight: config.weight,
-            limit: config.limit,
-            drain: None,
-            closing: super::drain::Closing::default(),
-            health: Health::default(),
-            checking: super::check::Checking::default(),
-            queue: None,
-            run: None,
-            total_before: 0,
-            most_before: 0,
-            changed: true,
-            gone: false,
-            config,
-        });
-        Ok(self.entries.len() - 1)
+        let newest = self.newest(&config.name);
+        let entry = Entry::new(&self.config, config, Role::Current, newest)?;
+        let remedies = remedies(&self.config, &entry.config)?;
+        let policy = Supervision { remedies, ..entry.policy };
+        Ok(self.place(Entry { extra: true, policy, ..entry }))
     }
 
     /// Finds an adopted server again that an earlier distributor had. `None`: it is gone.
@@ -408,7 +395,7 @@ impl Service {
             match found {
                 Ok(found) => noted = noted.and(found),
                 Err(error) => {
-                    let name = &self.entries[entry].config.name;
+                    let name = self.entries[entry].name();
                     warn!("server {name}: the connections that it had before are not known: {error:#}");
                 }
             }
@@ -441,7 +428,7 @@ impl Service {
     /// Lets an adopted server go its own way. It keeps its connections. It gets no new ones as long
     /// as the service serves its address, and all of them when the service has ended.
     pub fn release(&mut self, entry: usize, host: &mut Host<'_>) -> anyhow::Result<()> {
-        let name = self.entries[entry].config.name.clone();
+        let name = self.entries[entry].name();
         let is_guest = self.entries[entry].run.as_ref().is_some_and(|run| run.guest.is_some());
         ensure!(is_guest, "server {name} was not adopted: dist-ctl has started it, and only stops it");
         if let Some(run) = &mut self.entries[entry].run {
@@ -469,7 +456,7 @@ impl Service {
             }
         }
         self.retired.push(Retired { slot: run.slot, entry: None, base: run.base });
-        self.note(&format!("listeners of {}", self.entries[entry].config.name), None);
+        self.note(&format!("listeners of {}", self.entries[entry].name()), None);
         self.scans.retain(|scan| scan.entry != entry);
         self.released.push(guest.adopted);
         let server = &mut self.entries[entry];
@@ -541,7 +528,7 @@ impl Service {
 
     /// A server that was adopted, and is not to be started again, has ended.
     pub(super) fn guest_ended(&mut self, entry: usize, host: &mut Host<'_>) {
-        let name = &self.entries[entry].config.name;
+        let name = self.entries[entry].name();
         info!("server {name} has ended; it was adopted without a command, and is not started again");
         let id = self.entries[entry].run.as_ref().map(|run| run.id);
         if let Some(run) = &mut self.entries[entry].run {

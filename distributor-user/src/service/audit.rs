@@ -121,8 +121,8 @@ impl Service {
         let runs = |entry: &&super::Entry| entry.run.as_ref().is_some_and(|run| run.slot == slot);
         let retired = || self.retired.iter().find(|retired| retired.slot == slot)?.entry;
         match (self.entries.iter().find(runs), retired()) {
-            (Some(entry), _) => format!("server {}", entry.config.name),
-            (None, Some(entry)) => format!("an ended instance of server {}", self.entries[entry].config.name),
+            (Some(entry), _) => format!("server {}", entry.name()),
+            (None, Some(entry)) => format!("an ended instance of server {}", self.entries[entry].name()),
             (None, None) => format!("slot {slot}, which no server has,"),
         }
     }

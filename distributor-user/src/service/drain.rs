@@ -51,8 +51,8 @@ impl Service {
     /// Puts it back, if it was taken out.
     pub(super) fn end_drain(&mut self, entry: usize) {
         if self.entries[entry].drain.take().is_some() {
-            info!("server {} is resumed", self.entries[entry].config.name);
-            self.note(&closing_of(&self.entries[entry].config.name), None);
+            info!("server {} is resumed", self.entries[entry].name());
+            self.note(&closing_of(&self.entries[entry].name()), None);
             self.changed(entry);
         }
     }
@@ -83,7 +83,7 @@ impl Service {
     pub fn closed(&mut self, entry: usize, result: anyhow::Result<usize>) {
         let server = &mut self.entries[entry];
         server.closing.under_way = false;
-        let name = server.config.name.clone();
+        let name = server.name();
         let trouble = match result {
             Ok(0) => None,
             Ok(closed) => {
@@ -101,6 +101,6 @@ impl Service {
 }
 
 /// What that trouble is called.
-fn closing_of(name: &str) -> String {
+pub(super) fn closing_of(name: &str) -> String {
     format!("closing connections of {name}")
 }

@@ -14,9 +14,10 @@ use serde::{Deserialize, Serialize};
 use tracing::{debug, info, warn};
 
 use super::{
-    Entry, Host, Launch, Listeners, Running, Service,
+    Entry, Host, Launch, Listeners, NotReplaced, Role, Running, Service,
     adopt::{self, Adopted, Guest},
     notified::Hearing,
+    role,
 };
 use crate::{
     affinity,
@@ -40,6 +41,9 @@ pub struct Label {
     pub service: String,
     /// Its full name, `shop/1`.
     pub server: String,
+    /// Whether this instance is the server, or beside it.
+    #[serde(default)]
+    pub role: Role,
     pub machine: Server,
     /// Of the instance that runs, or is about to.
     pub run: Option<Ran>,
@@ -63,6 +67,9 @@ pub struct Label {
     /// It is none of the configuration's: what it is started with again.
     #[serde(default)]
     pub extra: Option<Vec<String>>,
+    /// It was to be replaced, and is not.
+    #[serde(default)]
+    pub not_replaced: Option<NotReplaced>,
 }
 
 /// An instance's place in the kernel's maps.
@@ -135,7 +142,7 @@ impl Service {
             Ok(notify) => Some(notify),
             // It can do without, as on a full disk it has to.
             Err(error) if !self.needs_notify(entry) => {
-                let name = &self.entries[entry].config.name;
+                let name = self.entries[entry].name();
                 warn!("server {name}: {}; starts it without NOTIFY_SOCKET", error::sentence(&error));
                 None
             }
@@ -176,17 +183,11 @@ impl Service {
         sockets: &mut notify::Held,
         host: &mut Host<'_>,
     ) -> anyhow::Result<Vec<Child>> {
-        let mut strangers = Vec::new();
         latest_first(&mut found);
+        let (found, mut strangers) = role::settle(found);
         let mut chosen: Vec<(usize, Found)> = Vec::new();
         for found in found {
-            let place = match self.find(&found.label.server) {
-                None if found.child.is_some() || found.label.adopted.is_none() => {
-                    self.place_again(&found.label)?
-                }
-                place => place,
-            };
-            match place {
+            match self.place_of(&found.label, found.child.is_some())? {
                 Some(entry) if chosen.iter().all(|(other, _)| *other != entry) => chosen.push((entry, found)),
                 _ => strangers.extend(found.child),
             }
@@ -202,6 +203,7 @@ impl Service {
         for (entry, Found { label, .. }) in &chosen {
             self.remember(*entry, label, succession);
         }
+        self.tell_numbers();
         self.retire_unclaimed()?;
         let plan = self.kernel.plan()?;
         let homes = self.kernel.homes()?;
@@ -229,9 +231,13 @@ impl Service {
         server.drain = label.drain;
         server.health = label.health.clone();
         (server.total_before, server.most_before) = (label.total_before, label.most_before);
-        server.machine = match succession {
-            Succession::Next => label.machine.clone(),
-            Succession::First => label.machine.clone().afresh(Instant::now()),
+        server.not_replaced.clone_from(&label.not_replaced);
+        server.machine = match (succession, server.role) {
+            (Succession::First, Role::Current) => label.machine.clone().afresh(Instant::now()),
+            // What is beside a server goes on as it was meant to: the server does not depend on it.
+            (Succession::First, Role::Successor | Role::Leaving) | (Succession::Next, _) => {
+                label.machine.clone()
+            }
         };
         for &(slot, base) in &label.retired {
             if self.slots.claim(slot).is_ok() {
@@ -266,7 +272,7 @@ impl Service {
                 Ok(notify) => Some(notify),
                 // Then what it says is not heard, and it serves all the same.
                 Err(error) => {
-                    warn!("server {}: {}", self.entries[entry].config.name, error::sentence(&error));
+                    warn!("server {}: {}", self.entries[entry].name(), error::sentence(&error));
                     None
                 }
             },
@@ -343,7 +349,7 @@ impl Service {
         host: &mut Host<'_>,
     ) {
         let Some(run) = &self.entries[entry].run else { return };
-        let name = &self.entries[entry].config.name;
+        let name = self.entries[entry].name();
         match run.pid {
             Some(pid) => info!("server {name} was found running (pid {pid})"),
             None => info!("server {name} was found running"),
@@ -388,10 +394,10 @@ impl Service {
         if let Some(exit) = child.and_then(|child| child.exit) {
             self.exited(entry, exit, host);
         }
-        let is_ours = label.adopted.is_none();
+        let is_ours = label.adopted.is_none() && self.entries[entry].role != Role::Leaving;
         let changed = is_ours && label.run.is_some_and(|ran| self.job(entry).is_ok_and(|job| job != ran.job));
         if succession == Succession::First && changed && self.entries[entry].run.is_some() {
-            info!("server {}: what it is started with has changed", self.entries[entry].config.name);
+            info!("server {}: what it is started with has changed", self.entries[entry].name());
             self.tell(entry, Event::Stop, host);
         }
     }
@@ -434,8 +440,8 @@ impl Service {
             return;
         }
         for entry in 0..self.entries.len() {
-            let Entry { config, run, .. } = &self.entries[entry];
-            let (name, cpus) = (&config.name, &config.cpus);
+            let name = self.entries[entry].name();
+            let Entry { config: config::Server { cpus, .. }, run, .. } = &self.entries[entry];
             if cpus.is_empty() {
                 continue;
             }
@@ -549,6 +555,7 @@ impl Service {
         Label {
             service: self.config.name.clone(),
             server: server.config.name.clone(),
+            role: server.role,
             machine: server.machine.clone(),
             run: server.run.as_ref().map(|run| Ran {
                 slot: run.slot,
@@ -563,7 +570,8 @@ impl Service {
             total_before: server.total_before,
             most_before: server.most_before,
             retired: retired.map(|retired| (retired.slot, retired.base)).collect(),
-            extra: (entry >= self.config.servers.len()).then(|| server.config.command.clone()),
+            extra: server.extra.then(|| server.config.command.clone()),
+            not_replaced: server.not_replaced.clone(),
             adopted: server.run.as_ref().and_then(|run| Some(run.guest.as_ref()?.adopted.clone())),
         }
     }
@@ -571,7 +579,10 @@ impl Service {
     /// Has the monitor keep what has changed of the servers. False if nothing has.
     pub fn relabel(&mut self, host: &mut Host<'_>) -> bool {
         let mut changed = std::mem::take(&mut self.audit.changed);
-        for entry in 0..self.entries.len() {
+        let mut order: Vec<usize> = (0..self.entries.len()).collect();
+        // Whoever leaves before whoever takes his place: see `role::settle`.
+        order.sort_by_key(|entry| Reverse(self.entries[*entry].role));
+        for entry in order {
             if !std::mem::take(&mut self.entries[entry].changed) {
                 continue;
             }
@@ -624,7 +635,11 @@ pub(crate) fn latest_first(found: &mut [Found]) {
 /// knew better, and could not write it down; or the monitor could not watch it.
 pub(crate) fn is_unaccounted(recorded: &Label, known: &[Found]) -> bool {
     let (name, instance) = (&recorded.server, recorded.machine.instance());
-    let knows = |found: &Found| found.label.server == *name && found.label.machine.instance() >= instance;
+    let both_are = |role: Role, found: &Found| recorded.role == role && found.label.role == role;
+    let knows = |found: &Found| {
+        let its = found.label.machine.instance();
+        found.label.server == *name && (its == instance || its > instance && both_are(Role::Current, found))
+    };
     recorded.machine.run().is_some() && !known.iter().any(knows)
 }
 

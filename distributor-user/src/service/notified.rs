@@ -48,7 +48,7 @@ impl Service {
         };
         // Anybody with the server's uid can write to its socket; only its own processes count.
         if !message.sender.is_some_and(|sender| run.cgroup.processes().contains(&sender)) {
-            debug!("server {}: ignores a notification of another process", self.entries[entry].config.name);
+            debug!("server {}: ignores a notification of another process", self.entries[entry].name());
             return;
         }
         for notification in &message.notifications {
@@ -81,12 +81,12 @@ impl Service {
     /// Has the monitor watch the process that the server has named as its main one, in the place of
     /// the one before. That is no business of ours any more, until its cgroup is cleared.
     pub(super) fn follow_main(&mut self, entry: usize, host: &mut Host<'_>) {
-        let Entry { config, machine, run, .. } = &mut self.entries[entry];
+        let name = self.entries[entry].name();
+        let Entry { machine, run, .. } = &mut self.entries[entry];
         let is_settled = machine.run().is_some_and(|run| match run.main() {
             Main::Running { .. } | Main::Background => true,
             Main::Launching | Main::Ended => false,
         });
-        let name = &config.name;
         let Some(run) = run.as_mut().filter(|_| is_settled) else { return };
         let Some(pid) = run.notify.as_mut().and_then(|hearing| hearing.main.take()) else { return };
         if machine.pid() == Some(pid) {

@@ -13,15 +13,15 @@ use distributor_ebpf::{
 };
 use rustix::time::{ClockId, clock_gettime};
 
-use super::Service;
+use super::{Role, Running, Service};
 use crate::{
     accept_queue, config,
     drain::Rest,
     listener,
     share::{HeldBack, Share},
     status::{
-        self, Bucket, DrainStatus, DriftStatus, Histogram, ServerState, ServerStatus, ServiceStatus,
-        Timestamp, WaitingStatus,
+        self, Bucket, DrainStatus, DriftStatus, Histogram, ScaleStatus, ServerState, ServerStatus,
+        ServiceStatus, Timestamp, WaitingStatus,
     },
     systemd::Summary,
 };
@@ -41,6 +41,7 @@ impl Service {
             [Outcome::RefusedLimit, Outcome::RefusedCapacity, Outcome::RefusedNoRoom].map(count).iter().sum();
         let now = clock_gettime(ClockId::Monotonic);
         let now = now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64;
+        let shares = self.shares();
         let oldest = self.attendant.oldest().filter(|_| load.waiting > 0);
         Ok(ServiceStatus {
             name: self.config.name.clone(),
@@ -58,18 +59,25 @@ impl Service {
                 wait: histogram(&load),
             },
             drift: self.audit.status(),
-            servers: (0..)
-                .zip(self.shares())
-                .filter(|(entry, _)| !self.entries[*entry].gone)
-                .map(|(entry, share)| self.server_status(entry, share, &load))
+            servers: self
+                .in_order()
+                .into_iter()
+                .map(|entry| self.server_status(entry, shares[entry], &load))
                 .collect(),
+            scale: self.config.scale.map(|scale| ScaleStatus {
+                servers: self.config.numbered() as u64,
+                min: scale.min as u64,
+                max: scale.max as u64,
+                reason: self.rescaled.as_ref().map(|(why, _)| why.clone()),
+                since: self.rescaled.as_ref().map(|(_, since)| (*since).into()),
+            }),
             outcomes,
         })
     }
 
     /// The same in a few numbers.
     pub fn summary(&self) -> Summary {
-        let servers = self.entries.iter().filter(|entry| !entry.gone);
+        let servers = self.entries.iter().filter(|entry| entry.is_current());
         Summary {
             servers: servers.clone().count(),
             ready: servers.filter(|entry| entry.is_open()).count(),
@@ -86,7 +94,10 @@ impl Service {
         let run = server.run.as_ref();
         let connections: u64 =
             run.map(|run| run.slot).into_iter().chain(retired().map(|it| it.slot)).map(active).sum();
-        let total = run.map_or(0, |run| load.total[run.slot as usize] - run.base)
+        let total_of = |run: &Running| load.total[run.slot as usize] - run.base;
+        // What a server has had, it has had in all its instances.
+        let others = self.leaving(&server.config.name).filter(|_| server.is_current());
+        let total = run.into_iter().chain(others.filter_map(|it| it.run.as_ref())).map(total_of).sum::<u64>()
             + retired().map(|it| load.total[it.slot as usize] - it.base).sum::<u64>();
         let earlier = run.and_then(|run| run.guest.as_ref()).map_or(0, |guest| guest.earlier_open);
         let included = run.is_some_and(|run| run.included);
@@ -101,9 +112,15 @@ impl Service {
             _ => (server.machine.status(), server.machine.since()),
         };
         ServerStatus {
-            name: server.config.name.clone(),
+            name: server.name(),
             state,
-            reason: reason([drained, machine_reason, doubt, share.held_back.and_then(held_back)]),
+            reason: reason([
+                self.beside(entry, now),
+                drained,
+                machine_reason,
+                doubt,
+                share.held_back.and_then(held_back),
+            ]),
             pid: server.machine.pid(),
             connections,
             connections_max: run
@@ -116,6 +133,7 @@ impl Service {
             effective_weight: share.effective,
             accept_queue: self.accept_queue(entry),
             restarts: server.machine.restarts(),
+            instance: server.machine.instance().0,
             adopted: run.is_some_and(|run| run.guest.is_some()),
             earlier,
             drain: server.drain.map(|drain| DrainStatus {
@@ -125,6 +143,22 @@ impl Service {
             }),
             check: self.check_status(entry, now),
             since: wall(since),
+        }
+    }
+
+    /// What an instance is beside its server; or why the server was not replaced.
+    fn beside(&self, entry: usize, now: Instant) -> Option<String> {
+        let it = &self.entries[entry];
+        let server = &it.config.name;
+        match it.role {
+            Role::Current => it.not_replaced.as_ref().map(|not_replaced| not_replaced.reason(now)),
+            Role::Successor => Some(format!("is to take the place of {server}")),
+            Role::Leaving => Some(match self.find(server) {
+                Some(current) => {
+                    format!("replaced by instance {}", self.entries[current].machine.instance())
+                }
+                None => "removed".to_owned(),
+            }),
         }
     }
 
@@ -150,7 +184,7 @@ pub(super) fn wall(then: Instant, now: Instant) -> Timestamp {
 }
 
 /// What is to be said of a server, in one line.
-fn reason(parts: [Option<String>; 4]) -> Option<String> {
+fn reason(parts: [Option<String>; 5]) -> Option<String> {
     let parts: Vec<String> = parts.into_iter().flatten().collect();
     (!parts.is_empty()).then(|| parts.join("; "))
 }
@@ -196,6 +230,7 @@ pub fn vacant_status(config: &config::Service, why: &str, since: SystemTime) -> 
         effective_weight: 0,
         accept_queue: None,
         restarts: 0,
+        instance: 0,
         adopted: false,
         earlier: 0,
         drain: None,
@@ -209,6 +244,7 @@ pub fn vacant_status(config: &config::Service, why: &str, since: SystemTime) -> 
         waiting: WaitingStatus { capacity: u64::from(config.waiting.capacity), ..WaitingStatus::default() },
         drift: DriftStatus::default(),
         servers: config.servers.iter().map(server).collect(),
+        scale: None,
         outcomes: BTreeMap::new(),
     }
 }

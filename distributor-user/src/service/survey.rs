@@ -8,7 +8,7 @@ use std::{cmp::Reverse, collections::HashSet, os::fd::AsFd as _, time::Instant};
 use anyhow::Context as _;
 use tracing::{info, warn};
 
-use super::{Found, Host, Label, Ran, Service, launch::is_unaccounted};
+use super::{Found, Host, Label, Ran, Role, Service, launch::is_unaccounted};
 use crate::{
     cgroup::Cgroup,
     config, instance, kernel, launch,
@@ -75,23 +75,37 @@ impl Service {
         let (recorded, released) =
             recorded.map_or((Vec::new(), Vec::new()), |service| (service.servers, service.released));
         released.iter().for_each(|adopted| self.remember_released(adopted.clone()));
-        for label in recorded.iter().map(|server| &server.label).filter(|label| label.adopted.is_none()) {
-            if self.find(&label.server).is_none() {
-                self.place_again(label)?;
-            }
-        }
         let cgroups = self.instances();
         let mut kept = HashSet::new();
+        // Those that the monitor has, and that are beside their server: their cgroups are theirs alone.
+        let beside = newest.iter().filter(|label| label.role != Role::Current);
+        kept.extend(beside.map(|label| (short_name(&label.server), label.machine.instance().0)));
+        for label in recorded.iter().map(|server| &server.label).filter(|label| label.adopted.is_none()) {
+            let is_known = kept.contains(&(short_name(&label.server), label.machine.instance().0));
+            if !is_known {
+                self.place_of(label, false)?;
+            }
+        }
         let mut found = Vec::new();
-        for entry in 0..self.entries.len() {
+        for entry in (0..self.entries.len()).filter(|entry| self.entries[*entry].role != Role::Current) {
+            let its = recorded.iter().find(|recorded| self.is_label_of(&recorded.label, entry));
+            let (short, instance) = self.cgroup_of(entry);
+            let mut its_cgroups = of(&short, &cgroups);
+            its_cgroups.retain(|(number, _)| *number == instance);
+            found.push(self.survey_one(entry, its, &its_cgroups, host)?.0);
+            kept.insert((short, instance));
+        }
+        for entry in (0..self.entries.len()).filter(|entry| self.entries[*entry].role == Role::Current) {
             let name = &self.entries[entry].config.name;
-            let its = recorded.iter().find(|recorded| recorded.label.server == *name);
+            let its = recorded.iter().find(|recorded| self.is_label_of(&recorded.label, entry));
             let short = &self.entries[entry].config.short_name;
-            let its_cgroups = of(short, &cgroups);
+            let mut its_cgroups = of(short, &cgroups);
+            its_cgroups.retain(|(number, _)| !kept.contains(&(short.clone(), *number)));
             // Of a newer instance, which has its cgroup, the monitor may know nothing.
             let last = its_cgroups.iter().map(|(number, _)| *number).max().unwrap_or(0);
-            let living = known.iter().map(|(label, _)| *label).find(|label| label.server == *name);
-            let ended = newest.iter().copied().find(|label| label.server == *name);
+            let is_its = |label: &&Label| label.server == *name && label.role == Role::Current;
+            let living = known.iter().map(|(label, _)| *label).find(is_its);
+            let ended = newest.iter().copied().find(is_its);
             let ended = ended.filter(|label| label.machine.instance().0 >= last);
             if let Some(label) = living.or(ended) {
                 kept.insert((short.clone(), label.machine.instance().0));
@@ -136,19 +150,29 @@ impl Service {
         host: &mut Host<'_>,
     ) -> anyhow::Result<Vec<Found>> {
         let mut found = Vec::new();
+        let labels = recorded.iter().map(|server| &server.label);
+        let labels = labels.chain(known.iter().map(|known| &known.label));
+        let beside: HashSet<(String, u32)> = labels
+            .filter(|label| label.role != Role::Current)
+            .map(|label| (label.server.clone(), label.machine.instance().0))
+            .collect();
         for server in recorded {
             let label = &server.label;
-            let mut entry = self.find(&label.server);
-            if label.adopted.is_none() && is_unaccounted(label, known) {
-                if entry.is_none() {
-                    entry = self.place_again(label)?;
-                }
-                if let Some(entry) = entry {
-                    let short = &self.entries[entry].config.short_name;
-                    let cgroups = self.instances();
-                    found.push(self.survey_one(entry, Some(&server), &of(short, &cgroups), host)?.0);
-                    continue;
-                }
+            if label.adopted.is_none()
+                && is_unaccounted(label, known)
+                && let Some(entry) = self.place_of(label, false)?
+            {
+                let cgroups = self.instances();
+                let its = |number: u32| match self.entries[entry].role {
+                    // Those of others of its name are not its own.
+                    Role::Current => !beside.contains(&(label.server.clone(), number)),
+                    Role::Successor | Role::Leaving => number == label.machine.instance().0,
+                };
+                let short = &self.entries[entry].config.short_name;
+                let mut groups = of(short, &cgroups);
+                groups.retain(|(number, _)| its(*number));
+                found.push(self.survey_one(entry, Some(&server), &groups, host)?.0);
+                continue;
             }
             found.push(Found { label: server.label, child: None });
         }
@@ -162,6 +186,23 @@ impl Service {
             }
         }
         Ok(found)
+    }
+
+    /// Whether a label is that of an entry, or of an earlier instance of it.
+    fn is_label_of(&self, label: &Label, entry: usize) -> bool {
+        let entry = &self.entries[entry];
+        match entry.role {
+            Role::Current => label.role == Role::Current && entry.is_of(&label.server),
+            Role::Successor | Role::Leaving => {
+                entry.is_of(&label.server) && label.machine.instance() == entry.machine.instance()
+            }
+        }
+    }
+
+    /// How the cgroup of an entry's instance is named.
+    fn cgroup_of(&self, entry: usize) -> (String, u32) {
+        let entry = &self.entries[entry];
+        (entry.config.short_name.clone(), entry.machine.instance().0)
     }
 
     /// The cgroups of all instances, with server and number.
@@ -259,6 +300,11 @@ impl Service {
         }
         Ok(label)
     }
+}
+
+/// A server's name without that of its service.
+fn short_name(server: &str) -> String {
+    server.rsplit('/').next().unwrap_or_default().to_owned()
 }
 
 /// Those of one server.

@@ -1,0 +1,453 @@
+//! Servers that are added, removed and replaced while the service serves.
+//!
+//! A server is replaced by a further entry beside its own, the *successor*, with an instance number, a
+//! cgroup and a slot of its own. When that is ready, one plan has it and no longer the one before, and it
+//! is the server from then on; the one before drains, is stopped, and is gone. A successor that does not
+//! get ready is gone, and nothing has happened. Entries keep their places as long as anything refers to
+//! them.
+#![forbid(unsafe_code)]
+
+use std::{cmp::Reverse, time::Instant};
+
+use anyhow::{Context as _, ensure};
+use serde::{Deserialize, Serialize};
+use tracing::{info, warn};
+
+use super::{Entry, Host, Label, Role, Service, drain, report};
+use crate::{
+    config,
+    health::Health,
+    moment,
+    server::{Event, Instance, Server, State, Supervision, span},
+};
+
+/// Why a server is still the instance that it was to be before.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NotReplaced {
+    /// The one that was to replace it.
+    pub instance: Instance,
+    pub why: String,
+    #[serde(with = "moment")]
+    pub since: Instant,
+}
+
+impl NotReplaced {
+    /// A sentence for the server's status.
+    pub fn reason(&self, now: Instant) -> String {
+        let ago = span(now.saturating_duration_since(self.since));
+        format!("was not replaced {ago} ago: the new instance {}", self.why)
+    }
+}
+
+impl Entry {
+    /// A server, or an instance that is to be beside one, of which nothing runs. `newest`: all numbers up
+    /// to this one are taken.
+    pub(super) fn new(
+        service: &config::Service,
+        config: config::Server,
+        role: Role,
+        newest: Instance,
+    ) -> anyhow::Result<Self> {
+        Ok(Self {
+            policy: policy(service, &config, role)?,
+            machine: Server::new(newest, Instant::now()),
+            weight: config.weight,
+            limit: config.limit,
+            config,
+            role,
+            extra: false,
+            not_replaced: None,
+            drain: None,
+            closing: drain::Closing::default(),
+            health: Health::default(),
+            checking: super::check::Checking::default(),
+            queue: None,
+            run: None,
+            total_before: 0,
+            most_before: 0,
+            changed: true,
+            gone: false,
+        })
+    }
+
+    /// What it is called: `shop/1`, and beside that `shop/1@8`, after the number of the instance.
+    pub(super) fn name(&self) -> String {
+        match self.role {
+            Role::Current => self.config.name.clone(),
+            Role::Successor | Role::Leaving => format!("{}@{}", self.config.name, self.machine.instance()),
+        }
+    }
+
+    /// It is a server of the service, whether or not it runs.
+    pub(super) fn is_current(&self) -> bool {
+        self.role == Role::Current && !self.gone
+    }
+
+    /// It is there, and is of the server with this name.
+    pub(super) fn is_of(&self, server: &str) -> bool {
+        !self.gone && self.config.name == server
+    }
+}
+
+impl Service {
+    /// Has a further server. The configuration by which the next distributor goes has to have it too.
+    ///
+    /// # Errors
+    /// There is one of this name; or the service is being stopped.
+    pub fn add(&mut self, server: config::Server, host: &mut Host<'_>) -> anyhow::Result<usize> {
+        self.ensure_changeable()?;
+        let name = server.name.clone();
+        ensure!(self.find(&name).is_none(), "a server is called {name} already");
+        self.want(server.clone());
+        // As if one had run: the first instances of a service need no slow start, and this one does.
+        let newest = self.newest(&name).max(Instance(1));
+        let entry = self.place(Entry::new(&self.config, server, Role::Current, newest)?);
+        info!("server {name} is added");
+        self.tell(entry, Event::Start, host);
+        Ok(entry)
+    }
+
+    /// Does without a server: it drains, is stopped, and is gone. The configuration by which the next
+    /// distributor goes must not have it any more.
+    ///
+    /// # Errors
+    /// It was adopted, and is not to be started again: that one can be released.
+    pub fn remove(&mut self, entry: usize, host: &mut Host<'_>) -> anyhow::Result<()> {
+        let name = self.entries[entry].name();
+        ensure!(self.entries[entry].is_current(), "server {name} is being removed already");
+        ensure!(
+            !self.is_guest(entry),
+            "server {name} was adopted, and is not dist-ctl's to stop: release it instead"
+        );
+        info!("server {name} is removed");
+        self.config.servers.retain(|server| server.name != name);
+        if let Some(successor) = self.successor_of(&name) {
+            self.tell(successor, Event::Stop, host);
+        }
+        self.forget_troubles(entry);
+        self.see_off(entry, host);
+        Ok(())
+    }
+
+    /// Starts an instance of a server as it is configured now, which takes the place of the one that runs
+    /// as soon as it is ready.
+    ///
+    /// # Errors
+    /// It cannot run twice, because it was adopted; or it is being replaced already.
+    pub fn replace(
+        &mut self,
+        entry: usize,
+        server: config::Server,
+        host: &mut Host<'_>,
+    ) -> anyhow::Result<usize> {
+        self.ensure_changeable()?;
+        self.ensure_startable(entry)?;
+        let name = self.entries[entry].name();
+        ensure!(self.successor_of(&name).is_none(), "server {name} is being replaced already");
+        ensure!(
+            !self.runs_as_guest(entry),
+            "server {name} was adopted, and cannot run twice: it can be stopped and started again"
+        );
+        self.want(server.clone());
+        let newest = self.newest(&name);
+        let mut successor = Entry::new(&self.config, server, Role::Successor, newest)?;
+        successor.extra = self.entries[entry].extra;
+        self.entries[entry].not_replaced = None;
+        self.entries[entry].changed = true;
+        let successor = self.place(successor);
+        self.tell(successor, Event::Start, host);
+        Ok(successor)
+    }
+
+    /// Stops a server, and starts it again as it is configured now. One that does not run is only started.
+    ///
+    /// # Errors
+    /// It was adopted, and nobody knows what to start it with.
+    pub fn restart_in_place(
+        &mut self,
+        entry: usize,
+        server: config::Server,
+        host: &mut Host<'_>,
+    ) -> anyhow::Result<()> {
+        self.ensure_changeable()?;
+        self.ensure_startable(entry)?;
+        if !self.runs_as_guest(entry) {
+            self.want(server.clone());
+            let entry_ = &mut self.entries[entry];
+            entry_.policy = policy(&self.config, &server, Role::Current)?;
+            inherit(entry_, &server);
+            entry_.config = server;
+        }
+        self.entries[entry].not_replaced = None;
+        match self.entries[entry].machine.state() {
+            State::Starting { .. } | State::Ready { .. } => {
+                self.tell(entry, Event::Stop, host);
+                self.tell(entry, Event::Start, host);
+            }
+            State::Stopped { .. } => self.tell(entry, Event::Start, host),
+            State::Backoff { .. } | State::Failed { .. } => self.tell(entry, Event::Resume, host),
+            // If it was to be stopped; else it starts again anyway, or has to be resumed.
+            State::Draining { .. } | State::Stopping { .. } => {
+                self.tell(entry, Event::Start, host);
+                self.tell(entry, Event::Resume, host);
+            }
+        }
+        Ok(())
+    }
+
+    fn ensure_changeable(&self) -> anyhow::Result<()> {
+        ensure!(!self.stopping, "service {} is being stopped", self.config.name);
+        Ok(())
+    }
+
+    fn ensure_startable(&self, entry: usize) -> anyhow::Result<()> {
+        let name = self.entries[entry].name();
+        ensure!(self.entries[entry].is_current(), "server {name} is about to be gone");
+        ensure!(
+            !self.is_guest(entry),
+            "server {name} was adopted without a command, so nobody knows what to start it with: restart it \
+             yourself, or release it and adopt it again with -- COMMAND"
+        );
+        Ok(())
+    }
+
+    /// It runs, and somebody else has started it.
+    pub(super) fn runs_as_guest(&self, entry: usize) -> bool {
+        self.entries[entry].run.as_ref().is_some_and(|run| run.guest.is_some())
+    }
+
+    /// From now on this is a server's configuration.
+    fn want(&mut self, server: config::Server) {
+        let servers = &mut self.config.servers;
+        match servers.iter_mut().find(|its| its.name == server.name) {
+            Some(its) => *its = server,
+            // It is no business of the configuration.
+            None if self.entries.iter().any(|entry| entry.extra && entry.is_of(&server.name)) => {}
+            None => {
+                servers.push(server);
+                servers.sort_by_key(|server| server.index);
+            }
+        }
+    }
+
+    /// The newest instance of a server, in any role.
+    pub(super) fn newest(&self, server: &str) -> Instance {
+        let its = self.entries.iter().filter(|entry| entry.config.name == server);
+        its.map(|entry| entry.machine.instance()).max().unwrap_or(Instance(0))
+    }
+
+    /// The instance that is to take the place of this server.
+    pub(super) fn successor_of(&self, server: &str) -> Option<usize> {
+        self.entries.iter().position(|entry| entry.is_of(server) && entry.role == Role::Successor)
+    }
+
+    /// Those that were this server and have not ended yet.
+    pub(super) fn leaving(&self, server: &str) -> impl Iterator<Item = &Entry> {
+        self.entries.iter().filter(move |entry| entry.is_of(server) && entry.role == Role::Leaving)
+    }
+
+    /// Puts an entry where one of the same name was, or behind all others. Whatever is still on its way
+    /// names entry and instance, and numbers of instances differ in the entries of one name.
+    pub(super) fn place(&mut self, entry: Entry) -> usize {
+        let is_free = |place: usize| {
+            let old = &self.entries[place];
+            let is_its = old.gone && old.config.name == entry.config.name;
+            is_its && old.run.is_none() && self.retired.iter().all(|retired| retired.entry != Some(place))
+        };
+        match (0..self.entries.len()).find(|place| is_free(*place)) {
+            Some(place) => {
+                self.entries[place] = entry;
+                place
+            }
+            None => {
+                self.entries.push(entry);
+                self.entries.len() - 1
+            }
+        }
+    }
+
+    /// The entries as people expect them: in the order of the configuration, and each server before
+    /// those beside it.
+    pub(super) fn in_order(&self) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..self.entries.len()).filter(|it| !self.entries[*it].gone).collect();
+        order.sort_by_key(|entry| {
+            let entry = &self.entries[*entry];
+            let name = entry.config.name.clone();
+            (entry.config.index, name, entry.role, Reverse(entry.machine.instance()))
+        });
+        order
+    }
+
+    /// A number of an instance is used by one entry of a server only.
+    pub(super) fn tell_numbers(&mut self) {
+        for entry in 0..self.entries.len() {
+            let newest = self.newest(&self.entries[entry].config.name);
+            self.entries[entry].machine.take_number(newest);
+        }
+    }
+
+    /// A successor is ready: from this plan on it is the server, and the one before is not.
+    pub(super) fn take_place(&mut self, successor: usize, host: &mut Host<'_>) {
+        let name = self.entries[successor].config.name.clone();
+        let before = self.find(&name);
+        self.forget_troubles(successor);
+        if let Some(run) = &mut self.entries[successor].run {
+            run.included = true;
+        }
+        let config = self.entries[successor].config.clone();
+        if let Ok(policy) = policy(&self.config, &config, Role::Current) {
+            self.entries[successor].policy = policy;
+        }
+        self.entries[successor].role = Role::Current;
+        if let Some(before) = before {
+            self.forget_troubles(before);
+            self.hand_on(before, successor);
+        }
+        self.write_plan();
+        info!("server {name}: its instance {} serves now", self.entries[successor].machine.instance());
+        if let Some(before) = before {
+            self.see_off(before, host);
+        }
+    }
+
+    /// What is of the server, and not of its instance, goes on in another entry.
+    fn hand_on(&mut self, before: usize, after: usize) {
+        let load = self.kernel.load().ok();
+        let most = |run: &super::Running| load.as_ref().map(|it| report::most(it, run.slot, run.generation));
+        let old = &mut self.entries[before];
+        let now = old.run.as_ref().and_then(most).unwrap_or(0);
+        if let Some(run) = &mut old.run {
+            run.included = false;
+        }
+        let (total, most) = (std::mem::take(&mut old.total_before), old.most_before.max(now));
+        let (drain, weight, limit) = (old.drain.take(), old.weight, old.limit);
+        let (configured, machine) = ((old.config.weight, old.config.limit), old.machine.clone());
+        (old.role, old.changed, old.not_replaced) = (Role::Leaving, true, None);
+        let new = &mut self.entries[after];
+        new.total_before += total;
+        new.most_before = new.most_before.max(most);
+        new.drain = drain;
+        // What an operator has set since goes on too.
+        if weight != configured.0 {
+            new.weight = weight;
+        }
+        if limit != configured.1 {
+            new.limit = limit;
+        }
+        new.machine.succeed(&machine);
+        new.changed = true;
+        for retired in self.retired.iter_mut().filter(|retired| retired.entry == Some(before)) {
+            retired.entry = Some(after);
+        }
+    }
+
+    /// It is no server any more: it ends, unless it is about to.
+    pub(super) fn see_off(&mut self, entry: usize, host: &mut Host<'_>) {
+        self.entries[entry].role = Role::Leaving;
+        self.entries[entry].changed = true;
+        if !self.entries[entry].machine.is_ending() {
+            self.tell(entry, Event::Stop, host);
+        }
+        self.depart(entry);
+    }
+
+    /// One that is only beside a server, or was one, and does not run, is gone.
+    pub(super) fn depart(&mut self, entry: usize) {
+        let it = &self.entries[entry];
+        if it.gone || it.role == Role::Current || it.run.is_some() || it.machine.run().is_some() {
+            return;
+        }
+        let (name, role) = (it.name(), it.role);
+        self.forget_troubles(entry);
+        let it = &mut self.entries[entry];
+        (it.gone, it.changed) = (true, true);
+        if role == Role::Leaving {
+            return;
+        }
+        let why = match it.machine.state() {
+            State::Failed { fault, .. } => fault.to_string(),
+            // Somebody has stopped it.
+            _ => "was stopped".to_owned(),
+        };
+        let (server, instance) = (it.config.name.clone(), it.machine.instance());
+        let Some(current) = self.find(&server) else { return };
+        warn!("server {name} {why}: it does not take the place of {server}, which goes on");
+        let current = &mut self.entries[current];
+        current.not_replaced = Some(NotReplaced { instance, why, since: Instant::now() });
+        current.changed = true;
+    }
+
+    /// What is wrong with it is noted under its name, which it has no more in a moment.
+    fn forget_troubles(&mut self, entry: usize) {
+        let name = self.entries[entry].name();
+        for what in troubles_of(&name) {
+            self.note(&what, None);
+        }
+    }
+
+    /// The entry of what was found: there already, or made for it. `None`: of no use.
+    pub(super) fn place_of(&mut self, label: &Label, has_process: bool) -> anyhow::Result<Option<usize>> {
+        let is_its = |entry: &Entry| {
+            let is_same = match (entry.role, label.role) {
+                (Role::Current, role) => role == Role::Current,
+                _ => entry.machine.instance() == label.machine.instance(),
+            };
+            entry.is_of(&label.server) && is_same
+        };
+        if let Some(entry) = self.entries.iter().position(is_its) {
+            return Ok(Some(entry));
+        }
+        let is_extra = label.role == Role::Current && label.extra.is_some();
+        if is_extra && (has_process || label.adopted.is_none()) {
+            return self.place_again(label);
+        }
+        if label.adopted.is_some() || label.machine.run().is_none() && !has_process {
+            return Ok(None);
+        }
+        self.place_beside(label).map(Some)
+    }
+
+    /// An entry for an instance that runs beside a server, or whose server is not configured any more.
+    fn place_beside(&mut self, label: &Label) -> anyhow::Result<usize> {
+        let configured = self.config.servers.iter().find(|server| server.name == label.server);
+        let role = match (label.role, configured.is_some() || label.extra.is_some()) {
+            (Role::Successor, true) => Role::Successor,
+            _ => Role::Leaving,
+        };
+        let config = match (configured, self.config.servers.first()) {
+            (Some(server), _) => server.clone(),
+            (None, like) => {
+                let like = like.context("a service has servers")?;
+                let short_name = label.server.rsplit('/').next().unwrap_or_default().to_owned();
+                let command = label.extra.clone().unwrap_or_default();
+                config::Server { name: label.server.clone(), short_name, command, ..like.clone() }
+            }
+        };
+        let mut entry = Entry::new(&self.config, config, role, label.machine.instance())?;
+        entry.extra = label.extra.is_some();
+        Ok(self.place(entry))
+    }
+}
+
+/// The names under which something may be noted of a server.
+fn troubles_of(name: &str) -> [String; 6] {
+    let of = |what: &str| format!("{what} {name}");
+    let checks = super::check::checks_of(name);
+    [name.to_owned(), of("listeners of"), of("watch"), of("CPUs of"), drain::closing_of(name), checks]
+}
+
+/// What decides about an instance in this role.
+fn policy(service: &config::Service, server: &config::Server, role: Role) -> anyhow::Result<Supervision> {
+    let once = role == Role::Successor;
+    Ok(Supervision { once, ..Supervision::of(service, server)? })
+}
+
+/// What is configured otherwise than before is from now on; what an operator has set stays.
+fn inherit(entry: &mut Entry, server: &config::Server) {
+    if entry.weight == entry.config.weight {
+        entry.weight = server.weight;
+    }
+    if entry.limit == entry.config.limit {
+        entry.limit = server.limit;
+    }
+}

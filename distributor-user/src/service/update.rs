@@ -1,0 +1,115 @@
+//! What of a newer configuration is carried out while the service runs.
+//!
+//! changes.rs says what differs; here each difference is done by the least that it needs. What an
+//! operator has set since the start (weights, limits) holds on, unless the file says another value
+//! than it did.
+#![forbid(unsafe_code)]
+
+use std::{
+    mem,
+    time::{Instant, SystemTime},
+};
+
+use distributor_ebpf::word;
+use tracing::error;
+
+use super::{Entry, Host, Service};
+use crate::{
+    changes::{ServerChange, Update},
+    config, scale,
+    server::Supervision,
+};
+
+impl Service {
+    /// From here on it is this one.
+    pub fn update(&mut self, update: Update, host: &mut Host<'_>) {
+        let Update { service, servers, settings: _ } = update;
+        let before = mem::replace(&mut self.config, service);
+        if self.config.waiting != before.waiting {
+            self.attendant.change(self.config.waiting.clone());
+        }
+        for server in self.config.servers.clone() {
+            if let Some(entry) = self.find(&server.name) {
+                self.set(entry, server);
+            }
+        }
+        for change in servers {
+            if let Err(error) = self.change(&change, host) {
+                error!("server {}: {error:#}", change.name());
+            }
+        }
+        self.write_plan();
+    }
+
+    fn change(&mut self, change: &ServerChange, host: &mut Host<'_>) -> anyhow::Result<()> {
+        let name = change.name();
+        let configured = self.config.servers.iter().find(|server| server.name == name).cloned();
+        match (change, self.find(name), configured) {
+            (ServerChange::Add { .. }, None, Some(server)) => self.add(server, host).map(drop),
+            (ServerChange::Replace { .. }, Some(entry), Some(server)) => {
+                self.replace(entry, server, host).map(drop)
+            }
+            (ServerChange::Remove { .. }, Some(entry), _) => self.remove(entry, host),
+            // It was set with all others; or what is to be done has been.
+            (
+                ServerChange::Set { .. }
+                | ServerChange::Add { .. }
+                | ServerChange::Replace { .. }
+                | ServerChange::Remove { .. },
+                ..,
+            ) => Ok(()),
+        }
+    }
+
+    /// How many servers it should have by its connections, if that is another number than it has; and why.
+    pub fn rescaled(&mut self, now: Instant) -> Option<scale::Decision> {
+        let scale = self.config.scale.filter(|_| !self.stopping && !self.taking_over)?;
+        let load = self.kernel.load().ok()?;
+        let mut seen = scale::Seen {
+            wanted: self.config.numbered(),
+            ready: 0,
+            starting: 0,
+            limit: 0,
+            connections: 0,
+            waiting: load.waiting,
+        };
+        let numbered: Vec<&Entry> =
+            self.entries.iter().filter(|entry| entry.is_current() && entry.config.is_numbered()).collect();
+        for entry in &numbered {
+            match &entry.run {
+                Some(run) if entry.is_open() => {
+                    seen.ready += 1;
+                    seen.connections += word::active(load.word[run.slot as usize]);
+                }
+                // It takes none, and will not soon.
+                Some(run) if run.draining || entry.drain.is_some() || entry.machine.is_withheld() => {}
+                Some(_) => seen.starting += 1,
+                None => {}
+            }
+        }
+        // They have the same limit, unless an operator has set another one.
+        let limits = numbered.iter().filter_map(|entry| entry.limit);
+        seen.limit = limits.map(u64::from).sum::<u64>().checked_div(numbered.len() as u64)?.max(1);
+        let decision = self.scaler.decide(&scale, &seen, now)?;
+        self.rescaled = Some((decision.why.clone(), SystemTime::now()));
+        Some(decision)
+    }
+
+    /// What the configuration says of a server that goes on.
+    fn set(&mut self, entry: usize, server: config::Server) {
+        let policy = match Supervision::of(&self.config, &server) {
+            Ok(policy) => policy,
+            // Not possible: the configuration was checked.
+            Err(error) => return error!("server {}: {error:#}", server.name),
+        };
+        let entry = &mut self.entries[entry];
+        if server.weight != entry.config.weight {
+            entry.weight = server.weight;
+        }
+        if server.limit != entry.config.limit {
+            entry.limit = server.limit;
+        }
+        (entry.policy, entry.config) = (policy, server);
+        entry.changed = true;
+    }
+}

@@ -8,7 +8,7 @@
 use std::fmt;
 
 use crate::{
-    config::{self, Config, Cpus, Server, Service},
+    config::{self, Check, CheckKind, Config, Cpus, Server, Service, Stall},
     load::Rule,
     roll::Bounds,
     scale::Scale,
@@ -316,16 +316,8 @@ fn server_settings(old: &Server, new: &Server) -> Vec<Setting> {
     settings.note_if(old.cpus != new.cpus, "cpus", cpus(&old.cpus), cpus(&new.cpus));
     settings.note("backup", old.backup, new.backup);
     settings.note("slow_start", span(old.slow_start), span(new.slow_start));
-    let check = |check: &Option<config::Check>| match check {
-        Some(check) => format!("{} every {}", check.kind.name(), span(check.interval)),
-        None => "none".to_owned(),
-    };
-    settings.note_if(old.check != new.check, "check", check(&old.check), check(&new.check));
-    let stall = |stall: &Option<config::Stall>| match stall {
-        Some(stall) => format!("after {}", span(stall.after)),
-        None => "never".to_owned(),
-    };
-    settings.note_if(old.stall != new.stall, "stalled", stall(&old.stall), stall(&new.stall));
+    settings.note("check", check(&old.check), check(&new.check));
+    settings.note("stall_after", stall(old.stall), stall(new.stall));
     settings.note("start_timeout", span(old.start_timeout), span(new.start_timeout));
     settings.note("drain_timeout", span(old.drain_timeout), span(new.drain_timeout));
     settings.note("stop_timeout", span(old.stop_timeout), span(new.stop_timeout));
@@ -386,6 +378,41 @@ fn started_with(old: &Server, new: &Server) -> Vec<&'static str> {
     fields.into_iter().filter(|(_, differs)| *differs).map(|(field, _)| field).collect()
 }
 
+/// All of how a server is checked, so that two texts differ if two checks do.
+fn check(check: &Option<Check>) -> String {
+    let Some(Check { kind, interval, fast_interval, timeout, rise, fall, restart_after }) = check else {
+        return "none".to_owned();
+    };
+    let kind = match kind {
+        CheckKind::Tcp => "tcp".to_owned(),
+        CheckKind::Http { path, host, statuses } => {
+            let statuses: Vec<String> =
+                statuses.iter().map(|range| format!("{}-{}", range.start(), range.end())).collect();
+            format!("http {path} of {host} with {}", statuses.join(" or "))
+        }
+        CheckKind::Command { command } => format!("command {command:?}"),
+    };
+    let after = restart_after.map_or("never".to_owned(), |after| format!("after {}", span(after)));
+    format!(
+        "{kind} within {}, every {} or {}, rise {rise}, fall {fall}, started again {after}",
+        span(*timeout),
+        span(*interval),
+        span(*fast_interval)
+    )
+}
+
+/// Likewise.
+fn stall(stall: Option<Stall>) -> String {
+    match stall {
+        None => "never".to_owned(),
+        Some(Stall { after, move_queue: true, .. }) => format!("{}, moved", span(after)),
+        Some(Stall { after, kill_after: Some(kill), .. }) => {
+            format!("{}, killed after {}", span(after), span(kill))
+        }
+        Some(Stall { after, .. }) => span(after),
+    }
+}
+
 #[derive(Default)]
 struct Settings(Vec<Setting>);
 
@@ -403,11 +430,7 @@ impl Settings {
         to: impl fmt::Display,
     ) {
         if differs {
-            let (from, mut to) = (from.to_string(), to.to_string());
-            if from == to {
-                to.push_str(", otherwise than before");
-            }
-            self.0.push(Setting { field, from, to });
+            self.0.push(Setting { field, from: from.to_string(), to: to.to_string() });
         }
     }
 }
@@ -457,6 +480,17 @@ command = ["/bin/web"]
             (SHOP.to_owned(), vec![]),
             (with("weight = 50"), vec![format!("{all}: weight 100 -> 50")]),
             (with("limit = 7"), vec![format!("{all}: limit none -> 7")]),
+            (
+                service("[service.shop.check]\ntype = \"http\"\nrestart_after = \"9s\""),
+                vec![format!(
+                    "{all}: check none -> http / of localhost with 200-399 within 1s, every 2s or 500ms, rise 2, \
+                     fall 3, started again after 9s"
+                )],
+            ),
+            (
+                with("stall_after = \"5s\"\nhang_kill = \"1m\""),
+                vec![format!("{all}: stall_after never -> 5s, killed after 1m")],
+            ),
             (with("cpus = \"0\""), vec![format!("{all}: cpus all -> 0")]),
             (with("backup = true"), vec![format!("{all}: backup false -> true")]),
             (with("slow_start = \"1m\""), vec![format!("{all}: slow_start 0s -> 1m")]),

@@ -14,8 +14,8 @@ use tests::{
     client::{self, Client},
     host::{Host, Up, V4},
     load::under_load,
-    process::Process,
-    wait::{fewer, seconds, wait_for, wait_until_eq},
+    process::{Process, Signal},
+    wait::{fewer, seconds, stays, wait_for, wait_until_eq},
 };
 
 /// A server of somebody else's: nobody's, in nobody's cgroup, and without SO_REUSEPORT.
@@ -112,6 +112,35 @@ fn an_adopted_server_keeps_its_limit_with_what_it_had_before() {
         (held.len() == 6).then_some(held)
     });
     assert_eq!(client::by_name(&held)["old"], 1);
+}
+
+#[test]
+fn an_adopted_server_is_checked_like_the_others_and_is_never_killed_for_it() {
+    let host = Host::new();
+    let own = Own::start(&host);
+    let mut app = App::of(&host, 1);
+    app.server = "stall_after = \"300ms\"\nhang_kill = \"300ms\"".to_owned();
+    app.tables =
+        "[service.app.check]\ntype = \"tcp\"\ninterval = \"50ms\"\nrestart_after = \"300ms\"".to_owned();
+    let up = waiting(&host, app);
+    up.run(&["adopt", "app", "--pid", &own.pid(), "--name", "old"]).expect_done();
+    up.wait_ready();
+    let old = || up.service().server("app/old").clone();
+    wait_for("20 checks of it", seconds(20.0), || {
+        old().check.filter(|check| check.good_total >= 20 && check.bad_total == 0).map(drop)
+    });
+    assert_eq!((old().connections, old().connections_total), (0, 0));
+    let process = Process::find(own.0.id() as i32).expect("it runs");
+    process.freeze(seconds(5.0));
+    let hangs = client::stand(&[V4], 2);
+    assert!(up.wait_state("app/old", "stalled").reason.is_some_and(|reason| !reason.contains("killed")));
+    stays("its state", seconds(1.5), "stalled".to_owned(), || old().state);
+    process.signal(Signal::CONT);
+    up.wait_state("app/old", "ready");
+    let mut served: Vec<_> =
+        hangs.into_iter().map(|it| Client::greeted(it).expect("served").server).collect();
+    served.sort();
+    assert_eq!(served, ["1", "old"]);
 }
 
 #[test]
@@ -419,7 +448,7 @@ fn a_server_with_workers_is_adopted_through_any_of_them_and_outlives_that_one() 
     // The master dies, and its workers serve on.
     let workers = master.children();
     assert_eq!(workers.len(), 2);
-    master.signal(tests::process::Signal::KILL);
+    master.signal(Signal::KILL);
     wait_for("another process of it", seconds(10.0), || {
         let pid = up.service().server("app/old").pid?;
         workers.iter().any(|worker| worker.pid == pid).then_some(())

@@ -558,6 +558,76 @@ fn a_distributor_that_hung_takes_nobody_for_unhealthy() {
     up.stop();
 }
 
+#[test]
+fn checks_are_changed_and_taken_away_while_servers_run() {
+    let host = Host::new();
+    let mut app = speaking_http(&host, 2);
+    let up = up(&host, &app);
+    let pids = || -> Vec<_> { up.service().servers.into_iter().map(|server| server.pid).collect() };
+    let before = pids();
+    answer(&host, "1", UNWELL);
+    up.wait_state("app/1", "unhealthy");
+    let reload = |app: &App| {
+        host.write("dist-ctl.toml", &app.toml());
+        up.run(&["reload"]).expect_done().stdout
+    };
+    // What was bad is good now.
+    app.tables = format!("{BY_HTTP}\nstatus = [200, 503]");
+    let done = reload(&app);
+    assert!(
+        done.starts_with("servers app/1, app/2: check http /health of localhost with 200-399 "),
+        "{done}"
+    );
+    up.wait_state("app/1", "ready");
+    app.tables = BY_HTTP.to_owned();
+    reload(&app);
+    up.wait_state("app/1", "unhealthy");
+    // And without checks nobody is unhealthy.
+    app.tables.clear();
+    reload(&app);
+    up.wait_state("app/1", "ready");
+    assert_eq!(up.service().server("app/1").check, None);
+    app.tables = BY_TCP.to_owned();
+    reload(&app);
+    wait_checks(&up, "app/2", true, 3);
+    assert_eq!(pids(), before);
+    assert_no_clients(&up);
+    up.stop();
+}
+
+/// A new instance that is never well does not take the place of one that is.
+#[test]
+fn a_successor_takes_the_place_of_a_server_after_its_first_good_check() {
+    let host = Host::new();
+    let mut app = speaking_http(&host, 1);
+    app.server = "readiness = \"check\"\nstart_timeout = \"20s\"".to_owned();
+    let up = up(&host, &app);
+    let before = up.process("app/1");
+    let first = up.service().server("app/1").check.clone().expect("it is checked");
+    assert_eq!(first.good, Some(true));
+    // Both read the same file, so the one that serves is unhealthy as well.
+    app.tables += "\nfall = 1000";
+    app.server += "\numask = \"0027\"";
+    host.write("dist-ctl.toml", &app.toml());
+    answer(&host, "1", UNWELL);
+    up.run(&["reload"]).expect_done();
+    let successor = wait_for("a successor that is checked", seconds(20.0), || {
+        let servers = up.service().servers;
+        servers.into_iter().find(|server| {
+            server.name != "app/1" && server.check.as_ref().is_some_and(|check| check.bad_total >= 3)
+        })
+    });
+    assert_eq!(successor.state, "starting");
+    assert_eq!(up.process("app/1"), before);
+    answer(&host, "1", WELL);
+    wait_for("it to take its place", seconds(20.0), || {
+        up.process_if_any("app/1").filter(|process| *process != before)
+    });
+    up.wait_ready();
+    assert_no_clients(&up);
+    up.stop();
+}
+
 /// What the kernel does with connections that are directed, by the map itself.
 #[test]
 fn a_directed_connection_goes_to_its_server_or_to_nobody() {

@@ -624,6 +624,15 @@ impl Step<'_> {
 
     /// Does what is due.
     fn look(&mut self, since: Instant, mut run: Run) -> State {
+        // What was to be done may have been taken out of the configuration.
+        let remedies = self.policy.remedies;
+        for (ailment, remedy) in
+            [(&mut run.stalled, remedies.hang_kill), (&mut run.unhealthy, remedies.restart_after)]
+        {
+            if let Some(ailment) = ailment {
+                ailment.due = ailment.due.filter(|Due(due)| remedy.is_some() || *due > self.now);
+            }
+        }
         let is_due = |ailment: &Option<Ailment>, now: Instant| {
             ailment.clone().filter(|it| it.due.is_some_and(|Due(due)| due <= now))
         };

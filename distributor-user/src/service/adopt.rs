@@ -289,10 +289,10 @@ impl Service {
             ..like.clone()
         };
         let newest = self.newest(&config.name);
-        let mut entry = Entry::new(&self.config, config, Role::Current, newest)?;
-        entry.extra = true;
-        entry.policy.remedies = remedies(&self.config, &entry.config)?;
-        Ok(self.place(entry))
+        let entry = Entry::new(&self.config, config, Role::Current, newest)?;
+        let remedies = remedies(&self.config, &entry.config)?;
+        let policy = Supervision { remedies, ..entry.policy };
+        Ok(self.place(Entry { extra: true, policy, ..entry }))
     }
 
     /// Finds an adopted server again that an earlier distributor had. `None`: it is gone.

@@ -13,7 +13,7 @@ use anyhow::{Context as _, ensure};
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
-use super::{Entry, Host, Label, Role, Service, check, cpus, drain, report};
+use super::{Entry, Host, Label, Role, Service, cpus, drain, report};
 use crate::{
     config,
     health::Health,
@@ -60,7 +60,7 @@ impl Entry {
             drain: None,
             closing: drain::Closing::default(),
             health: Health::default(),
-            checking: check::Checking::default(),
+            checking: super::check::Checking::default(),
             queue: None,
             cpus: cpus::Pinned::default(),
             run: None,
@@ -464,9 +464,10 @@ impl Service {
 }
 
 /// The names under which something may be noted of a server.
-fn troubles_of(name: &str) -> [String; 5] {
+fn troubles_of(name: &str) -> [String; 6] {
     let of = |what: &str| format!("{what} {name}");
-    [name.to_owned(), of("listeners of"), of("watch"), of("CPUs of"), drain::closing_of(name)]
+    let checks = super::check::checks_of(name);
+    [name.to_owned(), of("listeners of"), of("watch"), of("CPUs of"), drain::closing_of(name), checks]
 }
 
 /// What decides about an instance in this role.

@@ -26,6 +26,11 @@ use crate::{
 /// If a check cannot begin because the kernel does not go by the right plan.
 const AGAIN: Duration = Duration::from_millis(100);
 
+/// What that trouble is called.
+pub(super) fn checks_of(name: &str) -> String {
+    format!("checks of {name}")
+}
+
 /// Checks of one server.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Checking {
@@ -42,18 +47,22 @@ pub(super) struct Checking {
 
 impl Service {
     /// Begins the checks that are due.
-    pub(super) fn check_due(&mut self, now: Instant, host: &Host<'_>) {
+    pub(super) fn check_due(&mut self, now: Instant, host: &mut Host<'_>) {
         self.next_check = None;
         for entry in 0..self.entries.len() {
             let server = &mut self.entries[entry];
-            if server.config.check.is_none() {
-                continue;
-            }
-            if server.run.is_none() || !server.machine.is_to_be_checked(&server.policy) {
+            let is_checked = server.config.check.is_some()
+                && server.run.is_some()
+                && server.machine.is_to_be_checked(&server.policy);
+            if !is_checked {
                 server.checking.next = None;
                 if server.health != Health::default() {
                     server.health = Health::default();
                     server.changed = true;
+                }
+                // Its checks were taken out of the configuration.
+                if server.machine.is_withheld() {
+                    self.report(entry, Report::Well, host);
                 }
                 continue;
             }
@@ -136,7 +145,7 @@ impl Service {
         if is_over || !server.machine.is_to_be_checked(&server.policy) {
             return;
         }
-        let name = format!("checks of {}", server.config.name);
+        let name = checks_of(&server.name());
         let result = match outcome {
             Outcome::Good(what) => Ok(what),
             Outcome::Bad(what) => Err(what),
@@ -144,7 +153,7 @@ impl Service {
                 server.checking.next = Some(now + its.interval);
                 let what = format!(
                     "server {} cannot be checked: {why}; passes for what it was, tries again in {}",
-                    server.config.name,
+                    server.name(),
                     crate::server::span(its.interval)
                 );
                 return self.note(&name, Some(what));

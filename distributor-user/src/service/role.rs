@@ -77,7 +77,7 @@ mod tests {
     use std::time::Instant;
 
     use super::*;
-    use crate::{health::Health, server::Server, service::Label};
+    use crate::{server::Server, service::Label};
 
     /// What the monitor knows of an instance (it has a process), or the record.
     fn found(server: &str, instance: u32, role: Role, by_monitor: bool) -> Found {
@@ -89,7 +89,7 @@ mod tests {
             run: None,
             weight: 100,
             limit: None,
-            health: Health::default(),
+            health: Default::default(),
             drain: None,
             total_before: 0,
             most_before: 0,

@@ -48,6 +48,10 @@ impl Service {
         let looked_at: Vec<usize> = (0..self.entries.len()).filter(may_stall).collect();
         for entry in (0..self.entries.len()).filter(|entry| !looked_at.contains(entry)) {
             self.entries[entry].queue = None;
+            // It was taken out of the configuration that it may stall.
+            if self.entries[entry].machine.is_stalled() {
+                self.queue_turned(entry, Report::QueueMoves, host);
+            }
         }
         let shortest =
             looked_at.iter().filter_map(|entry| self.entries[*entry].config.stall).map(|it| it.after);
@@ -116,7 +120,7 @@ impl Service {
     /// after that, whatever it does.
     pub(super) fn move_queue(&mut self, entry: usize) {
         let Some(run) = &self.entries[entry].run else { return };
-        let name = &self.entries[entry].config.name;
+        let name = self.entries[entry].name();
         let found = self.processes_of(run).and_then(|processes| listener::find(&processes));
         let found = match found {
             Ok(found) => found,

@@ -105,7 +105,7 @@ impl Service {
                     seen.connections += word::active(load.word[run.slot as usize]);
                 }
                 // It takes none, and will not soon.
-                Some(run) if run.draining || entry.drain.is_some() => {}
+                Some(run) if run.draining || entry.drain.is_some() || entry.machine.is_withheld() => {}
                 Some(_) => seen.starting += 1,
                 None => {}
             }

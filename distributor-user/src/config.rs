@@ -15,6 +15,7 @@ mod meant;
 mod nearest;
 #[cfg(test)]
 mod refusals;
+mod size;
 #[cfg(test)]
 mod tests;
 mod user;
@@ -31,7 +32,7 @@ pub use distributor_ebpf::contract::Policy;
 use rustix::process::{Resource, Signal};
 
 pub use self::{cpus::write as list_of_cpus, environment::Machine, user::User};
-use crate::{address::ListenAddress, error::UserError, roll::Bounds};
+use crate::{address::ListenAddress, error::UserError, lifetime::Lifetime, roll::Bounds};
 
 /// The file `up` reads when it is given nothing else.
 pub const DEFAULT_FILE: &str = "/etc/dist-ctl/dist-ctl.toml";
@@ -140,6 +141,8 @@ pub struct Server {
     pub slow_start: Duration,
     /// How long one that is ready may go without saying `WATCHDOG=1` (sd_notify). `None`: for ever.
     pub watchdog: Option<Duration>,
+    /// When its instance is replaced by another one.
+    pub lifetime: Lifetime,
     /// What happens when it ends by itself.
     pub restart: Restart,
 }

@@ -583,6 +583,11 @@ impl Run {
         self.main
     }
 
+    /// When it was launched.
+    pub fn started(&self) -> Instant {
+        self.started
+    }
+
     /// An instance of which nothing was written down: it runs, and may have served.
     pub fn found(pid: u32, started: Instant) -> Self {
         Self { main: Main::Running { pid }, notified: true, served: true, ..Self::new(started) }

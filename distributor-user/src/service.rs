@@ -10,6 +10,7 @@ mod audit;
 mod change;
 mod drain;
 mod launch;
+mod lifetime;
 mod notified;
 mod report;
 mod restart;
@@ -154,6 +155,8 @@ pub struct Service {
     roll: Option<Roll>,
     /// What is recorded of that is out of date.
     roll_changed: bool,
+    /// The kernel accounts for memory in its cgroups, where it can.
+    accounts: bool,
     /// What is wrong with the machine.
     troubles: Troubles,
 }
@@ -178,6 +181,7 @@ struct Entry {
     /// Of ended instances.
     total_before: u64,
     most_before: u64,
+    ageing: lifetime::Ageing,
     /// Its label is out of date.
     changed: bool,
     /// It is none of the service's any more.
@@ -347,6 +351,7 @@ impl Service {
             released: Vec::new(),
             roll: None,
             roll_changed: false,
+            accounts: false,
             troubles: Troubles::default(),
             config,
             kernel,
@@ -855,6 +860,7 @@ impl Service {
         self.sweep();
         self.count_earlier();
         self.keep_on_cpus();
+        self.replace_due(host);
         self.write_plan();
     }
 

@@ -94,9 +94,21 @@ pub struct Server {
     pub accept_queue: Option<u64>,
     pub restarts: u64,
     pub instance: u64,
+    pub life: Option<Life>,
     pub earlier: u64,
     pub drain: Option<Drain>,
     pub since: String,
+}
+
+/// How long an instance has lived, and what ends that.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Life {
+    pub started: String,
+    pub until: Option<String>,
+    pub connections: u64,
+    pub max_connections: Option<u64>,
+    pub memory: Option<u64>,
+    pub memory_limit: Option<u64>,
 }
 
 /// Its servers are restarted one after the other, or were.

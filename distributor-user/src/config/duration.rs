@@ -40,7 +40,7 @@ pub(crate) fn parse(text: &str) -> Result<Duration, String> {
 }
 
 /// The duration as a person would write it, for `parse` to read: `1m30s`.
-pub(super) fn write(duration: Duration) -> String {
+pub(crate) fn write(duration: Duration) -> String {
     let mut millis = duration.as_millis();
     let mut text = String::new();
     for (name, size) in UNITS {

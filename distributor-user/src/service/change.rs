@@ -13,7 +13,7 @@ use anyhow::{Context as _, ensure};
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
-use super::{Entry, Host, Label, Role, Service, drain, report};
+use super::{Entry, Host, Label, Role, Service, drain, lifetime, report};
 use crate::{
     config, moment,
     server::{Event, Instance, Server, State, Supervision, span},
@@ -60,6 +60,7 @@ impl Entry {
             run: None,
             total_before: 0,
             most_before: 0,
+            ageing: lifetime::Ageing::default(),
             changed: true,
             gone: false,
         })

@@ -302,7 +302,6 @@ fn server_changes(old: &Service, new: &Service) -> Vec<ServerChange> {
 
 /// What can be set while it runs.
 fn server_settings(old: &Server, new: &Server) -> Vec<Setting> {
-    let limit = |limit: Option<u32>| limit.map_or("none".to_owned(), |limit| limit.to_string());
     let cpus = |cpus: &Cpus| match cpus {
         Cpus::All => "all".to_owned(),
         Cpus::List(list) => config::list_of_cpus(list),
@@ -312,12 +311,17 @@ fn server_settings(old: &Server, new: &Server) -> Vec<Setting> {
     };
     let mut settings = Settings::default();
     settings.note("weight", old.weight, new.weight);
-    settings.note("limit", limit(old.limit), limit(new.limit));
+    settings.note("limit", most(old.limit), most(new.limit));
     settings.note_if(old.cpus != new.cpus, "cpus", cpus(&old.cpus), cpus(&new.cpus));
     settings.note("backup", old.backup, new.backup);
     settings.note("slow_start", span(old.slow_start), span(new.slow_start));
     settings.note("check", check(&old.check), check(&new.check));
     settings.note("stall_after", stall(old.stall), stall(new.stall));
+    let (was, is) = (old.lifetime, new.lifetime);
+    settings.note("max_age", most(was.max_age.map(span)), most(is.max_age.map(span)));
+    settings.note("max_connections", most(was.max_connections), most(is.max_connections));
+    settings.note("memory_limit", most(was.memory_limit), most(is.memory_limit));
+    settings.note("jitter", was.jitter, is.jitter);
     settings.note("start_timeout", span(old.start_timeout), span(new.start_timeout));
     settings.note("drain_timeout", span(old.drain_timeout), span(new.drain_timeout));
     settings.note("stop_timeout", span(old.stop_timeout), span(new.stop_timeout));
@@ -363,6 +367,7 @@ fn started_with(old: &Server, new: &Server) -> Vec<&'static str> {
         watchdog,
         check: _,
         stall: _,
+        lifetime: _,
         restart: _,
     } = new;
     let fields = [
@@ -376,6 +381,10 @@ fn started_with(old: &Server, new: &Server) -> Vec<&'static str> {
         ("watchdog", old.watchdog != *watchdog),
     ];
     fields.into_iter().filter(|(_, differs)| *differs).map(|(field, _)| field).collect()
+}
+
+fn most(most: Option<impl fmt::Display>) -> String {
+    most.map_or("none".to_owned(), |most| most.to_string())
 }
 
 /// All of how a server is checked, so that two texts differ if two checks do.

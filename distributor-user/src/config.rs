@@ -16,6 +16,7 @@ mod meant;
 mod nearest;
 #[cfg(test)]
 mod refusals;
+mod size;
 #[cfg(test)]
 mod tests;
 mod user;
@@ -41,7 +42,9 @@ pub use self::{
     limits::{Ceiling, Limits, Over, Prefix, Rate},
     user::User,
 };
-use crate::{address::ListenAddress, error::UserError, load::Rule, roll::Bounds, scale::Scale};
+use crate::{
+    address::ListenAddress, error::UserError, lifetime::Lifetime, load::Rule, roll::Bounds, scale::Scale,
+};
 
 /// How many numbered servers services have, by their names, instead of what is configured.
 pub type Counts = BTreeMap<String, usize>;
@@ -163,6 +166,8 @@ pub struct Server {
     pub check: Option<Check>,
     /// When it is taken for one that hangs. `None`: never.
     pub stall: Option<Stall>,
+    /// When its instance is replaced by another one.
+    pub lifetime: Lifetime,
     /// What happens when it ends by itself.
     pub restart: Restart,
 }

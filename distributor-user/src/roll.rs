@@ -141,13 +141,16 @@ impl Roll {
     }
 
     /// Has further servers restarted, after the others.
-    pub fn extend(&mut self, items: impl IntoIterator<Item = Item>) {
+    /// True if there are any that were not there.
+    pub fn extend(&mut self, items: impl IntoIterator<Item = Item>) -> bool {
+        let before = self.items.len();
         for item in items {
             let is_there = |it: &Item| it.server == item.server && it.before >= item.before;
             if !self.items.iter().any(is_there) {
                 self.items.push(item);
             }
         }
+        self.items.len() > before
     }
 
     /// It goes no further.

@@ -670,6 +670,11 @@ impl Run {
         self.main
     }
 
+    /// When it was launched.
+    pub fn started(&self) -> Instant {
+        self.started
+    }
+
     /// An instance of which nothing was written down: it runs, and may have served.
     pub fn found(pid: u32, started: Instant) -> Self {
         Self {

@@ -12,6 +12,7 @@ mod check;
 mod cpus;
 mod drain;
 mod launch;
+mod lifetime;
 mod limits;
 mod load;
 mod notified;
@@ -177,6 +178,8 @@ pub struct Service {
     roll_changed: bool,
     /// What the service as a whole and each source may have.
     limits: limits::Keeping,
+    /// The kernel accounts for memory in its cgroups, where it can.
+    accounts: bool,
     /// What is wrong with the machine.
     troubles: Troubles,
 }
@@ -208,6 +211,7 @@ struct Entry {
     /// Of ended instances.
     total_before: u64,
     most_before: u64,
+    ageing: lifetime::Ageing,
     /// Its label is out of date.
     changed: bool,
     /// It is none of the service's any more.
@@ -387,6 +391,7 @@ impl Service {
             roll: None,
             roll_changed: false,
             limits: limits::Keeping::new(&config, &left)?,
+            accounts: false,
             troubles: Troubles::default(),
             config,
             kernel,
@@ -911,6 +916,7 @@ impl Service {
         self.look_at_sources();
         self.keep_on_cpus();
         self.follow_load();
+        self.replace_due(host);
         self.write_plan();
     }
 

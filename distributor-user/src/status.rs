@@ -160,6 +160,9 @@ pub struct ServerStatus {
     /// The number of the instance that runs, or of the last one that did; 0: none has.
     #[serde(default)]
     pub instance: u32,
+    /// How that lives; `None` while none runs.
+    #[serde(default)]
+    pub life: Option<LifeStatus>,
     /// It was started by somebody else, and adopted.
     #[serde(default)]
     pub adopted: bool,
@@ -181,6 +184,22 @@ pub struct ServerStatus {
     pub cpus: Option<CpusStatus>,
     /// When it entered its state.
     pub since: Timestamp,
+}
+
+/// How long an instance has lived, and what ends that.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LifeStatus {
+    pub started: Timestamp,
+    /// When it is replaced for its age.
+    pub until: Option<Timestamp>,
+    /// All that it has had.
+    pub connections: u64,
+    /// With so many it is replaced.
+    pub max_connections: Option<u64>,
+    /// What it held a second ago, in bytes; `None`: nobody has looked, because it has no limit.
+    pub memory: Option<u64>,
+    /// With more it is replaced.
+    pub memory_limit: Option<u64>,
 }
 
 /// Servers that are restarted one after the other.
@@ -709,6 +728,7 @@ mod tests {
             check: None,
             restarts: 0,
             instance: 1,
+            life: None,
             since: "2026-01-02T03:04:05Z".parse().unwrap(),
         }
     }
@@ -812,6 +832,7 @@ mod tests {
                     "cpus": null,
                     "restarts": 3,
                     "instance": 1,
+                    "life": null,
                     "since": "2026-01-02T03:07:15Z",
                 }],
                 "scale": null,

@@ -136,6 +136,7 @@ pub struct Server {
     pub accept_queue: Option<u64>,
     pub restarts: u64,
     pub instance: u64,
+    pub life: Option<Life>,
     pub earlier: u64,
     pub drain: Option<Drain>,
     pub check: Option<Check>,
@@ -175,6 +176,17 @@ pub struct Check {
     pub since: Option<String>,
     pub good_total: u64,
     pub bad_total: u64,
+}
+
+/// How long an instance has lived, and what ends that.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Life {
+    pub started: String,
+    pub until: Option<String>,
+    pub connections: u64,
+    pub max_connections: Option<u64>,
+    pub memory: Option<u64>,
+    pub memory_limit: Option<u64>,
 }
 
 /// Its servers are restarted one after the other, or were.

@@ -26,11 +26,12 @@ use super::{
     expand::{Names, expand},
     is_name,
     nearest::nearest,
-    user,
+    size, user,
     written::{self, Field, Given, List, Place, Written},
 };
 use crate::{
     address::{ListenAddress, divide_families},
+    lifetime::{self, Lifetime},
     load::{Rule, Source},
     roll::Bounds,
     scale::Scale,
@@ -75,6 +76,10 @@ const SHORTEST_DELAY: Duration = Duration::from_millis(10);
 const INSTANT: Duration = Duration::from_millis(1);
 /// Who wants less than this wants nobody to wait, which a capacity of 0 says.
 const SHORTEST_WAIT: Duration = Duration::from_millis(10);
+/// It has to become ready in it.
+const SHORTEST_LIFE: Duration = Duration::from_secs(1);
+/// In thousandths.
+const JITTER: u32 = 100;
 /// A server that is busy for a moment is not to be taken for one that hangs.
 const SHORTEST_WATCHDOG: Duration = Duration::from_millis(100);
 /// More than a page that says "come back later" needs. It is sent to up to `CAPACITY_MAX`
@@ -441,6 +446,7 @@ impl<'r> Reading<'r> {
             start_timeout: self.duration(&shared.start_timeout, INSTANT, START_TIMEOUT),
             drain_timeout: self.duration(&shared.drain_timeout, Duration::ZERO, DRAIN_TIMEOUT),
             slow_start: self.duration(&shared.slow_start, Duration::ZERO, Duration::ZERO),
+            jitter: self.jitter(&shared.jitter),
             restart: self.restart(&shared.restart),
             check: &written.check,
         };
@@ -555,6 +561,12 @@ impl<'r> Reading<'r> {
             watchdog: self.watchdog(own.watchdog.or(&shared.watchdog)),
             check: self.check(own_check, common.check, &names),
             stall: self.stall(own, shared),
+            lifetime: Lifetime {
+                max_age: self.bound(own.max_age.or(&shared.max_age)),
+                max_connections: self.most(own.max_connections.or(&shared.max_connections)),
+                memory_limit: self.size(own.memory_limit.or(&shared.memory_limit)),
+                jitter: common.jitter,
+            },
             restart: common.restart,
             index,
             name,
@@ -756,6 +768,28 @@ impl<'r> Reading<'r> {
         }
     }
 
+    /// How old it may be. What was refused is none.
+    fn bound(&self, field: &Field<String>) -> Option<Duration> {
+        let age = self.duration(field, SHORTEST_LIFE, Duration::ZERO);
+        (!age.is_zero()).then_some(age)
+    }
+
+    /// How many connections it may have in its life.
+    fn most(&self, field: &Field<i64>) -> Option<u32> {
+        field.given()?;
+        Some(self.number(field, 1..=u32::MAX, u32::MAX))
+    }
+
+    /// Bytes.
+    fn size(&self, field: &Field<String>) -> Option<u64> {
+        self.looked_up(field, size::parse)
+    }
+
+    /// Thousandths.
+    fn jitter(&self, field: &Field<String>) -> u32 {
+        self.looked_up(field, fraction).unwrap_or(JITTER)
+    }
+
     /// How often it says that it is well. What was refused is none.
     fn watchdog(&self, field: &Field<String>) -> Option<Duration> {
         let interval = self.duration(field, SHORTEST_WATCHDOG, Duration::ZERO);
@@ -837,6 +871,7 @@ struct Common<'a> {
     start_timeout: Duration,
     drain_timeout: Duration,
     slow_start: Duration,
+    jitter: u32,
     restart: Restart,
     check: &'a written::Check,
 }
@@ -864,6 +899,21 @@ fn unknown(typed: &str, known: impl IntoIterator<Item = &'static str>) -> String
             let known: Vec<String> = known.iter().map(|name| format!("{name:?}")).collect();
             format!("{typed:?} is unknown, write one of {}", known.join(", "))
         }
+    }
+}
+
+/// A fraction in thousandths, written as percents or a number, or a sentence.
+fn fraction(text: &str) -> Result<u32, String> {
+    let (number, whole) = match text.strip_suffix('%') {
+        Some(percents) => (percents.trim_end(), 100.0),
+        None => (text, 1.0),
+    };
+    let plain = number.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
+    match number.parse::<f64>() {
+        Ok(number) if plain && number <= whole => {
+            Ok((number / whole * f64::from(lifetime::WHOLE)).round() as u32)
+        }
+        _ => Err(format!("{text:?} is no fraction, write for example \"10%\", at most \"100%\"")),
     }
 }
 

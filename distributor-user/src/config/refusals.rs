@@ -103,6 +103,44 @@ name = "big""#,
         ],
     ),
     (
+        "a_life_that_is_too_short",
+        r#"max_age = "100ms""#,
+        &[r#"shop.toml:5: service.shop.server.max_age: "100ms" is too short, write at least "1s""#],
+    ),
+    (
+        "a_life_of_no_connection",
+        "max_connections = 0",
+        &[
+            "shop.toml:5: service.shop.server.max_connections: 0 is out of range, write a number from 1 to 4294967295",
+        ],
+    ),
+    (
+        "memory_without_a_unit",
+        "memory_limit = 512",
+        &[r#"shop.toml:5: service.shop.server.memory_limit: "512" has no unit, write "512MiB""#],
+    ),
+    (
+        "memory_that_is_nothing",
+        r#"memory_limit = "lots""#,
+        &[
+            r#"shop.toml:5: service.shop.server.memory_limit: "lots" is no amount of memory, write for example "512MiB" or "2GiB""#,
+        ],
+    ),
+    (
+        "jitter_beyond_the_whole",
+        r#"jitter = "110%""#,
+        &[
+            r#"shop.toml:5: service.shop.server.jitter: "110%" is no fraction, write for example "10%", at most "100%""#,
+        ],
+    ),
+    (
+        "jitter_in_words",
+        r#"jitter = "some""#,
+        &[
+            r#"shop.toml:5: service.shop.server.jitter: "some" is no fraction, write for example "10%", at most "100%""#,
+        ],
+    ),
+    (
         "a_roll_that_may_do_nothing",
         "[service.shop.roll]\nmax_surge = 0",
         &[
@@ -540,7 +578,7 @@ max_delay = "1s""#,
         "a_field_that_is_not_there_yet",
         r#"health = "/""#,
         &[
-            "shop.toml:5: service.shop.server.health: unknown field, write one of restart, command, weight, limit, cpus, watchdog, stall_after, move_queue, hang_kill, backup, environment, directory, output, errors, count, socket, readiness, user, group, umask, stop_signal, stop_timeout, start_timeout, drain_timeout, slow_start, limits, backlog",
+            "shop.toml:5: service.shop.server.health: unknown field, write one of restart, command, weight, limit, cpus, watchdog, stall_after, move_queue, hang_kill, max_age, max_connections, memory_limit, backup, environment, directory, output, errors, count, socket, readiness, user, group, umask, stop_signal, stop_timeout, start_timeout, drain_timeout, slow_start, jitter, limits, backlog",
         ],
     ),
     (
@@ -631,7 +669,7 @@ colour = "red""#,
             "shop.toml:5: service.shop.server.weight: 0 is out of range, write a number from 1 to 1000",
             r#"shop.toml:6: service.shop.server.limit: "no" is text, write a number: limit = 200"#,
             r#"shop.toml:7: service.shop.server.user: "no-such-user" is no user of this machine, write one that `getent passwd` lists"#,
-            "shop.toml:8: service.shop.server.colour: unknown field, write one of restart, command, weight, limit, cpus, watchdog, stall_after, move_queue, hang_kill, backup, environment, directory, output, errors, count, socket, readiness, user, group, umask, stop_signal, stop_timeout, start_timeout, drain_timeout, slow_start, limits, backlog",
+            "shop.toml:8: service.shop.server.colour: unknown field, write one of restart, command, weight, limit, cpus, watchdog, stall_after, move_queue, hang_kill, max_age, max_connections, memory_limit, backup, environment, directory, output, errors, count, socket, readiness, user, group, umask, stop_signal, stop_timeout, start_timeout, drain_timeout, slow_start, jitter, limits, backlog",
         ],
     ),
 ];

@@ -73,6 +73,7 @@ fn what_is_left_out_has_its_default() {
         watchdog: None,
         check: None,
         stall: None,
+        lifetime: Lifetime { jitter: 100, ..Lifetime::default() },
         restart: Restart {
             delay: Duration::from_millis(100),
             max_delay: Duration::from_secs(30),
@@ -159,6 +160,13 @@ fn the_example_means_what_it_says() {
     };
     assert_eq!(first.check, Some(check("/health", 1)));
     assert_eq!(big.check, Some(check("/health?deep", 3)));
+    let lifetime = |hours, max_connections, gib: u64| Lifetime {
+        max_age: Some(Duration::from_hours(hours)),
+        max_connections: Some(max_connections),
+        memory_limit: Some(gib << 30),
+        jitter: 100,
+    };
+    assert_eq!([first.lifetime, big.lifetime], [lifetime(24, 1_000_000, 2), lifetime(48, 2_000_000, 9)]);
     assert_eq!(big.directory, Some(PathBuf::from("/srv")));
     assert_eq!(big.errors, Output::File(PathBuf::from("/var/log/shop-big.err")));
     for variable in
@@ -170,6 +178,16 @@ fn the_example_means_what_it_says() {
     let java = "/usr/lib/jvm/default-java";
     let written = facts([("JAVA_HOME", java), ("OFFSET", "5"), ("JAVA_HOME", "/opt/jdk")]);
     assert_eq!(big.own_environment, written);
+}
+
+#[test]
+fn a_fraction_may_be_written_as_percents_or_as_a_number() {
+    for (written, thousandths) in
+        [("0.1", 100), ("\"10%\"", 100), ("\"2.5 %\"", 25), ("1", 1_000), ("0", 0), ("\"0.25\"", 250)]
+    {
+        let config = parse(&format!("{LEAST}jitter = {written}\n"));
+        assert_eq!(config.services[0].servers[0].lifetime.jitter, thousandths, "{written}");
+    }
 }
 
 #[test]
@@ -236,7 +254,7 @@ fn the_defaults_that_the_example_names_are_the_defaults() {
             checked += 1;
         }
     }
-    assert_eq!(checked, 47);
+    assert_eq!(checked, 48);
 }
 
 #[test]

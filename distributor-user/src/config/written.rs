@@ -172,6 +172,7 @@ pub(super) struct Shared {
     pub(super) start_timeout: Field<String>,
     pub(super) drain_timeout: Field<String>,
     pub(super) slow_start: Field<String>,
+    pub(super) jitter: Field<String>,
     pub(super) limits: List<(String, String)>,
     pub(super) backlog: Field<i64>,
     pub(super) restart: Restart,
@@ -197,6 +198,9 @@ pub(super) struct Particulars {
     pub(super) stall_after: Field<String>,
     pub(super) move_queue: Field<bool>,
     pub(super) hang_kill: Field<String>,
+    pub(super) max_age: Field<String>,
+    pub(super) max_connections: Field<i64>,
+    pub(super) memory_limit: Field<String>,
     pub(super) backup: Field<bool>,
     pub(super) environment: List<(String, String)>,
     pub(super) directory: Field<String>,
@@ -540,6 +544,7 @@ fn shared(section: &mut Section<'_>) -> Shared {
         start_timeout: section.duration("start_timeout"),
         drain_timeout: section.duration("drain_timeout"),
         slow_start: section.duration("slow_start"),
+        jitter: section.field("jitter", "a fraction", "\"10%\"", fraction),
         limits: section.pairs("limits", "\"unlimited\"", text_or_number),
         backlog: section.number("backlog", "4096"),
         restart,
@@ -558,6 +563,9 @@ fn particulars(section: &mut Section<'_>) -> Particulars {
         stall_after: section.duration("stall_after"),
         move_queue: section.field("move_queue", "true or false", "true", |value| value.as_bool()),
         hang_kill: section.duration("hang_kill"),
+        max_age: section.duration("max_age"),
+        max_connections: section.number("max_connections", "100000"),
+        memory_limit: section.text_or_number("memory_limit", "\"2GiB\""),
         backup: section.field("backup", "true or false", "true", |value| value.as_bool()),
         environment: section.pairs("environment", "\"value\"", text),
         directory: section.text("directory", "\"/srv/{name}\""),
@@ -905,6 +913,11 @@ fn text(value: &DeValue<'_>) -> Option<String> {
 
 fn text_or_number(value: &DeValue<'_>) -> Option<String> {
     text(value).or_else(|| value.as_integer().map(ToString::to_string))
+}
+
+/// 0.1, or "10%"
+fn fraction(value: &DeValue<'_>) -> Option<String> {
+    text_or_number(value).or_else(|| value.as_float().map(ToString::to_string))
 }
 
 fn kind(value: &DeValue<'_>) -> &'static str {

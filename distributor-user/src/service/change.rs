@@ -13,7 +13,7 @@ use anyhow::{Context as _, ensure};
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
-use super::{Entry, Host, Label, Role, Service, cpus, drain, report};
+use super::{Entry, Host, Label, Role, Service, cpus, drain, lifetime, report};
 use crate::{
     config,
     health::Health,
@@ -66,6 +66,7 @@ impl Entry {
             run: None,
             total_before: 0,
             most_before: 0,
+            ageing: lifetime::Ageing::default(),
             changed: true,
             gone: false,
         })

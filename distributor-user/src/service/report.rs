@@ -140,6 +140,7 @@ impl Service {
             accept_queue: self.accept_queue(entry),
             restarts: server.machine.restarts(),
             instance: server.machine.instance().0,
+            life: self.life_status(entry, load),
             adopted: run.is_some_and(|run| run.guest.is_some()),
             earlier,
             drain: server.drain.map(|drain| DrainStatus {
@@ -157,7 +158,9 @@ impl Service {
         let it = &self.entries[entry];
         let server = &it.config.name;
         match it.role {
-            Role::Current => it.not_replaced.as_ref().map(|not_replaced| not_replaced.reason(now)),
+            Role::Current => self
+                .is_to_be_replaced(server)
+                .or_else(|| it.not_replaced.as_ref().map(|not_replaced| not_replaced.reason(now))),
             Role::Successor => Some(format!("is to take the place of {server}")),
             Role::Leaving => Some(match self.find(server) {
                 Some(current) => {
@@ -240,6 +243,7 @@ pub fn vacant_status(config: &config::Service, why: &str, since: SystemTime) -> 
         accept_queue: None,
         restarts: 0,
         instance: 0,
+        life: None,
         adopted: false,
         earlier: 0,
         drain: None,

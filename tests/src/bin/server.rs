@@ -3,8 +3,8 @@
 //! It greets each connection with `NAME PID CLIENT`, and obeys these words of a client:
 //! `who` (greet again), `close`, `reset`, `half` (close its own direction only), `unread`
 //! (close with the rest of the line unread), `exit CODE` (the whole process), `notify WORDS` (tell
-//! NOTIFY_SOCKET), `echo BYTES` (send back so many that follow the line, and do nothing else until
-//! then).
+//! NOTIFY_SOCKET), `grow MEBIBYTES` (hold so much more memory), `echo BYTES` (send back so many that
+//! follow the line, and do nothing else until then).
 //! With `--http FILE` it says nothing by itself, and answers `GET` with the status that stands in that
 //! file, or not at all if the file is empty; the body is its greeting.
 //! It also misbehaves on request: it may never listen, listen late, close its listener and
@@ -501,6 +501,12 @@ fn obey(mut connection: &Socket, greeting: &str, http: Option<&Path>) -> Then {
             Then::Stays
         }
         _ if http.is_some() => Then::Stays,
+        Some("grow") => {
+            let mebibytes: usize = words.next().and_then(|number| number.parse().ok()).unwrap_or(0);
+            // Every page of it is written to, and stays.
+            std::mem::forget(vec![1_u8; mebibytes << 20]);
+            Then::Stays
+        }
         Some("exit") => Then::Exit(words.next().and_then(|code| code.parse().ok()).unwrap_or(0)),
         _ => {
             // Likewise.

@@ -1,0 +1,143 @@
+//! Instances that have lived long enough, or have grown too large, are replaced.
+//!
+//! lifetime.rs says which these are. They are replaced as in a restart that somebody asks for, one after
+//! the other, the first one first that was due.
+#![forbid(unsafe_code)]
+
+use std::time::{Duration, Instant, SystemTime};
+
+use distributor_ebpf::contract::Load;
+use tracing::{debug, info};
+
+use super::{Entry, Host, Running, Service};
+use crate::{
+    lifetime::{Bounds, Life},
+    memory, moment,
+    roll::{Item, Roll, Stage},
+    status::LifeStatus,
+};
+
+/// After a try that failed, nobody is replaced for so long: what is due serves on.
+const TRY_AGAIN: Duration = Duration::from_secs(60);
+
+/// What is known of how an instance lives.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Ageing {
+    /// What it held when it was looked at last, in bytes.
+    memory: Option<u64>,
+    /// When it was seen to be due.
+    due: Option<Instant>,
+}
+
+impl Service {
+    /// Once a second: replaces those that are due.
+    pub(super) fn replace_due(&mut self, host: &Host<'_>) {
+        let (now, Ok(load)) = (Instant::now(), self.kernel.load()) else { return };
+        self.weigh(host);
+        let mut due = Vec::new();
+        for entry in 0..self.entries.len() {
+            match self.is_due(entry, &load, now) {
+                Some(why) => {
+                    let since = *self.entries[entry].ageing.due.get_or_insert(now);
+                    due.push((since, entry, why));
+                }
+                None => self.entries[entry].ageing.due = None,
+            }
+        }
+        due.sort_by_key(|(since, ..)| *since);
+        if due.is_empty() || self.stopping || self.taking_over || self.has_just_failed(now) {
+            return;
+        }
+        let items = due.into_iter().map(|(_, entry, why)| {
+            let it = &self.entries[entry];
+            Item::new(&it.config.name, it.machine.instance(), Some(why))
+        });
+        let items: Vec<Item> = items.collect();
+        match &mut self.roll {
+            // Whoever asked for that has them replaced.
+            Some(roll) if !roll.is_over() && roll.asked => {}
+            Some(roll) if !roll.is_over() => self.roll_changed |= roll.extend(items),
+            _ => {
+                for Item { server, why, .. } in &items {
+                    info!("server {server} {}: it is to be replaced", why.as_deref().unwrap_or_default());
+                }
+                self.begin_roll(Roll::new(moment::now(), false, self.config.roll, items, now));
+            }
+        }
+    }
+
+    /// Looks how much those hold that may not hold any amount.
+    fn weigh(&mut self, host: &Host<'_>) {
+        let is_limited = |entry: &Entry| entry.config.lifetime.memory_limit.is_some();
+        if !self.accounts && self.entries.iter().any(is_limited) {
+            self.accounts = true;
+            for cgroup in [&host.place.cgroup, &self.cgroup] {
+                // Without it, the processes are asked.
+                if let Err(error) = memory::enable(cgroup) {
+                    debug!("{}: the memory controller is not used: {error}", cgroup.path().display());
+                }
+            }
+        }
+        for entry in self.entries.iter_mut().filter(|entry| is_limited(entry)) {
+            let run = entry.run.as_ref().filter(|run| run.guest.is_none());
+            entry.ageing.memory = run.and_then(|run| memory::of(&run.cgroup));
+        }
+    }
+
+    /// Why an instance is to be replaced, if it serves and can be.
+    fn is_due(&self, entry: usize, load: &Load, now: Instant) -> Option<String> {
+        let it = &self.entries[entry];
+        let run = it.run.as_ref().filter(|run| run.included && run.guest.is_none())?;
+        // What an operator has taken out, or is replaced already, is left alone.
+        if !it.is_current() || it.drain.is_some() || self.successor_of(&it.config.name).is_some() {
+            return None;
+        }
+        bounds(it).over(&life(it, run, load)?, now)
+    }
+
+    fn has_just_failed(&self, now: Instant) -> bool {
+        let failed = self.roll.as_ref().filter(|roll| !roll.asked).and_then(|roll| roll.outcome());
+        failed.is_some_and(|outcome| {
+            outcome.failed.is_some() && now.saturating_duration_since(outcome.at) < TRY_AGAIN
+        })
+    }
+
+    /// Why a server is to be replaced though nobody has asked for it.
+    pub(super) fn is_to_be_replaced(&self, server: &str) -> Option<String> {
+        let roll = self.roll.as_ref().filter(|roll| !roll.is_over())?;
+        let is_open = |item: &&Item| matches!(item.stage, Stage::Waits | Stage::UnderWay { .. });
+        let item = roll.items().iter().filter(is_open).find(|item| item.server == server)?;
+        Some(format!("is to be replaced: {}", item.why.as_deref()?))
+    }
+
+    pub(super) fn life_status(&self, entry: usize, load: &Load) -> Option<LifeStatus> {
+        let it = &self.entries[entry];
+        let life = life(it, it.run.as_ref()?, load)?;
+        let bounds = bounds(it);
+        let now = Instant::now();
+        let wall = |moment: Instant| match moment.checked_duration_since(now) {
+            Some(ahead) => (SystemTime::now() + ahead).into(),
+            None => (SystemTime::now() - (now - moment)).into(),
+        };
+        Some(LifeStatus {
+            started: wall(life.started),
+            until: bounds.until(life.started).map(wall),
+            connections: life.connections,
+            max_connections: bounds.max_connections,
+            memory: life.memory,
+            memory_limit: bounds.memory_limit,
+        })
+    }
+}
+
+fn bounds(entry: &Entry) -> Bounds {
+    entry.config.lifetime.of(&entry.config.name, entry.machine.instance())
+}
+
+fn life(entry: &Entry, run: &Running, load: &Load) -> Option<Life> {
+    Some(Life {
+        started: entry.machine.run()?.started(),
+        connections: load.total[run.slot as usize] - run.base,
+        memory: entry.ageing.memory,
+    })
+}

@@ -469,7 +469,7 @@ fn a_check_by_a_command_runs_as_the_server_does_and_is_killed_in_time() {
     up.wait_state("app/1", "ready");
     let checks = up.cgroup().join("app.checks");
     wait_until_eq("processes of checks", seconds(10.0), 0, || {
-        process::in_cgroup(&checks.join("1"))
+        process::in_cgroup(&checks.join("1.1"))
             .iter()
             .filter(|process| process.runs() && sleeps(process))
             .count()
@@ -541,8 +541,12 @@ fn nginx_and_python_are_checked_and_notice_no_harm() {
 #[test]
 fn a_distributor_that_hung_takes_nobody_for_unhealthy() {
     let host = Host::new();
-    let mut app = speaking_http(&host, 2);
-    app.tables += "\nfall = 1\ntimeout = \"500ms\"";
+    let mut app = App::of(&host, 2);
+    // One is under way most of the time.
+    app.tables =
+        "[service.app.check]\ntype = \"command\"\ncommand = [\"/usr/bin/sleep\", \"0.3\"]\ninterval = \
+                  \"50ms\"\nfast_interval = \"50ms\"\nfall = 1\ntimeout = \"1s\""
+            .to_owned();
     let up = up(&host, &app);
     for _ in 0..3 {
         wait_checks(&up, "app/1", true, 2);
@@ -685,7 +689,8 @@ fn wait_checks_begun(up: &Up<'_>) {
 fn with_one_that_hangs<'h>(host: &'h Host, remedy: &str) -> (Up<'h>, Process, TcpStream) {
     let mut app = App::of(host, 2);
     app.server =
-        format!("stall_after = \"500ms\"\n{remedy}\nstop_timeout = \"300ms\"\ndrain_timeout = \"1s\"");
+        // One that is to stop is not asked to before its connections have ended, or a minute has passed.
+        format!("stall_after = \"500ms\"\n{remedy}\nstop_timeout = \"300ms\"\ndrain_timeout = \"60s\"");
     let up = up(host, &app);
     let server = up.process("app/1");
     server.freeze(seconds(5.0));
@@ -775,9 +780,8 @@ fn where_all_are_stalled_they_get_what_comes() {
 fn what_lies_in_the_queue_of_one_that_hangs_goes_to_the_others() {
     let host = Host::new();
     let (up, server, hangs) = with_one_that_hangs(&host, "move_queue = true");
-    // While it is stopped, and nothing of it has ended.
+    // Before anything of it has ended, which would move its queue as well.
     assert_eq!(Client::greeted(hangs).expect("served").server, "2");
-    assert!(server.runs() || up.service().server("app/1").restarts > 0);
     wait_for("the next instance", seconds(20.0), || {
         up.process_if_any("app/1").filter(|process| *process != server)
     });

@@ -45,8 +45,8 @@ impl Service {
                 word::active(load.word[run.slot as usize]) > 0 || server.machine.is_stalled()
             })
         };
-        let looked_at: Vec<usize> = (0..self.entries.len()).filter(may_stall).collect();
-        for entry in (0..self.entries.len()).filter(|entry| !looked_at.contains(entry)) {
+        let (looked_at, others): (Vec<usize>, Vec<usize>) = (0..self.entries.len()).partition(may_stall);
+        for entry in others {
             self.entries[entry].queue = None;
             // It was taken out of the configuration that it may stall.
             if self.entries[entry].machine.is_stalled() {

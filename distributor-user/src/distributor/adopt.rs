@@ -46,7 +46,7 @@ impl Distributor<'_> {
                 ));
             }
         };
-        if self.stopping {
+        if self.stopping || self.services.iter().any(|its| its.name() == service && its.is_leaving()) {
             return Response::failure(format!("service {service} is being stopped"));
         }
         if !config::is_name(name) || name.bytes().all(|byte| byte.is_ascii_digit()) {

@@ -78,7 +78,12 @@ fn perform(invocation: &Invocation) -> anyhow::Result<ExitCode> {
         }
         Command::RestartAndWait(restart, target) => {
             ask(directory, restart)?;
-            restart::follow(directory, target.as_deref(), print)?;
+            let is_quiet = invocation.verbosity == Verbosity::Quiet;
+            restart::follow(
+                directory,
+                target.as_deref(),
+                |line| if is_quiet { Ok(()) } else { print(line) },
+            )?;
         }
         Command::DrainAndWait(drain, server) => {
             ask(directory, drain)?;

@@ -130,6 +130,10 @@ impl Service {
             if kept.contains(&(short.clone(), number)) {
                 continue;
             }
+            // It may take a moment until that is gone, and until then its number is nobody else's.
+            for found in found.iter_mut().filter(|found| short_name(&found.label.server) == short) {
+                found.label.machine.take_number(Instance(number));
+            }
             let processes = cgroup.processes();
             if !processes.is_empty() {
                 let of = format!("{}/{short}", self.config.name);

@@ -38,7 +38,7 @@ use tokio::{
         oneshot,
     },
     task::{JoinHandle, LocalSet, spawn_local, yield_now},
-    time::timeout_at,
+    time::{sleep, timeout_at},
 };
 use tracing::{debug, error, info, warn};
 
@@ -518,12 +518,18 @@ impl<'a> Distributor<'a> {
             return Ok(());
         }
         make_notify_dir(place)?;
-        if let Some(control) = self.control.take() {
-            if control.inode != socket {
+        if let Some(ControlSocket { task, inode, .. }) = self.control.take() {
+            if inode == socket {
+                // Who has asked for this is answered by it.
+                spawn_local(async move {
+                    sleep(control::ASK_TIMEOUT).await;
+                    task.abort();
+                });
+            } else {
                 warn!("{}: its control socket was removed: makes it again", place.runtime_dir.display());
                 self.recorder = Recorder::new(&place.runtime_dir);
+                task.abort();
             }
-            control.task.abort();
             self.spare = control::spare();
         }
         self.open_control()

@@ -9,7 +9,7 @@ use tests::{
     client::{self, Client},
     host::{Host, Up, V4},
     load::under_load,
-    process::Signal,
+    process::{Process, Signal},
     wait::{seconds, wait_for, wait_until_eq},
 };
 
@@ -77,6 +77,57 @@ fn numbers_are_set_and_nothing_is_restarted() {
     assert!(held.iter_mut().all(Client::is_served));
     drop((more, waiting, held));
     assert_eq!(reload(&up), ["nothing to change"]);
+    up.stop();
+}
+
+/// What each server may run on.
+#[track_caller]
+fn masks(up: &Up<'_>) -> Vec<String> {
+    names(up).iter().map(|server| up.process(server).fact("Cpus_allowed_list")).collect()
+}
+
+#[test]
+fn cpus_become_others_while_servers_run_and_whoever_takes_a_servers_place_has_the_same() {
+    let host = Host::new();
+    let app = App { server: "cpus = \"spread\"".to_owned(), ..App::of(&host, 1) };
+    let up = host.up(&app);
+    let first = pids(&up)[0];
+    let all = masks(&up)[0].clone();
+    let two = App { count: 2, ..app.clone() };
+    rewrite(&host, &two);
+    reload(&up);
+    wait_names(&up, &["app/1", "app/2"]);
+    let divided = masks(&up);
+    assert_eq!(pids(&up)[0], first);
+    if std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() > 1) {
+        assert!(divided[0] != divided[1] && !divided.contains(&all), "{divided:?} of {all}");
+    }
+    // Both are replaced, one after the other or at once.
+    let replaced = App { server: format!("{}\nenvironment = {{ A = \"1\" }}", two.server), ..two.clone() };
+    rewrite(&host, &replaced);
+    reload(&up);
+    wait_until_eq("those who were replaced", seconds(30.0), 2, || {
+        let servers = up.service().servers.into_iter().filter(|server| !server.name.contains('@'));
+        let processes = servers.filter_map(|server| Process::find(server.pid?));
+        processes.filter(|process| process.environment().contains_key("A")).count()
+    });
+    wait_names(&up, &["app/1", "app/2"]);
+    assert_eq!(masks(&up), divided);
+    let before = pids(&up);
+    let free = App {
+        service: "[service.app.load]\nsources = [\"reported\"]".to_owned(),
+        server: "environment = { A = \"1\" }".to_owned(),
+        ..two
+    };
+    rewrite(&host, &free);
+    assert_eq!(
+        reload(&up),
+        [
+            "service app: load none -> by reported, strength 3, floor 10 %",
+            "servers app/1, app/2: cpus spread -> all"
+        ]
+    );
+    assert_eq!((masks(&up), pids(&up)), (vec![all.clone(), all], before));
     up.stop();
 }
 

@@ -89,6 +89,8 @@ pub struct Seen {
     pub instance: Instance,
     /// It can serve: it is ready, whether or not an operator has taken it out.
     pub ready: bool,
+    /// It runs and gets nothing, because its checks are bad.
+    pub withheld: bool,
     /// An operator has taken it out.
     pub drained: bool,
     /// Nothing of it runs, and why.
@@ -203,6 +205,9 @@ impl Roll {
             let in_place = match seen {
                 // Nobody misses it.
                 Seen { idle: Some(_), .. } => true,
+                // Nor this one; and the new one may be better.
+                Seen { withheld: true, .. } if more < max_surge => false,
+                Seen { withheld: true, .. } if max_surge == 0 => true,
                 // It is on its way by itself, and is judged when it is ready or not.
                 Seen { ready: false, .. } => continue,
                 Seen { drained: true, .. } => true,
@@ -238,7 +243,7 @@ impl Roll {
         }
         let away: Vec<&str> = seen
             .iter()
-            .filter(|seen| !seen.ready && !seen.drained)
+            .filter(|seen| !seen.ready && !seen.drained && !seen.withheld)
             .map(|seen| seen.server.as_str())
             .collect();
         (!away.is_empty()).then(|| {

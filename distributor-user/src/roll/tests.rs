@@ -15,6 +15,7 @@ fn seen(server: &str) -> Seen {
         server: server.to_owned(),
         instance: Instance(7),
         ready: true,
+        withheld: false,
         drained: false,
         idle: None,
         alone: false,
@@ -44,7 +45,16 @@ const NOTHING: [&str; 0] = [];
 fn the_bounds_say_how_many_are_ordered_at_a_time() {
     let names = ["a", "b", "c", "d"];
     let idle = |server| Seen { ready: false, idle: Some("given up".into()), ..seen(server) };
+    let unhealthy = |server| Seen { ready: false, withheld: true, ..seen(server) };
     for (row, its, seen, expected) in [
+        ("all are unhealthy", bounds(1, 0), names.map(unhealthy), vec!["replace a"]),
+        ("all are unhealthy, and none may run twice", bounds(0, 1), names.map(unhealthy), vec!["restart a"]),
+        (
+            "one is unhealthy",
+            bounds(1, 0),
+            [seen("a"), unhealthy("b"), seen("c"), seen("d")],
+            vec!["replace a"],
+        ),
         ("one more", bounds(1, 0), names.map(seen), vec!["replace a"]),
         ("two more", bounds(2, 0), names.map(seen), vec!["replace a", "replace b"]),
         ("one fewer", bounds(0, 1), names.map(seen), vec!["restart a"]),

@@ -170,6 +170,7 @@ impl Service {
             server: name.clone(),
             instance: entry.machine.instance(),
             ready: entry.run.as_ref().is_some_and(|run| run.included),
+            withheld: entry.machine.is_withheld(),
             drained: entry.drain.is_some(),
             idle,
             alone: self.runs_as_guest(place),

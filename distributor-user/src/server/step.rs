@@ -403,7 +403,11 @@ impl Step<'_> {
                     Then::Restart { why, .. } if run.main != Main::Ended => format!("{why}, {exit}"),
                     _ => exit.to_string(),
                 };
-                let why = self.ended(&run, &how);
+                let why = match run.main {
+                    // It was only the launcher, which had said why there is nothing to be run.
+                    Main::Ended => how,
+                    Main::Launching | Main::Running { .. } | Main::Background => self.ended(&run, &how),
+                };
                 let then = self.judged(then, why, is_good(exit), &run);
                 if !others_left {
                     return self.end(then);

@@ -59,7 +59,9 @@ fn instances_that_are_old_are_replaced_one_after_the_other() {
 fn an_instance_that_has_had_its_connections_is_replaced_and_the_next_one_counts_anew() {
     let host = Host::new();
     let server = "max_connections = 30\njitter = 0\n".to_owned();
-    let up = host.up(&App { server, ..App::of(&host, 2) });
+    // By turns, whatever has been closed of those before.
+    let policy = Some("weighted-round-robin");
+    let up = host.up(&App { server, policy, ..App::of(&host, 2) });
     for _ in 0..50 {
         drop(Client::open(V4).expect("served"));
     }

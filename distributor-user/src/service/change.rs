@@ -337,6 +337,7 @@ impl Service {
             new.limit = limit;
         }
         new.machine.succeed(&machine);
+        new.ageing.succeeded = Some(Instant::now());
         new.changed = true;
         for retired in self.retired.iter_mut().filter(|retired| retired.entry == Some(before)) {
             retired.entry = Some(after);

@@ -17,7 +17,8 @@ use crate::{
     status::LifeStatus,
 };
 
-/// After a try that failed, nobody is replaced for so long: what is due serves on.
+/// After a try that failed, nobody is replaced for so long: what is due serves on. And who has taken another
+/// one's place is not replaced so soon for its connections or its memory.
 const TRY_AGAIN: Duration = Duration::from_secs(60);
 
 /// What is known of how an instance lives.
@@ -27,6 +28,8 @@ pub(super) struct Ageing {
     memory: Option<u64>,
     /// When it was seen to be due.
     due: Option<Instant>,
+    /// When it took the place of another one.
+    pub(super) succeeded: Option<Instant>,
 }
 
 impl Service {
@@ -92,7 +95,12 @@ impl Service {
         if !it.is_current() || it.drain.is_some() || self.successor_of(&it.config.name).is_some() {
             return None;
         }
-        bounds(it).over(&life(it, run, load)?, now)
+        let mut bounds = bounds(it);
+        // What a fresh instance exceeds already would have it replaced again and again.
+        if it.ageing.succeeded.is_some_and(|then| now.saturating_duration_since(then) < TRY_AGAIN) {
+            (bounds.max_connections, bounds.memory_limit) = (None, None);
+        }
+        bounds.over(&life(it, run, load)?, now)
     }
 
     fn has_just_failed(&self, now: Instant) -> bool {

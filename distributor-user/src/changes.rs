@@ -95,6 +95,43 @@ impl Changes {
         Self { control: old.control != new.control, services }
     }
 
+    /// And these servers of a service, which go on, run as they were configured before.
+    pub fn replace_too(&mut self, service: &Service, outdated: Vec<String>) {
+        let is_its = |change: &&mut ServiceChange| match change {
+            ServiceChange::Remove(name) => *name == service.name,
+            ServiceChange::BeginAnew { service: its, .. } | ServiceChange::Add(its) => {
+                its.name == service.name
+            }
+            ServiceChange::Update(update) => update.service.name == service.name,
+        };
+        let update = match self.services.iter_mut().find(is_its) {
+            Some(ServiceChange::Update(update)) => update,
+            Some(_) => return,
+            None if outdated.is_empty() => return,
+            None => {
+                let update = Update { service: service.clone(), settings: Vec::new(), servers: Vec::new() };
+                self.services.push(ServiceChange::Update(update));
+                let Some(ServiceChange::Update(update)) = self.services.last_mut() else { return };
+                update
+            }
+        };
+        for name in outdated {
+            match update.servers.iter_mut().find(|change| change.name() == name) {
+                None => {
+                    update.servers.push(ServerChange::Replace { name, why: Vec::new(), settings: Vec::new() })
+                }
+                Some(ServerChange::Set { settings, .. }) => {
+                    let settings = std::mem::take(settings);
+                    update.servers.retain(|change| change.name() != name);
+                    update.servers.push(ServerChange::Replace { name, why: Vec::new(), settings });
+                }
+                Some(
+                    ServerChange::Replace { .. } | ServerChange::Add { .. } | ServerChange::Remove { .. },
+                ) => {}
+            }
+        }
+    }
+
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }
@@ -155,6 +192,15 @@ impl ServerChange {
         }
     }
 
+    /// Why it is replaced, by the fields that have changed.
+    pub fn reason(why: &[&str]) -> String {
+        match why {
+            // It was to be before, and that has failed.
+            [] => "it runs as it was configured before".to_owned(),
+            fields => format!("{} changed", fields.join(", ")),
+        }
+    }
+
     fn sentences(&self) -> Vec<(&str, String)> {
         let mut sentences: Vec<String> = match self {
             Self::Set { settings, .. } | Self::Replace { settings, .. } => {
@@ -164,7 +210,7 @@ impl ServerChange {
             Self::Remove { .. } => vec!["drained, stopped and removed".to_owned()],
         };
         if let Self::Replace { why, .. } = self {
-            sentences.push(format!("replaced by a new instance ({} changed)", why.join(", ")));
+            sentences.push(format!("replaced by a new instance ({})", Self::reason(why)));
         }
         sentences.into_iter().map(|sentence| (self.name(), sentence)).collect()
     }

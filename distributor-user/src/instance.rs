@@ -107,7 +107,7 @@ impl Instance {
             }
             let left = cgroup.processes().len();
             if left > 0 {
-                info!("{left} processes are left of service {service} as it was; kills them");
+                info!("processes ({left}) are left of service {service} as it was; kills them");
             }
             kill_and_remove(&cgroup)?;
         }

@@ -38,7 +38,7 @@ pub struct Seen {
     pub limit: u64,
     /// Connections that they have.
     pub connections: u64,
-    /// Connections that wait.
+    /// Connections that wait, as far as more servers would help them.
     pub waiting: u64,
 }
 

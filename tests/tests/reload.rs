@@ -239,6 +239,34 @@ fn what_a_server_is_started_with_changes_and_no_client_notices() {
 }
 
 #[test]
+fn what_has_failed_is_tried_again_when_its_cause_is_mended() {
+    let host = Host::new();
+    let app = App::of(&host, 1);
+    let up = host.up(&app);
+    let mut held = client::hold(V4, 1);
+    let before = pids(&up);
+    let mut newer = app.clone();
+    newer.command[0] = host.path_text("newer");
+    rewrite(&host, &newer);
+    reload(&up);
+    wait_for("the failure to be told", seconds(20.0), || {
+        let reason = up.service().server("app/1").reason.clone()?;
+        reason.contains("was not replaced").then_some(())
+    });
+    assert_eq!(pids(&up), before);
+    assert!(held[0].is_served());
+    let copy = std::process::Command::new("cp").args([&host.test_server(), &newer.command[0]]).status();
+    assert!(copy.expect("copy the server").success());
+    let again = ["server app/1: replaced by a new instance (it runs as it was configured before)"];
+    assert_eq!(reload(&up), again);
+    drop(held);
+    wait_for("the new instance", seconds(20.0), || (pids(&up) != before).then_some(()));
+    wait_names(&up, &["app/1"]);
+    assert_eq!(reload(&up), ["nothing to change"]);
+    up.stop();
+}
+
+#[test]
 fn servers_are_added_and_removed_and_no_client_notices() {
     let host = Host::new();
     let app = App::of(&host, 2);

@@ -295,7 +295,9 @@ impl<'r> Reading<'r> {
         let most = u32::try_from(SLOTS).expect("the contract has few slots");
         let bound = |field: &Field<i64>, name: &str, least| {
             if let Field::Absent = field {
-                let sentence = format!("is missing, write how many servers there are to be: {name} = 4");
+                let example = if name == "min" { 1 } else { 4 };
+                let sentence =
+                    format!("is missing, write how many servers there are to be: {name} = {example}");
                 self.refuse(&scale.place.child(name), sentence);
             }
             self.number(field, least..=most, least) as usize

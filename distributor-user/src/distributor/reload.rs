@@ -14,7 +14,7 @@ use super::{Distributor, vacancy::Vacancy};
 use crate::{
     changes::{Changes, ServiceChange},
     cli::Source,
-    config::{Config, Occupied},
+    config::{self, Config, Occupied},
     control::Response,
     error::UserError,
     in_force::InForce,
@@ -134,7 +134,14 @@ impl Distributor<'_> {
             Err(_) => newer,
         };
         let config = newer.config(source)?;
-        let changes = Changes::between(&self.configured.config, &config);
+        let mut changes = Changes::between(&self.configured.config, &config);
+        // A roll that has failed can be tried again, once its cause is mended.
+        for service in &self.services {
+            if let Some(its) = config.service(service.name()) {
+                let listen = service.config().listen.clone();
+                changes.replace_too(&config::Service { listen, ..its.clone() }, service.outdated());
+            }
+        }
         self.check_addresses(&changes).with_context(|| format!("reload {}", path.display()))?;
         Ok((newer, config, changes))
     }
@@ -215,7 +222,7 @@ impl Distributor<'_> {
     }
 
     /// Begins a service now, or as soon as its name and its addresses are free.
-    fn begin_service(&mut self, service: crate::config::Service, outcome: &mut anyhow::Result<()>) {
+    fn begin_service(&mut self, service: config::Service, outcome: &mut anyhow::Result<()>) {
         if self.services.iter().any(|other| other.name() == service.name) {
             self.vacant.push(Vacancy::until_it_has_left(service));
         } else if let Some(taken) = service.listen.iter().find_map(|address| room::check_free(address).err())

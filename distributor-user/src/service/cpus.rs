@@ -105,15 +105,16 @@ impl Service {
             };
         }
         for (entry, (home, now)) in plan.into_iter().enumerate() {
+            let name = self.entries[entry].name();
             let Entry { config, cpus, changed, .. } = &mut self.entries[entry];
             *changed |= cpus.home != home || cpus.now != now;
             cpus.home = home;
             if cpus.now == now {
                 continue;
             }
-            if planned(&config.cpus) && !cpus.now.is_empty() {
+            if planned(&config.cpus) && !cpus.now.is_empty() && !now.is_empty() {
                 let list = config::list_of_cpus;
-                info!("server {}: CPUs {} -> {}", config.name, list(&cpus.now), list(&now));
+                info!("server {name}: CPUs {} -> {}", list(&cpus.now), list(&now));
             }
             (cpus.now, cpus.since) = (now, moment::now());
             self.pin(entry);

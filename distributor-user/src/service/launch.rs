@@ -21,7 +21,7 @@ use super::{
     role,
 };
 use crate::{
-    config::{self, Cpus, SocketMode},
+    config::{self, SocketMode},
     distributor::Input,
     drain::Drain,
     error, foreign,
@@ -616,11 +616,8 @@ impl Service {
         let mut exec = self.exec(entry, std::path::PathBuf::new());
         // ...and what is not configured from shell to shell.
         exec.environment = self.entries[entry].config.own_environment.clone();
-        // Which CPUs it has by its part of them may change while it runs.
-        exec.cpus = match &self.entries[entry].config.cpus {
-            Cpus::List(cpus) => cpus.clone(),
-            Cpus::All | Cpus::Nodes(_) | Cpus::Spread(_) => Vec::new(),
-        };
+        // Which CPUs it has may change while it runs.
+        exec.cpus = Vec::new();
         Ok(plan::hash(&serde_json::to_vec(&exec)?))
     }
 }

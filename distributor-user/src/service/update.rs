@@ -47,7 +47,7 @@ impl Service {
                 (ServerChange::Remove { .. }, Some(entry), _) => self.remove(entry, host),
                 (ServerChange::Replace { why, .. }, Some(_), _) => {
                     // One that is on its way already is started as it was configured before.
-                    let why = Some(format!("{} changed", why.join(", ")));
+                    let why = Some(ServerChange::reason(why));
                     replaced.push(Item::new(name, self.newest(name), why));
                     Ok(())
                 }
@@ -67,6 +67,20 @@ impl Service {
         self.roll_on(replaced);
         self.plan_cpus();
         self.write_plan();
+    }
+
+    /// Servers that run as they were configured before, and that nobody is about to replace.
+    pub fn outdated(&self) -> Vec<String> {
+        if self.stopping || self.roll.as_ref().is_some_and(|roll| !roll.is_over()) {
+            return Vec::new();
+        }
+        let is_outdated = |entry: &usize| {
+            let run = self.entries[*entry].run.as_ref().filter(|run| run.guest.is_none());
+            let differs = |ran: u64| self.job(*entry).is_ok_and(|job| job != ran);
+            self.entries[*entry].is_current() && run.is_some_and(|run| run.job != 0 && differs(run.job))
+        };
+        let outdated = (0..self.entries.len()).filter(is_outdated);
+        outdated.map(|entry| self.entries[entry].config.name.clone()).collect()
     }
 
     /// Has these servers replaced one after the other, after those that are being replaced already.
@@ -110,6 +124,12 @@ impl Service {
                 None => {}
             }
         }
+        // Who waits for a place of the whole service, or for his turn by its rate, waits with more servers too.
+        let ceiling = self.limits.limits.connections().map_or(u64::MAX, u64::from);
+        seen.waiting = match self.config.limits.service.rate {
+            Some(_) => 0,
+            None => seen.waiting.min(ceiling.saturating_sub(seen.connections)),
+        };
         // They have the same limit, unless an operator has set another one.
         let limits = numbered.iter().filter_map(|entry| entry.limit);
         seen.limit = limits.map(u64::from).sum::<u64>().checked_div(numbered.len() as u64)?.max(1);

@@ -155,6 +155,12 @@ impl Roll {
         self.items.len() > before
     }
 
+    /// What it was to do with this server, and has not done, is not wanted any more.
+    pub fn forget(&mut self, server: &str) {
+        let is_open = |item: &Item| matches!(item.stage, Stage::Waits | Stage::UnderWay { .. });
+        self.items.retain(|item| item.server != server || !is_open(item));
+    }
+
     /// It goes no further.
     pub fn give_up(&mut self, why: String, now: Instant) {
         self.outcome = Some(Outcome { at: now, failed: Some(why) });

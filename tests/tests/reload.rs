@@ -239,6 +239,36 @@ fn what_a_server_is_started_with_changes_and_no_client_notices() {
 }
 
 #[test]
+fn a_newer_file_takes_the_place_of_one_that_is_being_carried_out() {
+    let host = Host::new();
+    let app = App { server: "start_timeout = \"1h\"".to_owned(), ..App::of(&host, 2) };
+    let up = host.up(&app);
+    let before = pids(&up);
+    rewrite(&host, &App { command: vec!["sleep".to_owned(), "1000".to_owned()], ..app.clone() });
+    reload(&up);
+    wait_for("an instance that never listens", seconds(20.0), || {
+        names(&up).contains(&"app/1@2".to_owned()).then_some(())
+    });
+    // What can be set is set there too, and what it is started with is started anew.
+    let newer = App { server: format!("{}\nenvironment = {{ COLOUR = \"red\" }}", app.server), ..app };
+    rewrite(&host, &newer);
+    assert_eq!(
+        reload(&up),
+        ["servers app/1, app/2: replaced by a new instance (command, environment changed)"]
+    );
+    wait_for("all to be replaced", seconds(40.0), || {
+        let service = up.service();
+        let is_new = |pid: Option<i32>| pid.is_some() && !before.contains(&pid);
+        let done = service.servers.len() == 2 && service.servers.iter().all(|server| is_new(server.pid));
+        (done && service.is_ready()).then_some(())
+    });
+    for server in ["app/1", "app/2"] {
+        assert_eq!(up.process(server).environment()["COLOUR"], "red", "{server}");
+    }
+    up.stop();
+}
+
+#[test]
 fn what_has_failed_is_tried_again_when_its_cause_is_mended() {
     let host = Host::new();
     let app = App::of(&host, 1);

@@ -473,7 +473,11 @@ fn troubles_of(name: &str) -> [String; 6] {
 }
 
 /// What decides about an instance in this role.
-fn policy(service: &config::Service, server: &config::Server, role: Role) -> anyhow::Result<Supervision> {
+pub(super) fn policy(
+    service: &config::Service,
+    server: &config::Server,
+    role: Role,
+) -> anyhow::Result<Supervision> {
     let once = role == Role::Successor;
     Ok(Supervision { once, ..Supervision::of(service, server)? })
 }

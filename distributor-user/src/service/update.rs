@@ -13,13 +13,12 @@ use std::{
 use distributor_ebpf::word;
 use tracing::error;
 
-use super::{Entry, Host, Service};
+use super::{Entry, Host, Role, Service, change};
 use crate::{
     changes::{ServerChange, Update},
     config, moment,
     roll::{Item, Roll},
     scale,
-    server::Supervision,
 };
 
 impl Service {
@@ -34,9 +33,11 @@ impl Service {
             self.set_limits(self.config.limits.clone());
         }
         for server in self.config.servers.clone() {
-            if let Some(entry) = self.find(&server.name) {
-                self.set(entry, server);
-            }
+            // One that is to take its place as well.
+            let its = |entry: &Entry| entry.is_of(&server.name) && entry.role != Role::Leaving;
+            let its: Vec<usize> =
+                (0..self.entries.len()).filter(|entry| its(&self.entries[*entry])).collect();
+            its.into_iter().for_each(|entry| self.set(entry, server.clone()));
         }
         let mut replaced = Vec::new();
         for change in servers {
@@ -46,7 +47,11 @@ impl Service {
                 (ServerChange::Add { .. }, None, Some(server)) => self.add(server, host).map(drop),
                 (ServerChange::Remove { .. }, Some(entry), _) => self.remove(entry, host),
                 (ServerChange::Replace { why, .. }, Some(_), _) => {
-                    // One that is on its way already is started as it was configured before.
+                    // One that is on its way already is started as it was configured before: of no use.
+                    if let Some(successor) = self.successor_of(name) {
+                        self.see_off(successor, host);
+                    }
+                    self.roll.iter_mut().for_each(|roll| roll.forget(name));
                     let why = Some(ServerChange::reason(why));
                     replaced.push(Item::new(name, self.newest(name), why));
                     Ok(())
@@ -140,7 +145,7 @@ impl Service {
 
     /// What the configuration says of a server that goes on.
     fn set(&mut self, entry: usize, server: config::Server) {
-        let policy = match Supervision::of(&self.config, &server) {
+        let policy = match change::policy(&self.config, &server, self.entries[entry].role) {
             Ok(policy) => policy,
             // Not possible: the configuration was checked.
             Err(error) => return error!("server {}: {error:#}", server.name),

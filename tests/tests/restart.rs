@@ -547,6 +547,8 @@ fn nobody_notices_restarts_while_distributors_die_again_and_again() {
         service.servers.iter().all(|server| server.instance >= 5 && server.restarts == 0),
         "{service:#?}"
     );
-    assert_eq!(service.totals().iter().sum::<u64>(), served);
+    // One that was moved from the queue of an instance that ended has been with two of them.
+    let (total, moved) = (service.totals().iter().sum::<u64>(), service.outcome("moved"));
+    assert!((served..=served + moved).contains(&total), "{total} in all, {served} served, {moved} moved");
     assert_eq!(service.outcomes(["refused_limit", "refused_capacity", "refused_no_room"]), [0; 3]);
 }

@@ -111,7 +111,7 @@ fn a_server_without_a_cpu_starts_on_another_until_its_own_is_back() {
 
 #[test]
 #[ignore = "takes a CPU away from the machine; cargo xtask vm runs it"]
-fn a_cpu_that_goes_away_is_divided_anew_and_whoever_had_it_gets_it_back() {
+fn whoever_had_a_cpu_that_goes_away_and_comes_back_has_it_again() {
     let cpu = Cpu::of_this_test();
     let host = Host::new();
     let app = App { server: "cpus = \"spread\"".to_owned(), ..App::of(&host, 2) };

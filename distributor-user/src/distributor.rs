@@ -666,7 +666,7 @@ impl<'a> Distributor<'a> {
                 }
             }
             Input::Checked { service, entry, instance, outcome } => {
-                if let Some(service) = services.get_mut(service) {
+                if let Some(service) = numbered(services, service) {
                     service.checked(entry, instance, outcome, &mut host);
                 }
             }

@@ -599,6 +599,29 @@ fn checks_are_changed_and_taken_away_while_servers_run() {
     up.stop();
 }
 
+#[test]
+fn a_service_is_still_checked_when_another_one_has_gone() {
+    let host = Host::new();
+    let app = speaking_http(&host, 1);
+    let web = App::with(&host, 1, &["--listen", "127.0.0.1:8081"]);
+    let web = App { listen: vec!["127.0.0.1:8081".to_owned()], ..web };
+    let web = web.toml().replace("service.app", "service.web");
+    // The one that goes is the first.
+    let file = host.write("dist-ctl.toml", &format!("{web}\n{}", app.toml()));
+    let up = host.start_command(host.command(&["up", "-f", &file]));
+    up.wait_ready();
+    host.write("dist-ctl.toml", &app.toml());
+    up.run(&["reload"]).expect_done();
+    wait_until_eq("the services", seconds(20.0), vec!["app".to_owned()], || {
+        up.status().services.into_iter().map(|service| service.name).collect()
+    });
+    answer(&host, "1", UNWELL);
+    up.wait_state("app/1", "unhealthy");
+    answer(&host, "1", WELL);
+    up.wait_state("app/1", "ready");
+    up.stop();
+}
+
 /// A new instance that is never well does not take the place of one that is.
 #[test]
 fn a_successor_takes_the_place_of_a_server_after_its_first_good_check() {

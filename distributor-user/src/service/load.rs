@@ -5,12 +5,10 @@
 #![forbid(unsafe_code)]
 
 use std::{
-    collections::HashMap,
     io,
     time::{Duration, Instant, SystemTime},
 };
 
-use distributor_ebpf::contract::Load;
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
@@ -20,7 +18,6 @@ use crate::{
     moment,
     notify::Notification,
     share::WHOLE,
-    sock_diag::{self, States},
     status::{self, LoadStatus},
 };
 
@@ -204,33 +201,21 @@ impl Service {
                 strain.reported = Some(load::smoothed(strain.reported, f64::from(load) / 1000.0, passed));
             }
         }
-        let queues = match sources.contains(&Source::AcceptQueue) {
-            true => self.observe_queues(now).err(),
-            false => None,
-        };
-        self.note(
-            "accept queues",
-            queues.map(|error| {
-                format!(
-                    "service {}: its accept queues cannot be read: {error}; weights do not follow them",
-                    self.config.name
-                )
-            }),
-        );
+        let queues = sources.contains(&Source::AcceptQueue).then(|| self.observe_queues(now).err()).flatten();
+        let queues = queues.map(|error| {
+            let name = &self.config.name;
+            format!("service {name}: its accept queues cannot be read: {error:#}; weights do not follow them")
+        });
+        self.note("weights by accept queues", queues);
         let pressure = sources.contains(&Source::CpuPressure).then(|| self.observe_pressure()).flatten();
-        self.note("CPU pressure", pressure);
+        self.note("weights by CPU pressure", pressure);
     }
 
     fn observe_queues(&mut self, now: Instant) -> anyhow::Result<()> {
-        let mut lengths = HashMap::new();
-        sock_diag::sockets(&self.config.listen, States::Listeners, None, |socket| {
-            lengths.insert(socket.cookie, socket.queue);
-        })?;
-        let load: Box<Load> = self.kernel.load()?;
-        for Entry { run, .. } in &mut self.entries {
-            let Some(run) = run else { continue };
-            let its = run.listeners.iter().flat_map(|them| &them.cookies);
-            let length = its.filter_map(|cookie| lengths.get(cookie)).sum();
+        let lengths = self.accept_queues()?;
+        let load = self.kernel.load()?;
+        for run in self.entries.iter_mut().filter_map(|entry| entry.run.as_mut()) {
+            let length = run.queued(&lengths);
             run.strain.queue.observe(now, length, load.total[run.slot as usize]);
         }
         Ok(())

@@ -16,7 +16,7 @@ use distributor_ebpf::{contract::Load, word};
 use socket2::SockRef;
 use tracing::{error, info};
 
-use super::{Host, Service};
+use super::{Host, Running, Service};
 use crate::{
     listener,
     server::{Report, span},
@@ -59,12 +59,12 @@ impl Service {
         self.next_look = Some(now + (shortest / LOOKS).max(SHORTEST_PAUSE));
         // Read before the lengths are.
         let came: Vec<u64> = looked_at.iter().map(|entry| self.came(*entry, load)).collect();
-        let lengths = self.lengths();
+        let lengths = self.accept_queues();
         let name = self.config.name.clone();
         let trouble = lengths.as_ref().err().map(|error| {
             format!("service {name}: whether its servers accept cannot be seen: {error:#}; tries again")
         });
-        self.note("accept queues", trouble);
+        self.note("stalls", trouble);
         let Ok(lengths) = lengths else { return };
         for (entry, came) in looked_at.into_iter().zip(came) {
             self.look_at_queue(entry, came, &lengths, now, host);
@@ -81,8 +81,7 @@ impl Service {
     ) {
         let server = &mut self.entries[entry];
         let (Some(run), Some(stall)) = (&server.run, server.config.stall) else { return };
-        let cookies = run.listeners.iter().flat_map(|them| &them.cookies);
-        let length = cookies.filter_map(|cookie| lengths.get(cookie)).sum();
+        let length = run.queued(lengths);
         let seen = server.queue.get_or_insert_with(|| Queue::new(now)).note(came, length, now);
         match seen {
             Seen::Moves if server.machine.is_stalled() => self.queue_turned(entry, Report::QueueMoves, host),
@@ -106,8 +105,8 @@ impl Service {
         self.entries[entry].run.as_ref().map_or(0, |run| load.total[run.slot as usize])
     }
 
-    /// The accept queues of all listeners, by their cookies.
-    fn lengths(&self) -> anyhow::Result<HashMap<u64, u32>> {
+    /// How many lie in the accept queue of each listener, by its cookie.
+    pub(super) fn accept_queues(&self) -> anyhow::Result<HashMap<u64, u32>> {
         let mut lengths = HashMap::new();
         sock_diag::sockets(&self.config.listen, States::Listeners, None, |socket| {
             lengths.insert(socket.cookie, socket.queue);
@@ -139,5 +138,13 @@ impl Service {
                 }
             }
         }
+    }
+}
+
+impl Running {
+    /// How many lie in its accept queues, of those of all listeners.
+    pub(super) fn queued(&self, lengths: &HashMap<u64, u32>) -> u32 {
+        let cookies = self.listeners.iter().flat_map(|them| &them.cookies);
+        cookies.filter_map(|cookie| lengths.get(cookie)).sum()
     }
 }

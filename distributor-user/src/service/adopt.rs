@@ -20,7 +20,9 @@ use distributor_ebpf::contract::ROOM;
 use serde::{Deserialize, Serialize};
 use tracing::{debug, info, warn};
 
-use super::{Entry, Host, Launch, Listeners, Retired, Role, Running, Service, load::Strain};
+use super::{
+    Entry, Host, Launch, Listeners, Retired, Role, Running, Service, load::Strain, survey::short_name,
+};
 use crate::{
     cgroup::Cgroup,
     config,
@@ -298,8 +300,7 @@ impl Service {
     /// Finds an adopted server again that an earlier distributor had. `None`: it is gone.
     pub(super) fn place_again(&mut self, label: &super::Label) -> anyhow::Result<Option<usize>> {
         let Some(command) = &label.extra else { return Ok(None) };
-        let short_name = label.server.rsplit('/').next().unwrap_or_default();
-        self.place_for(short_name, command).map(Some)
+        self.place_for(&short_name(&label.server), command).map(Some)
     }
 
     /// Has the monitor watch an adopted server again, after its predecessor's death. `None`: it

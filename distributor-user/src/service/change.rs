@@ -13,7 +13,7 @@ use anyhow::{Context as _, ensure};
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
-use super::{Entry, Host, Label, Role, Service, cpus, drain, lifetime, report};
+use super::{Entry, Host, Label, Role, Service, cpus, drain, lifetime, report, survey::short_name};
 use crate::{
     config,
     health::Health,
@@ -89,32 +89,39 @@ impl Entry {
     pub(super) fn is_of(&self, server: &str) -> bool {
         !self.gone && self.config.name == server
     }
+
+    /// This label is its, or an earlier instance's of the same server.
+    pub(super) fn is_labelled(&self, label: &Label) -> bool {
+        let is_same = match self.role {
+            Role::Current => label.role == Role::Current,
+            Role::Successor | Role::Leaving => label.machine.instance() == self.machine.instance(),
+        };
+        self.is_of(&label.server) && is_same
+    }
 }
 
 impl Service {
-    /// Has a further server. The configuration by which the next distributor goes has to have it too.
+    /// Has a further server, which the configuration has already.
     ///
     /// # Errors
     /// There is one of this name; or the service is being stopped.
-    pub fn add(&mut self, server: config::Server, host: &mut Host<'_>) -> anyhow::Result<usize> {
+    pub(super) fn add(&mut self, server: config::Server, host: &mut Host<'_>) -> anyhow::Result<()> {
         self.ensure_changeable()?;
         let name = server.name.clone();
         ensure!(self.find(&name).is_none(), "a server is called {name} already");
-        self.want(server.clone());
         // As if one had run: the first instances of a service need no slow start, and this one does.
         let newest = self.newest(&name).max(Instance(1));
         let entry = self.place(Entry::new(&self.config, server, Role::Current, newest)?);
         info!("server {name} is added");
         self.tell(entry, Event::Start, host);
-        Ok(entry)
+        Ok(())
     }
 
-    /// Does without a server: it drains, is stopped, and is gone. The configuration by which the next
-    /// distributor goes must not have it any more.
+    /// Does without a server, which the configuration has no more: it drains, is stopped, and is gone.
     ///
     /// # Errors
     /// It was adopted, and is not to be started again: that one can be released.
-    pub fn remove(&mut self, entry: usize, host: &mut Host<'_>) -> anyhow::Result<()> {
+    pub(super) fn remove(&mut self, entry: usize, host: &mut Host<'_>) -> anyhow::Result<()> {
         let name = self.entries[entry].name();
         ensure!(self.entries[entry].is_current(), "server {name} is being removed already");
         ensure!(
@@ -122,7 +129,6 @@ impl Service {
             "server {name} was adopted, and is not dist-ctl's to stop: release it instead"
         );
         info!("server {name} is removed");
-        self.config.servers.retain(|server| server.name != name);
         if let Some(successor) = self.successor_of(&name) {
             self.tell(successor, Event::Stop, host);
         }
@@ -136,12 +142,7 @@ impl Service {
     ///
     /// # Errors
     /// It cannot run twice, because it was adopted; or it is being replaced already.
-    pub fn replace(
-        &mut self,
-        entry: usize,
-        server: config::Server,
-        host: &mut Host<'_>,
-    ) -> anyhow::Result<usize> {
+    pub(super) fn replace(&mut self, entry: usize, host: &mut Host<'_>) -> anyhow::Result<()> {
         self.ensure_changeable()?;
         self.ensure_startable(entry)?;
         let name = self.entries[entry].name();
@@ -150,36 +151,23 @@ impl Service {
             !self.runs_as_guest(entry),
             "server {name} was adopted, and cannot run twice: it can be stopped and started again"
         );
-        self.want(server.clone());
-        let newest = self.newest(&name);
+        let (newest, server) = (self.newest(&name), self.entries[entry].config.clone());
         let mut successor = Entry::new(&self.config, server, Role::Successor, newest)?;
         successor.extra = self.entries[entry].extra;
         self.entries[entry].not_replaced = None;
         self.entries[entry].changed = true;
         let successor = self.place(successor);
         self.tell(successor, Event::Start, host);
-        Ok(successor)
+        Ok(())
     }
 
     /// Stops a server, and starts it again as it is configured now. One that does not run is only started.
     ///
     /// # Errors
     /// It was adopted, and nobody knows what to start it with.
-    pub fn restart_in_place(
-        &mut self,
-        entry: usize,
-        server: config::Server,
-        host: &mut Host<'_>,
-    ) -> anyhow::Result<()> {
+    pub(super) fn restart_in_place(&mut self, entry: usize, host: &mut Host<'_>) -> anyhow::Result<()> {
         self.ensure_changeable()?;
         self.ensure_startable(entry)?;
-        if !self.runs_as_guest(entry) {
-            self.want(server.clone());
-            let entry_ = &mut self.entries[entry];
-            entry_.policy = policy(&self.config, &server, Role::Current)?;
-            inherit(entry_, &server);
-            entry_.config = server;
-        }
         self.entries[entry].not_replaced = None;
         match self.entries[entry].machine.state() {
             State::Starting { .. } | State::Ready { .. } => {
@@ -216,20 +204,6 @@ impl Service {
     /// It runs, and somebody else has started it.
     pub(super) fn runs_as_guest(&self, entry: usize) -> bool {
         self.entries[entry].run.as_ref().is_some_and(|run| run.guest.is_some())
-    }
-
-    /// From now on this is a server's configuration.
-    fn want(&mut self, server: config::Server) {
-        let servers = &mut self.config.servers;
-        match servers.iter_mut().find(|its| its.name == server.name) {
-            Some(its) => *its = server,
-            // It is no business of the configuration.
-            None if self.entries.iter().any(|entry| entry.extra && entry.is_of(&server.name)) => {}
-            None => {
-                servers.push(server);
-                servers.sort_by_key(|server| server.index);
-            }
-        }
     }
 
     /// The newest instance of a server, in any role.
@@ -423,14 +397,7 @@ impl Service {
 
     /// The entry of what was found: there already, or made for it. `None`: of no use.
     pub(super) fn place_of(&mut self, label: &Label, has_process: bool) -> anyhow::Result<Option<usize>> {
-        let is_its = |entry: &Entry| {
-            let is_same = match (entry.role, label.role) {
-                (Role::Current, role) => role == Role::Current,
-                _ => entry.machine.instance() == label.machine.instance(),
-            };
-            entry.is_of(&label.server) && is_same
-        };
-        if let Some(entry) = self.entries.iter().position(is_its) {
+        if let Some(entry) = self.entries.iter().position(|entry| entry.is_labelled(label)) {
             return Ok(Some(entry));
         }
         let is_extra = label.role == Role::Current && label.extra.is_some();
@@ -454,7 +421,7 @@ impl Service {
             (Some(server), _) => server.clone(),
             (None, like) => {
                 let like = like.context("a service has servers")?;
-                let short_name = label.server.rsplit('/').next().unwrap_or_default().to_owned();
+                let short_name = short_name(&label.server);
                 let command = label.extra.clone().unwrap_or_default();
                 config::Server { name: label.server.clone(), short_name, command, ..like.clone() }
             }
@@ -480,14 +447,4 @@ pub(super) fn policy(
 ) -> anyhow::Result<Supervision> {
     let once = role == Role::Successor;
     Ok(Supervision { once, ..Supervision::of(service, server)? })
-}
-
-/// What is configured otherwise than before is from now on; what an operator has set stays.
-fn inherit(entry: &mut Entry, server: &config::Server) {
-    if entry.weight == entry.config.weight {
-        entry.weight = server.weight;
-    }
-    if entry.limit == entry.config.limit {
-        entry.limit = server.limit;
-    }
 }

@@ -16,7 +16,7 @@ use crate::{
 };
 
 impl Service {
-    /// Begins to restart all its servers, or this one, as an operator asks. `None`: it has begun.
+    /// Begins to restart all its servers, or this one, as an operator asks.
     ///
     /// # Errors
     /// Why it does not; then nothing has changed.
@@ -126,10 +126,9 @@ impl Service {
         for order in orders {
             let (Order::Replace { server } | Order::Restart { server }) = &order;
             let Some(entry) = self.find(server) else { continue };
-            let config = self.configured(entry);
             let done = match order {
-                Order::Replace { .. } => self.replace(entry, config, host).map(|_| ()),
-                Order::Restart { .. } => self.restart_in_place(entry, config, host),
+                Order::Replace { .. } => self.replace(entry, host),
+                Order::Restart { .. } => self.restart_in_place(entry, host),
             };
             if let Err(error) = done {
                 roll.refuse(server, format!("{error:#}"));
@@ -143,13 +142,6 @@ impl Service {
             }
         }
         self.roll = Some(roll);
-    }
-
-    /// What a server is to be started with from now on.
-    fn configured(&self, entry: usize) -> crate::config::Server {
-        let it = &self.entries[entry].config;
-        let configured = self.config.servers.iter().find(|server| server.name == it.name);
-        configured.unwrap_or(it).clone()
     }
 
     fn seen(&self) -> Vec<Seen> {

@@ -88,7 +88,7 @@ impl Service {
         }
         let mut found = Vec::new();
         for entry in (0..self.entries.len()).filter(|entry| self.entries[*entry].role != Role::Current) {
-            let its = recorded.iter().find(|recorded| self.is_label_of(&recorded.label, entry));
+            let its = recorded.iter().find(|recorded| self.entries[entry].is_labelled(&recorded.label));
             let (short, instance) = self.cgroup_of(entry);
             let mut its_cgroups = of(&short, &cgroups);
             its_cgroups.retain(|(number, _)| *number == instance);
@@ -97,7 +97,7 @@ impl Service {
         }
         for entry in (0..self.entries.len()).filter(|entry| self.entries[*entry].role == Role::Current) {
             let name = &self.entries[entry].config.name;
-            let its = recorded.iter().find(|recorded| self.is_label_of(&recorded.label, entry));
+            let its = recorded.iter().find(|recorded| self.entries[entry].is_labelled(&recorded.label));
             let short = &self.entries[entry].config.short_name;
             let mut its_cgroups = of(short, &cgroups);
             its_cgroups.retain(|(number, _)| !kept.contains(&(short.clone(), *number)));
@@ -190,17 +190,6 @@ impl Service {
             }
         }
         Ok(found)
-    }
-
-    /// Whether a label is that of an entry, or of an earlier instance of it.
-    fn is_label_of(&self, label: &Label, entry: usize) -> bool {
-        let entry = &self.entries[entry];
-        match entry.role {
-            Role::Current => label.role == Role::Current && entry.is_of(&label.server),
-            Role::Successor | Role::Leaving => {
-                entry.is_of(&label.server) && label.machine.instance() == entry.machine.instance()
-            }
-        }
     }
 
     /// How the cgroup of an entry's instance is named.
@@ -307,7 +296,7 @@ impl Service {
 }
 
 /// A server's name without that of its service.
-fn short_name(server: &str) -> String {
+pub(super) fn short_name(server: &str) -> String {
     server.rsplit('/').next().unwrap_or_default().to_owned()
 }
 

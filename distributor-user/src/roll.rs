@@ -142,8 +142,7 @@ impl Roll {
         (done, self.items.iter().filter(counts).count())
     }
 
-    /// Has further servers restarted, after the others.
-    /// True if there are any that were not there.
+    /// Has further servers restarted, after the others. True if there are any that were not there.
     pub fn extend(&mut self, items: impl IntoIterator<Item = Item>) -> bool {
         let before = self.items.len();
         for item in items {
@@ -157,8 +156,7 @@ impl Roll {
 
     /// What it was to do with this server, and has not done, is not wanted any more.
     pub fn forget(&mut self, server: &str) {
-        let is_open = |item: &Item| matches!(item.stage, Stage::Waits | Stage::UnderWay { .. });
-        self.items.retain(|item| item.server != server || !is_open(item));
+        self.items.retain(|item| item.server != server || !item.is_open());
     }
 
     /// It goes no further.
@@ -168,7 +166,7 @@ impl Roll {
 
     /// What was ordered cannot be done.
     pub fn refuse(&mut self, server: &str, why: String) {
-        if let Some(item) = self.items.iter_mut().find(|item| item.server == server) {
+        if let Some(item) = self.items.iter_mut().find(|item| item.server == server && item.is_open()) {
             item.stage = Stage::Failed { why };
         }
     }
@@ -186,9 +184,8 @@ impl Roll {
             Stage::Failed { why } => Some(format!("{}: {why}", item.server)),
             _ => None,
         });
-        let is_open = |item: &Item| matches!(item.stage, Stage::Waits | Stage::UnderWay { .. });
         let mut orders = Vec::new();
-        if failed.is_some() || !self.items.iter().any(is_open) {
+        if failed.is_some() || !self.items.iter().any(Item::is_open) {
             self.outcome = Some(Outcome { at: now, failed });
         } else {
             orders = self.orders(seen);
@@ -264,8 +261,13 @@ impl Item {
         Self { server: server.to_owned(), why, before, stage: Stage::Waits }
     }
 
+    /// It has not come to its end.
+    pub fn is_open(&self) -> bool {
+        matches!(self.stage, Stage::Waits | Stage::UnderWay { .. })
+    }
+
     fn update(&mut self, seen: Option<&Seen>) {
-        if !matches!(self.stage, Stage::Waits | Stage::UnderWay { .. }) {
+        if !self.is_open() {
             return;
         }
         let Some(seen) = seen else {

@@ -160,6 +160,19 @@ fn one_that_does_not_get_ready_ends_it() {
 }
 
 #[test]
+fn what_cannot_be_done_fails_where_it_is_not_done_yet() {
+    let mut roll = roll(bounds(1, 0), &[seen("a")]);
+    assert_eq!(turn(&mut roll, &[seen("a")]), ["replace a"]);
+    let next = [Seen { instance: Instance(8), ..seen("a") }];
+    // It has changed again meanwhile.
+    roll.extend([Item::new("a", Instance(8), None)]);
+    assert_eq!(turn(&mut roll, &next), ["replace a"]);
+    roll.refuse("a", "no".to_owned());
+    let stages: Vec<&Stage> = roll.items().iter().map(|item| &item.stage).collect();
+    assert_eq!(stages, [&Stage::Done, &Stage::Failed { why: "no".to_owned() }]);
+}
+
+#[test]
 fn what_was_ordered_and_not_done_is_ordered_again() {
     let now = ["a"].map(seen);
     for its in [bounds(1, 0), bounds(0, 1)] {

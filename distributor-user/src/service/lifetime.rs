@@ -13,7 +13,7 @@ use super::{Entry, Host, Running, Service};
 use crate::{
     lifetime::{Bounds, Life},
     memory, moment,
-    roll::{Item, Roll, Stage},
+    roll::{Item, Roll},
     status::LifeStatus,
 };
 
@@ -39,7 +39,7 @@ impl Service {
         self.weigh(host);
         let mut due = Vec::new();
         for entry in 0..self.entries.len() {
-            match self.is_due(entry, &load, now) {
+            match self.why_due(entry, &load, now) {
                 Some(why) => {
                     let since = *self.entries[entry].ageing.due.get_or_insert(now);
                     due.push((since, entry, why));
@@ -88,7 +88,7 @@ impl Service {
     }
 
     /// Why an instance is to be replaced, if it serves and can be.
-    fn is_due(&self, entry: usize, load: &Load, now: Instant) -> Option<String> {
+    fn why_due(&self, entry: usize, load: &Load, now: Instant) -> Option<String> {
         let it = &self.entries[entry];
         let run = it.run.as_ref().filter(|run| run.included && run.guest.is_none())?;
         // What an operator has taken out, or is replaced already, is left alone.
@@ -111,10 +111,9 @@ impl Service {
     }
 
     /// Why a server is to be replaced though nobody has asked for it.
-    pub(super) fn is_to_be_replaced(&self, server: &str) -> Option<String> {
+    pub(super) fn replacement_ahead(&self, server: &str) -> Option<String> {
         let roll = self.roll.as_ref().filter(|roll| !roll.is_over())?;
-        let is_open = |item: &&Item| matches!(item.stage, Stage::Waits | Stage::UnderWay { .. });
-        let item = roll.items().iter().filter(is_open).find(|item| item.server == server)?;
+        let item = roll.items().iter().find(|item| item.server == server && item.is_open())?;
         Some(format!("is to be replaced: {}", item.why.as_deref()?))
     }
 

@@ -159,7 +159,7 @@ impl Service {
         let server = &it.config.name;
         match it.role {
             Role::Current => self
-                .is_to_be_replaced(server)
+                .replacement_ahead(server)
                 .or_else(|| it.not_replaced.as_ref().map(|not_replaced| not_replaced.reason(now))),
             Role::Successor => Some(format!("is to take the place of {server}")),
             Role::Leaving => Some(match self.find(server) {

@@ -8,11 +8,8 @@
 use std::fmt;
 
 use crate::{
-    config::{self, Check, CheckKind, Config, Cpus, Server, Service, Stall},
-    load::Rule,
-    roll::Bounds,
-    scale::Scale,
-    spread::Portion,
+    config::{self, Check, CheckKind, Config, Server, Service, Stall},
+    lifetime::{self, Lifetime},
 };
 
 /// In the order in which it is done.
@@ -77,8 +74,9 @@ pub struct Setting {
 }
 
 impl Changes {
-    /// From the one configuration to the other.
-    pub fn between(old: &Config, new: &Config) -> Self {
+    /// From the one configuration to the other. Servers that are called `outdated` run as they were configured
+    /// even before that: they are replaced too, if they go on.
+    pub fn between(old: &Config, new: &Config, outdated: &[String]) -> Self {
         let removed = old.services.iter().filter(|service| new.service(&service.name).is_none());
         let mut services: Vec<ServiceChange> =
             removed.map(|service| ServiceChange::Remove(service.name.clone())).collect();
@@ -86,50 +84,13 @@ impl Changes {
         for service in &new.services {
             match old.service(&service.name) {
                 None => added.push(ServiceChange::Add(service.clone())),
-                Some(before) => changed.extend(service_change(before, service)),
+                Some(before) => changed.extend(service_change(before, service, outdated)),
             }
         }
         // What is removed may have the address of what is begun.
         services.extend(changed);
         services.extend(added);
         Self { control: old.control != new.control, services }
-    }
-
-    /// And these servers of a service, which go on, run as they were configured before.
-    pub fn replace_too(&mut self, service: &Service, outdated: Vec<String>) {
-        let is_its = |change: &&mut ServiceChange| match change {
-            ServiceChange::Remove(name) => *name == service.name,
-            ServiceChange::BeginAnew { service: its, .. } | ServiceChange::Add(its) => {
-                its.name == service.name
-            }
-            ServiceChange::Update(update) => update.service.name == service.name,
-        };
-        let update = match self.services.iter_mut().find(is_its) {
-            Some(ServiceChange::Update(update)) => update,
-            Some(_) => return,
-            None if outdated.is_empty() => return,
-            None => {
-                let update = Update { service: service.clone(), settings: Vec::new(), servers: Vec::new() };
-                self.services.push(ServiceChange::Update(update));
-                let Some(ServiceChange::Update(update)) = self.services.last_mut() else { return };
-                update
-            }
-        };
-        for name in outdated {
-            match update.servers.iter_mut().find(|change| change.name() == name) {
-                None => {
-                    update.servers.push(ServerChange::Replace { name, why: Vec::new(), settings: Vec::new() })
-                }
-                Some(ServerChange::Set { settings, .. }) => {
-                    let settings = std::mem::take(settings);
-                    update.servers.retain(|change| change.name() != name);
-                    update.servers.push(ServerChange::Replace { name, why: Vec::new(), settings });
-                }
-                Some(
-                    ServerChange::Replace { .. } | ServerChange::Add { .. } | ServerChange::Remove { .. },
-                ) => {}
-            }
-        }
     }
 
     pub fn is_empty(&self) -> bool {
@@ -235,7 +196,7 @@ fn list(names: &[&str]) -> String {
     }
 }
 
-fn service_change(old: &Service, new: &Service) -> Option<ServiceChange> {
+fn service_change(old: &Service, new: &Service, outdated: &[String]) -> Option<ServiceChange> {
     let begun_anew = [
         ("addresses", !same_addresses(old, new)),
         ("user", old.user != new.user),
@@ -246,7 +207,7 @@ fn service_change(old: &Service, new: &Service) -> Option<ServiceChange> {
     }
     let update = Update {
         settings: service_settings(old, new),
-        servers: server_changes(old, new),
+        servers: server_changes(old, new, outdated),
         // In the order that it has now, which groups are numbered by.
         service: Service { listen: old.listen.clone(), ..new.clone() },
     };
@@ -283,44 +244,25 @@ fn service_settings(old: &Service, new: &Service) -> Vec<Setting> {
     settings.note("readiness", old.readiness.name(), readiness.name());
     settings.note("waiting.capacity", old.waiting.capacity, waiting.capacity);
     settings.note("waiting.timeout", span(old.waiting.timeout), span(waiting.timeout));
-    let bounds = |scale: &Option<Scale>| match scale {
-        None => "none".to_owned(),
-        Some(Scale { min, max, up_at, up_after, down_at, down_after }) => format!(
-            "{min} to {max}, up at {up_at} % for {}, down at {down_at} % for {}",
-            span(*up_after),
-            span(*down_after)
-        ),
-    };
     let ceilings = |limits: &config::Limits| match limits.to_string() {
         none if none.is_empty() => "none".to_owned(),
         some => some,
     };
     settings.note_if(old.limits != *limits, "limits", ceilings(&old.limits), ceilings(limits));
-    let rule = |load: &Option<Rule>| match load {
-        Some(rule) => {
-            let sources: Vec<&str> = rule.sources.iter().map(|source| source.name()).collect();
-            format!("by {}, strength {}, floor {} %", sources.join(" and "), rule.strength, rule.floor)
-        }
-        None => "none".to_owned(),
-    };
-    settings.note_if(old.load != *load, "load", rule(&old.load), rule(load));
-    let at_once = |roll: &Bounds| format!("{} more, {} fewer", roll.max_surge, roll.max_unavailable);
-    settings.note("roll", at_once(&old.roll), at_once(roll));
-    settings.note("scale", bounds(&old.scale), bounds(scale));
+    settings.note("load", or_none(old.load.as_ref()), or_none(load.as_ref()));
+    settings.note("roll", old.roll, *roll);
+    settings.note("scale", or_none(old.scale), or_none(*scale));
     let reply = |waiting: &config::Waiting| match waiting.reply.len() {
         0 => "none".to_owned(),
-        bytes => format!("of {bytes} bytes"),
+        bytes => format!("{bytes} bytes"),
     };
-    settings.note_if(
-        old.waiting.reply != waiting.reply,
-        "waiting.reply",
-        reply(&old.waiting),
-        reply(waiting),
-    );
+    let (from, to) = (reply(&old.waiting), reply(waiting));
+    let to = if from == to { format!("{to}, which differ") } else { to };
+    settings.note_if(old.waiting.reply != waiting.reply, "waiting.reply", from, to);
     settings.0
 }
 
-fn server_changes(old: &Service, new: &Service) -> Vec<ServerChange> {
+fn server_changes(old: &Service, new: &Service, outdated: &[String]) -> Vec<ServerChange> {
     let find = |servers: &[Server], name: &str| servers.iter().find(|server| server.name == name).cloned();
     let mut changes = Vec::new();
     for server in &new.servers {
@@ -334,7 +276,7 @@ fn server_changes(old: &Service, new: &Service) -> Vec<ServerChange> {
         if old.backlog != new.backlog {
             why.push("backlog");
         }
-        if !why.is_empty() {
+        if !why.is_empty() || outdated.contains(&name) {
             changes.push(ServerChange::Replace { name, why, settings });
         } else if !settings.is_empty() {
             changes.push(ServerChange::Set { name, settings });
@@ -348,26 +290,21 @@ fn server_changes(old: &Service, new: &Service) -> Vec<ServerChange> {
 
 /// What can be set while it runs.
 fn server_settings(old: &Server, new: &Server) -> Vec<Setting> {
-    let cpus = |cpus: &Cpus| match cpus {
-        Cpus::All => "all".to_owned(),
-        Cpus::List(list) => config::list_of_cpus(list),
-        Cpus::Nodes(nodes) => format!("node{}", config::list_of_cpus(nodes)),
-        Cpus::Spread(Portion::Cpus) => "spread".to_owned(),
-        Cpus::Spread(Portion::Node) => "spread:nodes".to_owned(),
-    };
     let mut settings = Settings::default();
     settings.note("weight", old.weight, new.weight);
-    settings.note("limit", most(old.limit), most(new.limit));
-    settings.note_if(old.cpus != new.cpus, "cpus", cpus(&old.cpus), cpus(&new.cpus));
+    settings.note("limit", or_none(old.limit), or_none(new.limit));
+    settings.note("cpus", &old.cpus, &new.cpus);
     settings.note("backup", old.backup, new.backup);
     settings.note("slow_start", span(old.slow_start), span(new.slow_start));
     settings.note("check", check(&old.check), check(&new.check));
     settings.note("stall_after", stall(old.stall), stall(new.stall));
     let (was, is) = (old.lifetime, new.lifetime);
-    settings.note("max_age", most(was.max_age.map(span)), most(is.max_age.map(span)));
-    settings.note("max_connections", most(was.max_connections), most(is.max_connections));
-    settings.note("memory_limit", most(was.memory_limit), most(is.memory_limit));
-    settings.note("jitter", was.jitter, is.jitter);
+    settings.note("max_age", or_none(was.max_age.map(span)), or_none(is.max_age.map(span)));
+    settings.note("max_connections", or_none(was.max_connections), or_none(is.max_connections));
+    let memory = |lifetime: Lifetime| or_none(lifetime.memory_limit.map(lifetime::size));
+    settings.note_if(was.memory_limit != is.memory_limit, "memory_limit", memory(was), memory(is));
+    let percent = |thousandths: u32| format!("{}%", f64::from(thousandths) / 10.0);
+    settings.note("jitter", percent(was.jitter), percent(is.jitter));
     settings.note("start_timeout", span(old.start_timeout), span(new.start_timeout));
     settings.note("drain_timeout", span(old.drain_timeout), span(new.drain_timeout));
     settings.note("stop_timeout", span(old.stop_timeout), span(new.stop_timeout));
@@ -429,8 +366,8 @@ fn started_with(old: &Server, new: &Server) -> Vec<&'static str> {
     fields.into_iter().filter(|(_, differs)| *differs).map(|(field, _)| field).collect()
 }
 
-fn most(most: Option<impl fmt::Display>) -> String {
-    most.map_or("none".to_owned(), |most| most.to_string())
+fn or_none(value: Option<impl fmt::Display>) -> String {
+    value.map_or("none".to_owned(), |value| value.to_string())
 }
 
 /// All of how a server is checked, so that two texts differ if two checks do.
@@ -522,7 +459,7 @@ command = ["/bin/web"]
     }
 
     fn lines(old: &str, new: &str) -> Vec<String> {
-        Changes::between(&config(old), &config(new)).lines()
+        Changes::between(&config(old), &config(new), &[]).lines()
     }
 
     #[test]
@@ -559,7 +496,7 @@ command = ["/bin/web"]
                 vec![
                     "service shop: waiting.capacity 1024 -> 5".to_owned(),
                     "service shop: waiting.timeout 30s -> 1s".to_owned(),
-                    "service shop: waiting.reply none -> of 2 bytes".to_owned(),
+                    "service shop: waiting.reply none -> 2 bytes".to_owned(),
                 ],
             ),
             (
@@ -620,15 +557,77 @@ command = ["/bin/web"]
 
     #[test]
     fn nothing_is_to_be_done_where_nothing_differs() {
-        assert!(Changes::between(&config(SHOP), &config(SHOP)).is_empty());
-        assert!(!Changes::between(&config(SHOP), &config(WEB)).is_empty());
+        assert!(Changes::between(&config(SHOP), &config(SHOP), &[]).is_empty());
+        assert!(!Changes::between(&config(SHOP), &config(WEB), &[]).is_empty());
+    }
+
+    #[test]
+    fn who_runs_as_configured_before_is_replaced_if_he_goes_on() {
+        let outdated = ["shop/2".to_owned(), "shop/3".to_owned()];
+        for (new, expected) in [
+            (
+                SHOP.to_owned(),
+                vec![
+                    "servers shop/2, shop/3: replaced by a new instance (it runs as it was \
+                                    configured before)",
+                ],
+            ),
+            (
+                format!("{SHOP}weight = 50\n"),
+                vec![
+                    "servers shop/1, shop/2, shop/3: weight 100 -> 50",
+                    "servers shop/2, shop/3: replaced by a new instance (it runs as it was configured before)",
+                ],
+            ),
+            (
+                SHOP.replace("count = 3", "count = 2"),
+                vec![
+                    "server shop/2: replaced by a new instance (it runs as it was configured before)",
+                    "server shop/3: drained, stopped and removed",
+                ],
+            ),
+            (
+                WEB.to_owned(),
+                vec!["service shop: drained, stopped and removed", "service web: added, with 1 server"],
+            ),
+        ] {
+            let changes = Changes::between(&config(SHOP), &config(&new), &outdated);
+            assert_eq!(changes.lines(), expected, "{new}");
+        }
+    }
+
+    #[test]
+    fn what_is_set_is_said_as_it_is_written() {
+        let with = |line: &str| format!("{SHOP}{line}\n");
+        for (old, new, expected) in [
+            ("cpus = \"0\"", "cpus = \"spread:nodes\"", "cpus 0 -> spread:nodes"),
+            ("memory_limit = \"512MiB\"", "memory_limit = \"2GiB\"", "memory_limit 512.0 MiB -> 2.0 GiB"),
+            ("jitter = \"2.5%\"", "jitter = \"20%\"", "jitter 2.5% -> 20%"),
+            ("max_age = \"90m\"", "max_connections = 7", "max_age 1h30m -> none, max_connections none -> 7"),
+        ] {
+            let lines: Vec<String> = lines(&with(old), &with(new))
+                .iter()
+                .map(|line| line.trim_start_matches("servers shop/1, shop/2, shop/3: ").to_owned())
+                .collect();
+            assert_eq!(lines.join(", "), expected);
+        }
+        let replying = |text: &str| {
+            SHOP.replace(
+                "[service.shop.server]",
+                &format!("waiting = {{ reply = \"{text}\" }}\n[service.shop.server]"),
+            )
+        };
+        assert_eq!(
+            lines(&replying("ab"), &replying("cd")),
+            ["service shop: waiting.reply 2 bytes -> 2 bytes, which differ"]
+        );
     }
 
     #[test]
     fn what_is_stopped_comes_before_what_is_begun() {
         // It may have the address.
         let moved = WEB.replace("8081", "8080");
-        let changes = Changes::between(&config(SHOP), &config(&moved));
+        let changes = Changes::between(&config(SHOP), &config(&moved), &[]);
         assert!(
             matches!(changes.services[..], [ServiceChange::Remove(_), ServiceChange::Add(_)]),
             "{changes:?}"
@@ -638,7 +637,7 @@ command = ["/bin/web"]
     #[test]
     fn what_is_added_comes_before_what_is_removed() {
         let other = SHOP.replace("count = 3", "count = 1") + "[[service.shop.servers]]\nname = \"big\"\n";
-        let changes = Changes::between(&config(SHOP), &config(&other));
+        let changes = Changes::between(&config(SHOP), &config(&other), &[]);
         let [ServiceChange::Update(update)] = &changes.services[..] else { panic!("{changes:?}") };
         let names: Vec<&str> = update.servers.iter().map(ServerChange::name).collect();
         assert_eq!(names, ["shop/big", "shop/2", "shop/3"]);

@@ -400,8 +400,8 @@ impl fmt::Display for Service {
             }
             _ => {}
         }
-        if let Some(Scale { min, max, .. }) = self.scale {
-            write!(f, ", scaled from {min} to {max}")?;
+        if let Some(scale) = self.scale {
+            write!(f, ", scale {scale}")?;
         }
         if self.servers.iter().any(|server| server.check.is_some()) {
             let check = |server: &Server| match &server.check {
@@ -411,8 +411,7 @@ impl fmt::Display for Service {
             write!(f, ", check {}", most_and_others(&self.servers, check))?;
         }
         if let Some(load) = &self.load {
-            let sources: Vec<&str> = load.sources.iter().map(|source| source.name()).collect();
-            write!(f, ", weights by {} down to {} %", sources.join(" and "), load.floor)?;
+            write!(f, ", weights {load}")?;
         }
         write!(f, ", {}", self.waiting)?;
         match self.limits.service.is_none() && self.limits.source.is_none() {

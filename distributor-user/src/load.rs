@@ -7,7 +7,10 @@
 //! goes on until the loads are alike, wherever the parts are then: no model of a server is needed.
 #![forbid(unsafe_code)]
 
-use std::time::{Duration, Instant};
+use std::{
+    fmt,
+    time::{Duration, Instant},
+};
 
 /// A part is lowered only while the load is so much above the middle...
 const ABOVE: f64 = 0.2;
@@ -79,6 +82,13 @@ pub struct Rule {
     pub strength: u32,
     /// A part is never less than so many percent.
     pub floor: u32,
+}
+
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let sources: Vec<&str> = self.sources.iter().map(|source| source.name()).collect();
+        write!(f, "by {}, strength {}, floor {} %", sources.join(" and "), self.strength, self.floor)
+    }
 }
 
 /// What is known of a server that may get connections.

@@ -8,7 +8,7 @@
 #[cfg(test)]
 mod tests;
 
-use std::time::Instant;
+use std::{fmt, time::Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -24,6 +24,12 @@ pub struct Bounds {
     pub max_surge: u32,
     /// So many servers fewer may be ready.
     pub max_unavailable: u32,
+}
+
+impl fmt::Display for Bounds {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "at most {} more and {} fewer at a time", self.max_surge, self.max_unavailable)
+    }
 }
 
 /// A restart of some servers of a service, under way or over.

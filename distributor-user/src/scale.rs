@@ -5,9 +5,12 @@
 //! one decision brings about is not the reason for the opposite one.
 #![forbid(unsafe_code)]
 
-use std::time::{Duration, Instant};
+use std::{
+    fmt,
+    time::{Duration, Instant},
+};
 
-use crate::server::span;
+use crate::{config::duration, server::span};
 
 /// What the configuration says of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,6 +27,14 @@ pub struct Scale {
     pub down_at: u32,
     /// For so long.
     pub down_after: Duration,
+}
+
+impl fmt::Display for Scale {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { min, max, up_at, up_after, down_at, down_after } = self;
+        let (up_after, down_after) = (duration::write(*up_after), duration::write(*down_after));
+        write!(f, "{min} to {max}, up at {up_at} % for {up_after}, down at {down_at} % for {down_after}")
+    }
 }
 
 /// What there is now.

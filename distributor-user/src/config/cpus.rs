@@ -1,6 +1,8 @@
 //! Which CPUs a server may use: lists in the format of cpuset(7) (`0-3,8`), NUMA nodes, or its part of all.
 #![forbid(unsafe_code)]
 
+use std::fmt;
+
 use crate::spread::Portion;
 
 /// The highest number a list may name (CONFIG_NR_CPUS is 8,192 at most), so that a typing
@@ -18,6 +20,18 @@ pub enum Cpus {
     Nodes(Vec<usize>),
     /// Its part of them, among the servers of its service that say the same.
     Spread(Portion),
+}
+
+impl fmt::Display for Cpus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::All => f.write_str("all"),
+            Self::List(list) => f.write_str(&write(list)),
+            Self::Nodes(nodes) => write!(f, "node{}", write(nodes)),
+            Self::Spread(Portion::Cpus) => f.write_str("spread"),
+            Self::Spread(Portion::Node) => f.write_str("spread:nodes"),
+        }
+    }
 }
 
 /// What was written; or a sentence that begins with the text.
@@ -128,6 +142,7 @@ mod tests {
             ("spread", Cpus::Spread(Portion::Cpus)),
             ("spread:nodes", Cpus::Spread(Portion::Node)),
         ] {
+            assert_eq!(cpus.to_string(), text);
             assert_eq!(meant(text), Ok(cpus), "{text}");
         }
         for text in ["node", "node1-0", "nodes", "spread:", "spread:cores", "Spread", "spread "] {

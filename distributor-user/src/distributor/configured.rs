@@ -91,14 +91,12 @@ impl<'a> Configured<'a> {
     pub(super) fn leaving(&self, place: &Instance) -> Vec<config::Service> {
         let mut leaving: Vec<config::Service> = Vec::new();
         for (_, earlier) in self.earlier.iter().rev() {
-            let gone =
-                Changes::between(earlier, &self.config).services.into_iter().filter_map(
-                    |change| match change {
-                        ServiceChange::Remove(name) => Some(name),
-                        ServiceChange::BeginAnew { service, .. } => Some(service.name),
-                        ServiceChange::Update(_) | ServiceChange::Add(_) => None,
-                    },
-                );
+            let changes = Changes::between(earlier, &self.config, &[]).services;
+            let gone = changes.into_iter().filter_map(|change| match change {
+                ServiceChange::Remove(name) => Some(name),
+                ServiceChange::BeginAnew { service, .. } => Some(service.name),
+                ServiceChange::Update(_) | ServiceChange::Add(_) => None,
+            });
             for name in gone {
                 let is_left = !place.cgroup.child(&name).processes().is_empty();
                 if is_left && !leaving.iter().any(|leaving| leaving.name == name) {

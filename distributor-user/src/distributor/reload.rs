@@ -92,7 +92,7 @@ impl Distributor<'_> {
         let in_force = self.configured.in_force.scaled(service, count);
         match in_force.config(self.configured.source) {
             Ok(newer) => {
-                let changes = Changes::between(config, &newer);
+                let changes = Changes::between(config, &newer, &[]);
                 self.change_to(in_force, newer, changes)
             }
             Err(error) => Response::input(format!("scale {service} to {count}: {error}")),
@@ -134,14 +134,9 @@ impl Distributor<'_> {
             Err(_) => newer,
         };
         let config = newer.config(source)?;
-        let mut changes = Changes::between(&self.configured.config, &config);
         // A roll that has failed can be tried again, once its cause is mended.
-        for service in &self.services {
-            if let Some(its) = config.service(service.name()) {
-                let listen = service.config().listen.clone();
-                changes.replace_too(&config::Service { listen, ..its.clone() }, service.outdated());
-            }
-        }
+        let outdated: Vec<String> = self.services.iter().flat_map(Service::outdated).collect();
+        let changes = Changes::between(&self.configured.config, &config, &outdated);
         self.check_addresses(&changes).with_context(|| format!("reload {}", path.display()))?;
         Ok((newer, config, changes))
     }

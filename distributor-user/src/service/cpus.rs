@@ -142,7 +142,7 @@ impl Service {
         // And those of threads that others of them have begun meanwhile.
         let set = set().and_then(|()| if before.is_some() { set() } else { Ok(()) });
         let own = match &config.cpus {
-            Cpus::Nodes(nodes) => format!("node{}", config::list_of_cpus(nodes)),
+            nodes @ Cpus::Nodes(_) => nodes.to_string(),
             _ => config::list_of_cpus(&cpus.now),
         };
         let trouble = match set {
@@ -169,7 +169,7 @@ impl Service {
         let why = match &config.cpus {
             Cpus::All => return None,
             Cpus::List(_) => "configured".to_owned(),
-            Cpus::Nodes(nodes) => format!("those of node{}", config::list_of_cpus(nodes)),
+            nodes @ Cpus::Nodes(_) => format!("those of {nodes}"),
             Cpus::Spread(_) if cpus.home != cpus.now => {
                 format!("spread over those that are there; {} when all are", config::list_of_cpus(&cpus.home))
             }

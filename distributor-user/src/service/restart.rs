@@ -75,13 +75,8 @@ impl Service {
     }
 
     pub(super) fn begin_roll(&mut self, roll: Roll) {
-        let Bounds { max_surge, max_unavailable } = roll.bounds();
         let servers: Vec<&str> = roll.items().iter().map(|item| item.server.as_str()).collect();
-        info!(
-            "service {}: restarts {}, at most {max_surge} more and {max_unavailable} fewer at a time",
-            self.config.name,
-            servers.join(", ")
-        );
+        info!("service {}: restarts {}, {}", self.config.name, servers.join(", "), roll.bounds());
         (self.roll, self.roll_changed) = (Some(roll), true);
     }
 

@@ -137,8 +137,8 @@ pub(crate) extern "C" fn begin(direct: u64, time: u64) -> u64 {
     }
 }
 
-/// Gives back what [`admit`] and [`begin`] took: the place in the service with bit 0 of `what`; with bit 1 its token;
-/// with bit 2 what it took of its source.
+/// Gives back what [`admit`] and [`begin`] took: the place in the service with [`PLACE`] in `what`, its
+/// token with [`TOKEN`], and with [`SOURCE`] what it took of its source.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn withdraw(high: u64, low: u64, what: u64, time: u64) -> u64 {

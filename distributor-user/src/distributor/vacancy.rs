@@ -93,14 +93,11 @@ impl Distributor<'_> {
 
     /// Begins a service; if it cannot, it is tried again later.
     pub(super) fn fill_or_leave(&mut self, mut vacancy: Vacancy) -> anyhow::Result<()> {
-        let filled = self.fill(&vacancy, None);
-        if let Err(error) = &filled {
-            vacancy.why = format!("{error:#}; tries again every second");
-            let sentence = format!("service {}: {}", vacancy.config.name, vacancy.why);
-            self.leave_vacant(vacancy);
-            anyhow::bail!(sentence);
-        }
-        Ok(())
+        let Err(error) = self.fill(&vacancy, None) else { return Ok(()) };
+        vacancy.why = format!("{error:#}; tries again every second");
+        let sentence = format!("service {}: {}", vacancy.config.name, vacancy.why);
+        self.leave_vacant(vacancy);
+        Err(anyhow::anyhow!(sentence))
     }
 
     /// A service could not begin: nothing is to look as if it had.

@@ -52,12 +52,6 @@ fn buckets() -> anyhow::Result<u32> {
 }
 
 impl Service {
-    /// Goes by other limits from now on. What connections there are stays; they count.
-    pub fn set_limits(&mut self, limits: config::Limits) {
-        self.limits.limits.config = limits;
-        self.write_plan();
-    }
-
     /// Goes on with what an operator has set since the start.
     pub(super) fn keep_limits(&mut self) -> anyhow::Result<()> {
         self.limits.limits.keep(&self.kernel.plan().context("read the plan in force")?.limits);

@@ -30,7 +30,8 @@ impl Service {
             self.attendant.change(self.config.waiting.clone());
         }
         if self.config.limits != before.limits {
-            self.set_limits(self.config.limits.clone());
+            // What connections there are stays; they count.
+            self.limits.limits.config = self.config.limits.clone();
         }
         for server in self.config.servers.clone() {
             // One that is to take its place as well.

@@ -16,9 +16,14 @@ use rustix::{
     thread::{CpuSet, sched_getaffinity, sched_setaffinity},
 };
 
+use crate::config::cpus_of_list;
+
 /// How long nothing is looked at while no CPU is seen to go or come. One that was away for less than
 /// a second may not be, so masks are looked at after this time in any case.
 const PAUSE: Duration = Duration::from_secs(5);
+
+/// Which CPUs are there, as a list.
+const ONLINE: &str = "/sys/devices/system/cpu/online";
 
 /// Whether masks are to be looked at.
 #[derive(Default)]
@@ -30,7 +35,7 @@ impl Watch {
     /// At the first time, after a CPU has gone or come, and every few seconds.
     pub fn is_due(&mut self) -> bool {
         // Where /sys does not tell, time does.
-        let online = fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_default();
+        let online = fs::read_to_string(ONLINE).unwrap_or_default();
         let is_due = self.last.as_ref().is_none_or(|(at, then)| at.elapsed() >= PAUSE || *then != online);
         if is_due {
             self.last = Some((Instant::now(), online));
@@ -61,12 +66,14 @@ pub fn mask(cpus: &[usize]) -> Result<CpuSet, usize> {
 /// # Errors
 /// EINVAL: none of these CPUs is online, or allowed by the server's cpuset (sched_setaffinity(2)).
 pub fn restore(processes: &[u32], before: Option<&CpuSet>, wanted: &CpuSet) -> rustix::io::Result<()> {
+    let online = fs::read_to_string(ONLINE).ok().and_then(|list| mask(&cpus_of_list(&list).ok()?).ok());
+    let before = before.map(|before| online.map_or(*before, |online| both(before, &online)));
     for thread in processes.iter().flat_map(|&process| threads(process)) {
-        let restored = sched_getaffinity(Some(thread)).and_then(|mask| {
-            let strays = (0..CpuSet::MAX_CPU).any(|cpu| mask.is_set(cpu) && !wanted.is_set(cpu));
-            let is_old = before.is_some_and(|before| *before == mask && *before != *wanted);
-            if strays || is_old { sched_setaffinity(Some(thread), wanted) } else { Ok(()) }
-        });
+        let restored =
+            sched_getaffinity(Some(thread)).and_then(|mask| match is_wrong(&mask, before, wanted) {
+                true => sched_setaffinity(Some(thread), wanted),
+                false => Ok(()),
+            });
         match restored {
             // It has ended meanwhile.
             Ok(()) | Err(Errno::SRCH) => {}
@@ -74,6 +81,20 @@ pub fn restore(processes: &[u32], before: Option<&CpuSet>, wanted: &CpuSet) -> r
         }
     }
     Ok(())
+}
+
+/// Whether a thread's mask is to be set. The kernel tells of it what is online only, so `before` has to be
+/// that as well.
+fn is_wrong(mask: &CpuSet, before: Option<CpuSet>, wanted: &CpuSet) -> bool {
+    let strays = both(mask, wanted) != *mask;
+    strays || before.is_some_and(|before| before == *mask && *mask != *wanted)
+}
+
+/// The CPUs that are in both.
+fn both(one: &CpuSet, other: &CpuSet) -> CpuSet {
+    let mut both = CpuSet::new();
+    (0..CpuSet::MAX_CPU).filter(|&cpu| one.is_set(cpu) && other.is_set(cpu)).for_each(|cpu| both.set(cpu));
+    both
 }
 
 /// The threads of a process. None if it has ended.
@@ -109,6 +130,22 @@ mod tests {
             assert_eq!((restored, mask), (Ok(()), expected), "{row}");
         }
         assert_eq!(restore(&[child.id()], None, &first), Ok(()), "it has ended");
+    }
+
+    #[test]
+    fn a_mask_is_wrong_also_if_a_cpu_of_it_is_offline() {
+        let of = |cpus: &[usize]| mask(cpus).unwrap();
+        for (row, seen, before, online, wanted, wrong) in [
+            ("as it is", &[0, 1][..], None, &[0, 1, 2][..], &[0, 1][..], false),
+            ("strays", &[0, 2], None, &[0, 1, 2], &[0, 1], true),
+            ("narrower by itself", &[1], Some(&[0, 1][..]), &[0, 1, 2, 3], &[0, 1, 2], false),
+            ("gets one more", &[0, 1], Some(&[0, 1]), &[0, 1, 2, 3], &[0, 1, 2], true),
+            ("gets another one for one that is offline", &[1], Some(&[0, 1]), &[1, 2, 3, 4], &[1, 4], true),
+            ("has lost one and gets none", &[1], Some(&[0, 1]), &[1, 2, 3, 4], &[1], false),
+        ] {
+            let before = before.map(|before: &[usize]| both(&of(before), &of(online)));
+            assert_eq!(is_wrong(&of(seen), before, &of(wanted)), wrong, "{row}");
+        }
     }
 
     #[test]

@@ -34,7 +34,7 @@ const LONGEST: f64 = 60.0;
 /// An accept queue that has less than this in it on average is empty, and says nothing of its server.
 const EMPTY: f64 = 0.05;
 
-/// Whoever was not asked for so long is asked as if it had been this.
+/// After a longer pause a part changes as after this.
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 /// Where it is seen how loaded a server is.

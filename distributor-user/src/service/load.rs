@@ -43,6 +43,13 @@ pub(super) struct Strain {
     source: Option<Source>,
 }
 
+/// What does not hold any more.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Forgotten {
+    load: bool,
+    capacity: bool,
+}
+
 /// What of it the next distributor has to know.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Said {
@@ -105,13 +112,14 @@ impl Strain {
         (self.part * f64::from(WHOLE)).round() as u32
     }
 
-    /// Forgets what was said too long ago. True if that changes its limit.
-    fn forget(&mut self, now: Instant) -> bool {
+    /// Forgets what was said too long ago, and tells what that was.
+    fn forget(&mut self, now: Instant) -> Forgotten {
         let is_old = |(at, _): &mut (Instant, u32)| now.saturating_duration_since(*at) > SAID_HOLDS;
-        if self.load.take_if(is_old).is_some() {
+        let load = self.load.take_if(is_old).is_some();
+        if load {
             self.reported = None;
         }
-        self.capacity.take_if(is_old).is_some()
+        Forgotten { load, capacity: self.capacity.take_if(is_old).is_some() }
     }
 
     fn measured(&self) -> Measured {
@@ -133,22 +141,22 @@ impl Entry {
 impl Service {
     /// What a server has said of its load or capacity.
     pub(super) fn told_load(&mut self, entry: usize, said: &Notification) {
-        let Entry { config, run, changed, .. } = &mut self.entries[entry];
+        let name = self.entries[entry].name();
+        let Entry { run, changed, .. } = &mut self.entries[entry];
         let Some(Running { strain, .. }) = run else { return };
         let now = Instant::now();
+        // What is said again has not to be written down again.
+        let is_new = |before: Option<(Instant, u32)>, said: u32| before.is_none_or(|(_, it)| it != said);
         match said {
-            // Said again and again: nothing has to be written down every time.
-            Notification::Load(load) => strain.load = Some((now, *load)),
-            Notification::Capacity(capacity) => {
-                let before = strain.capacity.replace((now, *capacity));
-                if before.is_none_or(|(_, before)| before != *capacity) {
-                    *changed = true;
-                    self.write_plan();
-                }
+            Notification::Load(load) => *changed |= is_new(strain.load.replace((now, *load)), *load),
+            Notification::Capacity(capacity)
+                if is_new(strain.capacity.replace((now, *capacity)), *capacity) =>
+            {
+                *changed = true;
+                self.write_plan();
             }
             Notification::Wrong(text) if !strain.complained => {
                 strain.complained = true;
-                let name = &config.name;
                 warn!(
                     "server {name} says {text}, which means nothing: X_LOAD is from 0.0 to 1.0, X_CAPACITY a whole \
                      number; ignores it, also when it says so again"
@@ -161,13 +169,15 @@ impl Service {
     /// Once a second.
     pub(super) fn follow_load(&mut self) {
         let now = Instant::now();
-        for Entry { config, run, changed, .. } in &mut self.entries {
-            if run.as_mut().is_some_and(|run| run.strain.forget(now)) {
-                *changed = true;
+        for entry in &mut self.entries {
+            let Some(run) = &mut entry.run else { continue };
+            let forgotten = run.strain.forget(now);
+            entry.changed |= forgotten != Forgotten::default();
+            if forgotten.capacity {
                 let holds = status::age(SAID_HOLDS);
                 info!(
                     "server {}: has not said X_CAPACITY= for {holds}; it has all of its limit again",
-                    config.name
+                    entry.name()
                 );
             }
         }
@@ -223,14 +233,16 @@ impl Service {
 
     /// Gives what is wrong, if something is.
     fn observe_pressure(&mut self) -> Option<String> {
-        let mut failed: Vec<(&str, io::Error)> = Vec::new();
-        for Entry { config, run, .. } in &mut self.entries {
+        let mut failed: Vec<(String, io::Error)> = Vec::new();
+        for entry in &mut self.entries {
+            let name = entry.name();
             // The cgroup of an adopted server is not ours, and may be that of others, too.
-            let Some(run) = run.as_mut().filter(|run| run.guest.is_none() && run.included) else { continue };
+            let is_its = |run: &&mut Running| run.guest.is_none() && run.included;
+            let Some(run) = entry.run.as_mut().filter(is_its) else { continue };
             run.strain.pressure = match run.cgroup.cpu_pressure() {
                 Ok(pressure) => Some(pressure),
                 Err(error) => {
-                    failed.push((&config.name, error));
+                    failed.push((name, error));
                     None
                 }
             };
@@ -289,6 +301,7 @@ impl Service {
 
 impl Entry {
     fn set_part(&mut self, part: f64, source: Option<Source>, now: Instant) {
+        let name = self.name();
         let Some(Running { strain, .. }) = &mut self.run else { return };
         let before = strain.percent();
         if part < strain.part {
@@ -300,7 +313,6 @@ impl Entry {
             return;
         }
         self.changed = true;
-        let name = &self.config.name;
         if before == WHOLE {
             strain.since = Some(now);
             let by = source.map_or("", Source::name);
@@ -323,11 +335,13 @@ mod tests {
         let mut strain = Strain { load: Some((start, 500)), reported: Some(0.5), ..Strain::default() };
         let later = start + Duration::from_secs(20);
         strain.capacity = Some((later, 25));
-        assert!(!strain.forget(start + SAID_HOLDS));
+        assert_eq!(strain.forget(start + SAID_HOLDS), Forgotten::default());
         assert_eq!((strain.load, strain.reported), (Some((start, 500)), Some(0.5)));
-        assert!(!strain.forget(start + SAID_HOLDS + Duration::from_millis(1)));
+        let load = Forgotten { load: true, capacity: false };
+        assert_eq!(strain.forget(start + SAID_HOLDS + Duration::from_millis(1)), load);
         assert_eq!((strain.load, strain.reported, strain.capacity), (None, None, Some((later, 25))));
-        assert!(strain.forget(later + SAID_HOLDS + Duration::from_millis(1)), "its limit is another one");
+        let capacity = Forgotten { load: false, capacity: true };
+        assert_eq!(strain.forget(later + SAID_HOLDS + Duration::from_millis(1)), capacity);
         assert_eq!(strain.said(), None);
     }
 
@@ -337,7 +351,7 @@ mod tests {
         let later = start + 2 * SAID_HOLDS;
         let mut strain = Strain { load: Some((start, 500)), capacity: Some((start, 7)), ..Strain::default() };
         strain.excuse(later);
-        assert!(!strain.forget(later + SAID_HOLDS));
+        assert_eq!(strain.forget(later + SAID_HOLDS), Forgotten::default());
         assert_eq!((strain.load, strain.capacity), (Some((later, 500)), Some((later, 7))));
         let mut silent = Strain::default();
         silent.excuse(later);

@@ -30,8 +30,12 @@ impl Service {
             self.attendant.change(self.config.waiting.clone());
         }
         if self.config.limits != before.limits {
+            let limits = &mut self.limits.limits;
+            if self.config.limits.service.connections != before.limits.service.connections {
+                limits.asked = None;
+            }
             // What connections there are stays; they count.
-            self.limits.limits.config = self.config.limits.clone();
+            limits.config = self.config.limits.clone();
         }
         for server in self.config.servers.clone() {
             // One that is to take its place as well.
@@ -136,8 +140,8 @@ impl Service {
             Some(_) => 0,
             None => seen.waiting.min(ceiling.saturating_sub(seen.connections)),
         };
-        // They have the same limit, unless an operator has set another one.
-        let limits = numbered.iter().filter_map(|entry| entry.limit);
+        // They have the same limit, unless an operator or they themselves say otherwise.
+        let limits = numbered.iter().filter_map(|entry| entry.effective_limit());
         seen.limit = limits.map(u64::from).sum::<u64>().checked_div(numbered.len() as u64)?.max(1);
         let decision = self.scaler.decide(&scale, &seen, now)?;
         self.rescaled = Some((decision.why.clone(), SystemTime::now()));

@@ -93,6 +93,11 @@ impl Health {
         }
     }
 
+    /// From here on both judge alike, whatever the last checks were.
+    pub fn is_as(&self, other: &Self) -> bool {
+        (self.verdict, self.against) == (other.verdict, other.against)
+    }
+
     /// It is not known how it is, or the last checks speak against what was known.
     pub fn is_undecided(&self) -> bool {
         self.verdict == Verdict::Open || self.against > 0

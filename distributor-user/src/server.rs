@@ -154,6 +154,9 @@ pub struct Run {
     notified: bool,
     /// It has been ready, so it may have connections.
     served: bool,
+    /// When it became ready, or well again.
+    #[serde(default)]
+    ready: Option<Moment>,
     /// It has been ready long enough to forgive the failures before it.
     healthy: bool,
     /// It has to say that it is well while it is ready.
@@ -162,7 +165,7 @@ pub struct Run {
     /// A check of it was good.
     #[serde(default)]
     checked: bool,
-    /// Its checks are bad. Of meaning only while it is ready, and so are the next two.
+    /// Its checks are bad. Of meaning only while it is ready, and so is the next.
     #[serde(default)]
     unhealthy: Option<Ailment>,
     /// Its accept queue does not move.
@@ -179,13 +182,14 @@ struct Ailment {
     #[serde(with = "moment")]
     since: Instant,
     why: String,
-    /// When something is done about it.
-    due: Option<Due>,
+    /// From here on it counts: somebody has looked all the time.
+    #[serde(with = "moment")]
+    seen_since: Instant,
 }
 
 /// An instant that may be missing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Due(#[serde(with = "moment")] Instant);
+struct Moment(#[serde(with = "moment")] Instant);
 
 /// What is left of a server's time to say that it is well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -291,8 +295,10 @@ pub enum Report {
     NotifyStopping,
     /// MAINPID=: this process of its cgroup is the main one, and is watched as such.
     MainPid { pid: u32 },
-    /// WATCHDOG=1; or it could not have been heard lately.
+    /// WATCHDOG=1
     NotifyWatchdog,
+    /// Nobody could hear it or look at it for a while.
+    Unobserved,
     /// WATCHDOG=trigger
     NotifyWatchdogTrigger,
     /// WATCHDOG_USEC=
@@ -370,6 +376,12 @@ struct History {
     last_end: Option<String>,
     /// The STATUS= of the instance that runs. Empty: none.
     says: String,
+}
+
+impl History {
+    fn next_number(&self) -> Instance {
+        self.instance.max(self.taken).next()
+    }
 }
 
 impl Supervision {
@@ -461,7 +473,7 @@ impl Server {
 
     /// That of its next instance.
     pub fn next_number(&self) -> Instance {
-        self.history.instance.max(self.history.taken).next()
+        self.history.next_number()
     }
 
     /// It takes the place of this one: what is said of both together goes on.
@@ -502,7 +514,7 @@ impl Server {
         matches!(&self.state, State::Ready { run, .. } if run.stalled.is_some())
     }
 
-    /// Whether and how it is ready, so that its queue is to be looked at.
+    /// It has all that it needs to serve, whether or not it is well.
     pub fn is_ready(&self) -> bool {
         matches!(self.state, State::Ready { .. })
     }
@@ -542,11 +554,19 @@ impl Server {
         killed || self.run().is_some_and(|run| matches!(run.main, Main::Background | Main::Ended))
     }
 
+    /// Since when it is ready, and well as far as its checks are concerned; or was so last.
+    pub fn ready_since(&self) -> Option<Instant> {
+        match &self.state {
+            State::Ready { run, .. } => Some(run.ready.map_or(run.started, |Moment(ready)| ready)),
+            _ => None,
+        }
+    }
+
     /// When `Tick` is to be told.
-    pub fn deadline(&self) -> Option<Instant> {
+    pub fn deadline(&self, policy: &Supervision) -> Option<Instant> {
         match self.state {
             State::Stopped { .. } | State::Failed { .. } => None,
-            State::Ready { ref run, .. } => run.due(),
+            State::Ready { ref run, .. } => run.due(policy.remedies),
             State::Starting { deadline, .. }
             | State::Draining { deadline, .. }
             | State::Stopping { deadline, .. } => Some(deadline),
@@ -598,7 +618,7 @@ impl Server {
         let reason = match &self.state {
             State::Stopped { .. } => self.history.last_end.clone(),
             State::Starting { run, .. } => Some(run.awaits(policy)),
-            State::Ready { run, .. } if run.ailment().is_some() => run.suffers(now),
+            State::Ready { run, .. } if run.ailment().is_some() => run.suffers(now, policy.remedies),
             State::Ready { .. } => self.history.last_end.as_ref().map(|end| format!("the one before {end}")),
             State::Draining { deadline, then, .. } => {
                 Some(format!("{}; its connections have {} to end", then.why(), left(*deadline)))
@@ -664,6 +684,21 @@ impl Server {
     }
 }
 
+impl Ailment {
+    fn new(why: String, now: Instant) -> Self {
+        Self { since: now, why, seen_since: now }
+    }
+
+    /// When something is done about it, if that is done after so long.
+    fn due(&self, after: Option<Duration>) -> Option<Instant> {
+        after.map(|after| self.seen_since + after)
+    }
+
+    fn is_due(&self, after: Option<Duration>, now: Instant) -> bool {
+        self.due(after).is_some_and(|due| due <= now)
+    }
+}
+
 impl Run {
     /// The process that was launched.
     pub fn main(&self) -> Main {
@@ -694,6 +729,7 @@ impl Run {
             elsewhere: Vec::new(),
             notified: false,
             served: false,
+            ready: None,
             healthy: false,
             watchdog: None,
             checked: false,
@@ -709,26 +745,30 @@ impl Run {
     }
 
     /// When something is to be done while it is ready.
-    fn due(&self) -> Option<Instant> {
-        let of = |ailment: &Option<Ailment>| ailment.as_ref()?.due.map(|Due(due)| due);
+    fn due(&self, remedies: Remedies) -> Option<Instant> {
         let watchdog = self.watchdog.map(|watchdog| watchdog.until);
-        [watchdog, of(&self.unhealthy), of(&self.stalled)].into_iter().flatten().min()
+        let unhealthy = self.unhealthy.as_ref().and_then(|it| it.due(remedies.restart_after));
+        let stalled = self.stalled.as_ref().and_then(|it| it.due(remedies.hang_kill));
+        [watchdog, unhealthy, stalled].into_iter().flatten().min()
     }
 
     /// What it suffers from, and what comes next.
-    fn suffers(&self, now: Instant) -> Option<String> {
-        let left = |Due(due): Due| span(due.saturating_duration_since(now));
-        let told = |ailment: &Ailment, gets: &str, then: &str| match ailment.due {
-            Some(due) => format!("{}; {gets}, {then} in {}", ailment.why, left(due)),
+    fn suffers(&self, now: Instant, remedies: Remedies) -> Option<String> {
+        let told = |ailment: &Ailment, gets: &str, then: &str, after| match ailment.due(after) {
+            Some(due) => {
+                let left = span(due.saturating_duration_since(now));
+                format!("{}; {gets}, {then} in {left}", ailment.why)
+            }
             None => format!("{}; {gets}", ailment.why),
         };
-        let unhealthy = self.unhealthy.as_ref().map(|it| told(it, UNHEALTHY, "started again"));
-        let stalled = self.stalled.as_ref().map(|it| told(it, STALLED, "killed"));
+        let unhealthy = self.unhealthy.as_ref();
+        let unhealthy = unhealthy.map(|it| told(it, UNHEALTHY, "started again", remedies.restart_after));
+        let stalled = self.stalled.as_ref().map(|it| told(it, STALLED, "killed", remedies.hang_kill));
         let parts: Vec<String> = unhealthy.into_iter().chain(stalled).collect();
         (!parts.is_empty()).then(|| parts.join("; "))
     }
 
-    /// What it suffered from is over, because it is not ready any more.
+    /// Nothing is held against it any more: it becomes ready, or ceases to be.
     fn recover(&mut self) {
         (self.unhealthy, self.stalled, self.unchecked) = (None, None, None);
     }

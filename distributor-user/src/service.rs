@@ -178,8 +178,6 @@ pub struct Service {
     roll_changed: bool,
     /// What the service as a whole and each source may have.
     limits: limits::Keeping,
-    /// The kernel accounts for memory in its cgroups, where it can.
-    accounts: bool,
     /// What is wrong with the machine.
     troubles: Troubles,
 }
@@ -203,8 +201,6 @@ struct Entry {
     /// What its checks have come to.
     health: Health,
     checking: check::Checking,
-    /// What was seen of its accept queues.
-    queue: Option<Queue>,
     /// Which CPUs it has.
     cpus: cpus::Pinned,
     run: Option<Running>,
@@ -219,6 +215,11 @@ struct Entry {
 }
 
 impl Entry {
+    /// When its machine is to be told that time has passed.
+    fn deadline(&self) -> Option<Instant> {
+        self.machine.deadline(&self.policy)
+    }
+
     /// It may get connections, as far as it and the operator are concerned.
     fn is_open(&self) -> bool {
         self.drain.is_none() && self.run.as_ref().is_some_and(|run| run.included)
@@ -260,6 +261,8 @@ struct Running {
     notify: Option<notified::Hearing>,
     /// How loaded it is, and what that leaves it.
     strain: load::Strain,
+    /// What was seen of its accept queues while it could stall.
+    queue: Option<Queue>,
     /// It was adopted.
     guest: Option<adopt::Guest>,
 }
@@ -391,7 +394,6 @@ impl Service {
             roll: None,
             roll_changed: false,
             limits: limits::Keeping::new(&config, &left)?,
-            accounts: false,
             troubles: Troubles::default(),
             config,
             kernel,
@@ -438,8 +440,8 @@ impl Service {
     /// Every server has stopped.
     pub fn has_stopped(&self) -> bool {
         (0..self.entries.len()).all(|entry| {
-            let Entry { run, machine, .. } = &self.entries[entry];
-            self.is_guest(entry) || run.is_none() && machine.deadline().is_none()
+            let it = &self.entries[entry];
+            self.is_guest(entry) || it.run.is_none() && it.deadline().is_none()
         })
     }
 
@@ -451,6 +453,7 @@ impl Service {
 
     /// Starts every server that does not run, or is to be stopped.
     pub fn start(&mut self, host: &mut Host<'_>) {
+        self.account_for_memory(host);
         for entry in 0..self.entries.len() {
             match self.entries[entry].role {
                 _ if self.entries[entry].gone => {}
@@ -838,7 +841,7 @@ impl Service {
     pub fn deadline(&self) -> Option<Instant> {
         let now = Instant::now();
         let step = self.warms.map(|step| now + step);
-        let machines = self.entries.iter().filter_map(|entry| entry.machine.deadline());
+        let machines = self.entries.iter().filter_map(Entry::deadline);
         let drains = self.entries.iter().filter_map(|entry| entry.drain?.deadline(now));
         let looks = self.next_check.into_iter().chain(self.next_look);
         machines.chain(self.scans.iter().map(|scan| scan.at)).chain(drains).chain(step).chain(looks).min()
@@ -865,7 +868,7 @@ impl Service {
             }
         }
         for entry in 0..self.entries.len() {
-            if self.entries[entry].machine.deadline().is_some_and(|deadline| deadline <= now) {
+            if self.entries[entry].deadline().is_some_and(|deadline| deadline <= now) {
                 self.tell(entry, Event::Tick, host);
             }
             self.check_empty(entry, host);
@@ -916,7 +919,7 @@ impl Service {
         self.look_at_sources();
         self.keep_on_cpus();
         self.follow_load();
-        self.replace_due(host);
+        self.replace_due();
         self.write_plan();
     }
 
@@ -1159,7 +1162,7 @@ impl Service {
                 weight: entry.weight,
                 part: run.map_or(share::WHOLE, |run| run.strain.percent()),
                 warms: warms.filter(|_| !entry.config.slow_start.is_zero()).map(|_| Warming {
-                    passed: now.saturating_duration_since(entry.machine.since()),
+                    passed: entry.machine.ready_since().map_or(Duration::ZERO, |ready| now - ready),
                     of: entry.config.slow_start,
                 }),
             }

@@ -1092,8 +1092,8 @@ impl World {
         }
         self.scan()?;
         for server in 0..SERVERS {
-            let (now, busy) = (self.now, self.busy);
-            if self.entry(server)?.machine.deadline().is_some_and(|deadline| deadline <= now) {
+            let (now, busy, policy) = (self.now, self.busy, self.policy.clone());
+            if self.entry(server)?.machine.deadline(&policy).is_some_and(|deadline| deadline <= now) {
                 self.tell(server, server::Event::Tick)?;
             }
             if let Some(Running { instance, emptying: true, .. }) = self.entry(server)?.run
@@ -1109,9 +1109,10 @@ impl World {
             }
         }
         self.write_down()?;
+        let policy = self.policy.clone();
         let Distributor { stopping, entries, .. } = self.brain()?;
-        if *stopping && entries.iter().all(|entry| entry.run.is_none() && entry.machine.deadline().is_none())
-        {
+        let is_over = |entry: &Entry| entry.run.is_none() && entry.machine.deadline(&policy).is_none();
+        if *stopping && entries.iter().all(is_over) {
             self.effect()?;
             self.record_is(None);
             self.cgroups.clear();
@@ -1292,7 +1293,7 @@ impl World {
                     let has_drained = run.draining && !self.busy;
                     !has_emptied && !has_drained && listens == run.adopted
                 });
-                idle && !entry.changed && !due(entry.machine.deadline())
+                idle && !entry.changed && !due(entry.machine.deadline(&self.policy))
             })
             && !monitor
                 .state
@@ -1465,7 +1466,7 @@ impl World {
             let waiting = entries
                 .iter()
                 .filter(|entry| !matches!(entry.machine.state(), server::State::Starting { .. }));
-            let deadlines = waiting.filter_map(|entry| entry.machine.deadline());
+            let deadlines = waiting.filter_map(|entry| entry.machine.deadline(&self.policy));
             self.now = deadlines.max().unwrap_or(self.now).max(self.now);
         }
         let entries = self.distributor.iter().flat_map(|its| &its.entries);

@@ -12,8 +12,8 @@ use rustix::process::Signal;
 use tracing::Level;
 
 use super::{
-    Action, Ailment, Due, Event, Fault, History, Main, Recipient, Report, Run, STALLED, Stage, State,
-    Supervision, Then, UNHEALTHY, Watchdog, span,
+    Action, Ailment, Event, Fault, History, Main, Moment, Recipient, Remedies, Report, Run, STALLED, Stage,
+    State, Supervision, Then, UNHEALTHY, Watchdog, span,
 };
 use crate::message::Exit;
 
@@ -33,7 +33,7 @@ impl Step<'_> {
             CgroupEmpty, DrainDone, LaunchFailed, LaunchInterrupted, LaunchLacked, Launched, ListenerAdopted,
             ListenerGone, ListensElsewhere, MainExited, MainPid, Misbound, NotifyExtendTimeout, NotifyReady,
             NotifyStatus, NotifyStopping, NotifyWatchdog, NotifyWatchdogInterval, NotifyWatchdogTrigger,
-            QueueMoves, QueueStands, Unwell, Well,
+            QueueMoves, QueueStands, Unobserved, Unwell, Well,
         };
         use State::{Backoff, Draining, Failed, Ready, Starting, Stopped, Stopping};
 
@@ -196,6 +196,13 @@ impl Step<'_> {
             }
             (Ready { since, mut run }, Of(_, NotifyWatchdog)) => {
                 self.feed(&mut run);
+                Ready { since, run }
+            }
+            (Ready { since, mut run }, Of(_, Unobserved)) => {
+                self.feed(&mut run);
+                for ailment in run.stalled.iter_mut().chain(&mut run.unhealthy) {
+                    ailment.seen_since = self.now;
+                }
                 Ready { since, run }
             }
             (Ready { since, mut run }, Of(_, NotifyWatchdogTrigger)) => {
@@ -535,7 +542,7 @@ impl Step<'_> {
                 | Stopping { .. }
                 | Backoff { .. }
                 | Failed { .. }),
-                Of(_, NotifyWatchdog),
+                Of(_, NotifyWatchdog | Unobserved),
             ) => state,
             // The instance has ended, and this was on its way.
             (state @ Stopped { .. }, Of(_, LaunchFailed { .. } | LaunchLacked { .. }))
@@ -582,7 +589,7 @@ impl Step<'_> {
     }
 
     fn launch(&mut self) -> State {
-        let instance = self.history.instance.max(self.history.taken).next();
+        let instance = self.history.next_number();
         self.history.instance = instance;
         self.actions.push(Action::Launch { instance });
         State::Starting {
@@ -601,6 +608,7 @@ impl Step<'_> {
             return State::Starting { since, deadline, run };
         }
         run.served = true;
+        run.ready = Some(Moment(self.now));
         run.recover();
         self.feed(&mut run);
         self.actions.push(Action::Include { instance: self.history.instance });
@@ -628,27 +636,18 @@ impl Step<'_> {
 
     /// Does what is due.
     fn look(&mut self, since: Instant, mut run: Run) -> State {
-        // What was to be done may have been taken out of the configuration.
-        let remedies = self.policy.remedies;
-        for (ailment, remedy) in
-            [(&mut run.stalled, remedies.hang_kill), (&mut run.unhealthy, remedies.restart_after)]
-        {
-            if let Some(ailment) = ailment {
-                ailment.due = ailment.due.filter(|Due(due)| remedy.is_some() || *due > self.now);
-            }
-        }
-        let is_due = |ailment: &Option<Ailment>, now: Instant| {
-            ailment.clone().filter(|it| it.due.is_some_and(|Due(due)| due <= now))
-        };
+        let Remedies { hang_kill, restart_after, .. } = self.policy.remedies;
+        let stalled = run.stalled.clone().filter(|it| it.is_due(hang_kill, self.now));
+        let unhealthy = run.unhealthy.clone().filter(|it| it.is_due(restart_after, self.now));
         if let Some(Watchdog { interval, .. }) = run.watchdog.filter(|its| its.until <= self.now) {
             self.leave_ready(since, &mut run);
             let then = self.failed(format!("said no WATCHDOG=1 for {}", span(interval)), &run);
             self.abort(run, then)
-        } else if let Some(Ailment { since: stalled, why, .. }) = is_due(&run.stalled, self.now) {
+        } else if let Some(Ailment { since: stalled, why, .. }) = stalled {
             self.leave_ready(since, &mut run);
             let then = self.failed(format!("{why}, and was stalled for {}", self.span_since(stalled)), &run);
             self.abort(run, then)
-        } else if let Some(Ailment { since: unhealthy, why, .. }) = is_due(&run.unhealthy, self.now) {
+        } else if let Some(Ailment { since: unhealthy, why, .. }) = unhealthy {
             self.leave_ready(since, &mut run);
             let then =
                 self.failed(format!("{why}, and was unhealthy for {}", self.span_since(unhealthy)), &run);
@@ -664,6 +663,7 @@ impl Step<'_> {
             return State::Ready { since, run };
         };
         self.actions.push(Action::Include { instance: self.history.instance });
+        run.ready = Some(Moment(self.now));
         let sentence = format!("is well again after {}; gets connections now", self.span_since(unhealthy));
         self.log(Level::INFO, sentence);
         State::Ready { since: self.now, run }
@@ -680,7 +680,7 @@ impl Step<'_> {
         let then = after
             .map_or(String::new(), |after| format!(", started again in {} if they are not", span(after)));
         self.log(Level::WARN, format!("is unhealthy: {why}; {UNHEALTHY}{then}"));
-        run.unhealthy = Some(self.ailment(why, after));
+        run.unhealthy = Some(Ailment::new(why, self.now));
         State::Ready { since, run }
     }
 
@@ -699,7 +699,7 @@ impl Step<'_> {
         let after = self.policy.remedies.hang_kill;
         let then = after.map_or(String::new(), |after| format!(", killed in {} if it does not", span(after)));
         self.log(Level::WARN, format!("is stalled: {why}; {STALLED}{then}"));
-        run.stalled = Some(self.ailment(why, after));
+        run.stalled = Some(Ailment::new(why, self.now));
         State::Ready { since, run }
     }
 
@@ -711,10 +711,6 @@ impl Step<'_> {
             format!("is stalled no more: its accept queue moves after {}", self.span_since(stalled));
         self.log(Level::INFO, sentence);
         State::Ready { since: self.now, run }
-    }
-
-    fn ailment(&self, why: String, after: Option<Duration>) -> Ailment {
-        Ailment { since: self.now, why, due: after.map(|after| Due(self.after(after))) }
     }
 
     /// It is well, and has the whole time again to say so.

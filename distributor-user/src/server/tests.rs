@@ -109,13 +109,13 @@ impl Story {
 
     /// Lets the time until the deadline pass, and tells it.
     fn deadline(&mut self) -> Vec<String> {
-        self.now = self.server.deadline().expect("a deadline");
+        self.now = self.server.deadline(&self.policy).expect("a deadline");
         self.tell(Event::Tick)
     }
 
     /// In milliseconds.
     fn until_deadline(&self) -> u128 {
-        let deadline = self.server.deadline().expect("a deadline");
+        let deadline = self.server.deadline(&self.policy).expect("a deadline");
         (deadline - self.now).as_millis()
     }
 
@@ -153,7 +153,7 @@ fn server_is_in_the_plan_once_it_listens() {
     assert_eq!(story.status(), ServerState::Ready);
     assert_eq!(story.reason(), "");
     assert_eq!(story.last_log(), "INFO is ready after 0.4s; gets connections now");
-    assert_eq!(story.server.deadline(), None);
+    assert_eq!(story.server.deadline(&story.policy), None);
 }
 
 #[test]
@@ -250,7 +250,7 @@ fn misbound_server_is_stopped_and_not_tried_again_by_itself() {
     assert_eq!(story.status(), ServerState::Failed);
     assert_eq!(story.reason(), format!("{sentence}; resume it to try again"));
     assert_eq!(story.last_log(), format!("ERROR {sentence}; not started again until it is resumed"));
-    assert_eq!(story.server.deadline(), None);
+    assert_eq!(story.server.deadline(&story.policy), None);
     assert_eq!(story.tell(Event::Start), NOTHING);
     assert_eq!(story.tell(Event::Resume), ["launch 2"]);
 }
@@ -353,7 +353,7 @@ fn crash_loop_gives_up_and_says_so() {
         "ERROR exited with 101 after 0.4s; given up after 4 failures in a row; not started again until it is resumed"
     );
     assert_eq!(story.server.last_end(), Some("exited with 101 after 0.4s"));
-    assert_eq!(story.server.deadline(), None);
+    assert_eq!(story.server.deadline(&story.policy), None);
 }
 
 #[test]
@@ -712,7 +712,7 @@ fn server_may_change_how_often_it_says_that_it_is_well() {
     story.report(Report::NotifyWatchdogInterval(Some(Duration::from_secs(2))));
     assert_eq!(story.until_deadline(), 2_000);
     story.report(Report::NotifyWatchdogInterval(None));
-    assert_eq!(story.server.deadline(), None);
+    assert_eq!(story.server.deadline(&story.policy), None);
     // Also where none is configured, and before it is ready.
     let mut story = Story::new();
     story.tell(Event::Start);
@@ -725,7 +725,7 @@ fn server_may_change_how_often_it_says_that_it_is_well() {
     story.exits(Exit::Code(1));
     story.launched();
     story.report(Report::ListenerAdopted { address: 0 });
-    assert_eq!(story.server.deadline(), None);
+    assert_eq!(story.server.deadline(&story.policy), None);
 }
 
 // -- Asking for more time
@@ -1166,7 +1166,7 @@ fn unhealthy_server_is_out_of_the_plan_until_it_is_well() {
     assert_eq!(story.report(unwell()), ["withhold 1"]);
     assert_eq!(story.status(), ServerState::Unhealthy);
     assert!(story.server.is_withheld() && story.server.since() > ready);
-    assert_eq!(story.server.deadline(), None);
+    assert_eq!(story.server.deadline(&story.policy), None);
     let expected =
         "3 checks in a row were bad: connection refused; gets no connections until its checks are good";
     assert_eq!(story.reason(), expected);
@@ -1260,6 +1260,55 @@ fn server_that_stays_stalled_is_aborted() {
 }
 
 #[test]
+fn what_nobody_saw_does_not_count() {
+    let minute = Some(Duration::from_secs(60));
+    let mut story = ready_with(Remedies { hang_kill: minute, restart_after: minute, ..Remedies::default() });
+    story.report(stands());
+    story.report(unwell());
+    story.pass(3_600_000);
+    // Told before time is, as by a distributor that was away or hung.
+    assert_eq!(story.report(Report::Unobserved), NOTHING);
+    assert_eq!(story.tell(Event::Tick), NOTHING);
+    assert_eq!(story.until_deadline(), 60_000);
+    assert!(story.reason().contains("started again in 1m00s") && story.reason().contains("killed in 1m00s"));
+    story.deadline();
+    // What it suffers from is as old as it is.
+    assert!(story.last_log().contains("and was stalled for 1h01m"), "{}", story.last_log());
+}
+
+#[test]
+fn what_is_configured_later_is_done_about_what_it_suffers_from_already() {
+    let mut story = Story::ready();
+    story.report(stands());
+    assert_eq!(story.server.deadline(&story.policy), None);
+    story.policy.remedies.hang_kill = Some(Duration::from_secs(30));
+    story.pass(10_000);
+    assert_eq!(story.until_deadline(), 20_000);
+    story.policy.remedies.hang_kill = None;
+    assert_eq!(story.server.deadline(&story.policy), None);
+}
+
+#[test]
+fn a_server_that_was_stalled_is_as_warm_as_before_and_one_that_was_unhealthy_is_not() {
+    let mut story = Story::ready();
+    let ready = story.server.since();
+    assert_eq!(story.server.ready_since(), Some(ready));
+    story.pass(5_000);
+    story.report(stands());
+    story.pass(5_000);
+    story.report(Report::QueueMoves);
+    assert_eq!((story.server.since(), story.server.ready_since()), (story.now, Some(ready)));
+    story.report(unwell());
+    story.pass(5_000);
+    story.report(Report::Well);
+    assert_eq!(story.server.ready_since(), Some(story.now));
+    let read = written_and_read(&story.server).ready_since().unwrap();
+    assert!(read.max(story.now) - read.min(story.now) < Duration::from_secs(1));
+    story.exits(Exit::Code(1));
+    assert_eq!(story.server.ready_since(), None);
+}
+
+#[test]
 fn the_queue_of_a_stalled_server_is_moved_once_it_is_out_of_the_plan() {
     let mut story = ready_with(Remedies { move_queue: true, ..Remedies::default() });
     assert_eq!(story.report(stands()), ["exclude 1", "move the queue of 1"]);
@@ -1304,6 +1353,7 @@ fn any_report() -> impl Strategy<Value = Report> {
         1 => Just(Report::NotifyStopping),
         1 => Just(Report::MainPid { pid: 4712 }),
         2 => Just(Report::NotifyWatchdog),
+        2 => Just(Report::Unobserved),
         1 => Just(Report::NotifyWatchdogTrigger),
         1 => proptest::option::of(1..20_u64)
             .prop_map(|seconds| Report::NotifyWatchdogInterval(seconds.map(Duration::from_secs))),
@@ -1484,7 +1534,7 @@ fn live(policy: &Supervision, events: Vec<Happening>) -> (Server, Instant, Witne
                 Event::Of(Instance(instance), report)
             }
             Happens::Deadline => {
-                now = now.max(server.deadline().unwrap_or(now));
+                now = now.max(server.deadline(policy).unwrap_or(now));
                 Event::Tick
             }
             Happens::Succession => {
@@ -1509,9 +1559,9 @@ fn live(policy: &Supervision, events: Vec<Happening>) -> (Server, Instant, Witne
             "in the plan, and ready and not unhealthy, are the same"
         );
         // What was due and is not any more may leave something else that is due.
-        let was_due = before.deadline().is_some_and(|deadline| deadline <= now);
-        if let Some(deadline) = after.deadline()
-            && (before.deadline() != Some(deadline) && !was_due || event == Event::Tick)
+        let was_due = before.deadline(policy).is_some_and(|deadline| deadline <= now);
+        if let Some(deadline) = after.deadline(policy)
+            && (before.deadline(policy) != Some(deadline) && !was_due || event == Event::Tick)
         {
             assert!(deadline > now, "a deadline is in the future when it is set");
         }
@@ -1550,7 +1600,7 @@ proptest! {
             let killed = actions
                 .iter()
                 .any(|action| matches!(action, Action::KillCgroup { .. }));
-            event = match server.deadline() {
+            event = match server.deadline(&policy) {
                 None => break,
                 Some(_) if killed => Event::Of(
                     server.instance(),
@@ -1575,7 +1625,7 @@ proptest! {
         events in anything(40),
     ) {
         let (server, now, _) = live(&policy, events);
-        if server.deadline().is_none_or(|deadline| deadline > now) {
+        if server.deadline(&policy).is_none_or(|deadline| deadline > now) {
             let (after, actions) = server.clone().step(Event::Tick, now, 0, &policy);
             prop_assert_eq!(after, server);
             prop_assert_eq!(actions, []);

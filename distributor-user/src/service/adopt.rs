@@ -255,6 +255,7 @@ impl Service {
             unwatched: false,
             notify: None,
             strain: Strain::default(),
+            queue: None,
             guest: Some(Guest::new(adopted)),
         });
         self.entries[entry].changed = true;

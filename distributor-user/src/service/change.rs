@@ -61,7 +61,6 @@ impl Entry {
             closing: drain::Closing::default(),
             health: Health::default(),
             checking: super::check::Checking::default(),
-            queue: None,
             cpus: cpus::Pinned::default(),
             run: None,
             total_before: 0,
@@ -311,7 +310,6 @@ impl Service {
             new.limit = limit;
         }
         new.machine.succeed(&machine);
-        new.ageing.succeeded = Some(Instant::now());
         new.changed = true;
         for retired in self.retired.iter_mut().filter(|retired| retired.entry == Some(before)) {
             retired.entry = Some(after);

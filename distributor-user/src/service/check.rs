@@ -55,6 +55,7 @@ impl Service {
                 && server.run.is_some()
                 && server.machine.is_to_be_checked(&server.policy);
             if !is_checked {
+                let trouble = checks_of(&server.name());
                 server.checking.next = None;
                 if server.health != Health::default() {
                     server.health = Health::default();
@@ -64,6 +65,7 @@ impl Service {
                 if server.machine.is_withheld() {
                     self.report(entry, Report::Well, host);
                 }
+                self.note(&trouble, None);
                 continue;
             }
             // One of the instance before is nobody's business any more.
@@ -165,16 +167,15 @@ impl Service {
         let turn = server.health.note(result, now, &its);
         // A listener that came again has made it ready without a check, for example.
         let turn = turn.or_else(|| server.health.insists(server.machine.is_withheld(), &its));
-        server.changed |= server.health != before;
+        server.changed |= !server.health.is_as(&before);
         let interval = if server.health.is_undecided() { its.fast_interval } else { its.interval };
         server.checking.next = Some((begun + interval).max(now));
         self.note(&name, None);
         match turn {
             None => {}
             Some(Turn::Well) => self.report(entry, Report::Well, host),
-            Some(Turn::Unwell { why } | Turn::Otherwise { why }) => {
-                self.report(entry, Report::Unwell { why }, host);
-            }
+            Some(Turn::Unwell { why }) => self.report(entry, Report::Unwell { why }, host),
+            Some(Turn::Otherwise { why }) => self.report_unwritten(entry, Report::Unwell { why }, host),
         }
     }
 

@@ -148,6 +148,7 @@ impl Service {
             unwatched: false,
             notify: None,
             strain: Strain::default(),
+            queue: None,
             guest: None,
         });
         cgroup.create()?;
@@ -327,6 +328,7 @@ impl Service {
             unwatched: false,
             notify,
             strain: Strain::of(label.said),
+            queue: None,
             guest: label.adopted.clone().map(Guest::new),
         });
         if let (Some(_), Some(run)) = (&label.adopted, &mut self.entries[entry].run) {

@@ -14,12 +14,16 @@ use crate::{
     lifetime::{Bounds, Life},
     memory, moment,
     roll::{Item, Roll},
+    server::Instance,
     status::LifeStatus,
 };
 
-/// After a try that failed, nobody is replaced for so long: what is due serves on. And who has taken another
-/// one's place is not replaced so soon for its connections or its memory.
+/// After a try that failed, nobody is replaced for so long: what is due serves on. And whoever follows another
+/// instance is not replaced so soon for its connections or its memory.
 const TRY_AGAIN: Duration = Duration::from_secs(60);
+
+/// Whoever has asked for a restart looks several times in this time how it stands.
+const SEEN_AFTER: Duration = Duration::from_secs(5);
 
 /// What is known of how an instance lives.
 #[derive(Clone, Copy, Debug, Default)]
@@ -28,15 +32,13 @@ pub(super) struct Ageing {
     memory: Option<u64>,
     /// When it was seen to be due.
     due: Option<Instant>,
-    /// When it took the place of another one.
-    pub(super) succeeded: Option<Instant>,
 }
 
 impl Service {
     /// Once a second: replaces those that are due.
-    pub(super) fn replace_due(&mut self, host: &Host<'_>) {
+    pub(super) fn replace_due(&mut self) {
         let (now, Ok(load)) = (Instant::now(), self.kernel.load()) else { return };
-        self.weigh(host);
+        self.weigh();
         let mut due = Vec::new();
         for entry in 0..self.entries.len() {
             match self.why_due(entry, &load, now) {
@@ -48,7 +50,7 @@ impl Service {
             }
         }
         due.sort_by_key(|(since, ..)| *since);
-        if due.is_empty() || self.stopping || self.taking_over || self.has_just_failed(now) {
+        if due.is_empty() || self.stopping || self.taking_over || self.has_just_ended(now) {
             return;
         }
         let items = due.into_iter().map(|(_, entry, why)| {
@@ -57,7 +59,7 @@ impl Service {
         });
         let items: Vec<Item> = items.collect();
         match &mut self.roll {
-            // Whoever asked for that has them replaced.
+            // It comes after what somebody has asked for.
             Some(roll) if !roll.is_over() && roll.asked => {}
             Some(roll) if !roll.is_over() => self.roll_changed |= roll.extend(items),
             _ => {
@@ -69,18 +71,22 @@ impl Service {
         }
     }
 
-    /// Looks how much those hold that may not hold any amount.
-    fn weigh(&mut self, host: &Host<'_>) {
-        let is_limited = |entry: &Entry| entry.config.lifetime.memory_limit.is_some();
-        if !self.accounts && self.entries.iter().any(is_limited) {
-            self.accounts = true;
-            for cgroup in [&host.place.cgroup, &self.cgroup] {
-                // Without it, the processes are asked.
-                if let Err(error) = memory::enable(cgroup) {
-                    debug!("{}: the memory controller is not used: {error}", cgroup.path().display());
-                }
+    /// Lets the kernel count the memory of those that may not hold any amount, before the first of them runs:
+    /// what ran already would be counted from then on only.
+    pub(super) fn account_for_memory(&mut self, host: &Host<'_>) {
+        if self.entries.iter().any(|entry| entry.run.is_some()) || !self.entries.iter().any(is_limited) {
+            return;
+        }
+        for cgroup in [&host.place.cgroup, &self.cgroup] {
+            // Without it, the processes are asked.
+            if let Err(error) = memory::enable(cgroup) {
+                debug!("{}: the memory controller is not used: {error}", cgroup.path().display());
             }
         }
+    }
+
+    /// Looks how much those hold that may not hold any amount.
+    fn weigh(&mut self) {
         for entry in self.entries.iter_mut().filter(|entry| is_limited(entry)) {
             let run = entry.run.as_ref().filter(|run| run.guest.is_none());
             entry.ageing.memory = run.and_then(|run| memory::of(&run.cgroup));
@@ -97,17 +103,24 @@ impl Service {
         }
         let mut bounds = bounds(it);
         // What a fresh instance exceeds already would have it replaced again and again.
-        if it.ageing.succeeded.is_some_and(|then| now.saturating_duration_since(then) < TRY_AGAIN) {
+        let is_fresh = |ready: Instant| now.saturating_duration_since(ready) < TRY_AGAIN;
+        if run.instance > Instance(1) && it.machine.ready_since().is_some_and(is_fresh) {
             (bounds.max_connections, bounds.memory_limit) = (None, None);
         }
         bounds.over(&life(it, run, load)?, now)
     }
 
-    fn has_just_failed(&self, now: Instant) -> bool {
-        let failed = self.roll.as_ref().filter(|roll| !roll.asked).and_then(|roll| roll.outcome());
-        failed.is_some_and(|outcome| {
-            outcome.failed.is_some() && now.saturating_duration_since(outcome.at) < TRY_AGAIN
-        })
+    /// The last restart has failed a moment ago; or it was asked for, and whoever did has yet to see its end.
+    fn has_just_ended(&self, now: Instant) -> bool {
+        let Some((roll, outcome)) = self.roll.as_ref().and_then(|roll| Some((roll, roll.outcome()?))) else {
+            return false;
+        };
+        let ago = now.saturating_duration_since(outcome.at);
+        match (roll.asked, &outcome.failed) {
+            (true, _) => ago < SEEN_AFTER,
+            (false, Some(_)) => ago < TRY_AGAIN,
+            (false, None) => false,
+        }
     }
 
     /// Why a server is to be replaced though nobody has asked for it.
@@ -135,6 +148,10 @@ impl Service {
             memory_limit: bounds.memory_limit,
         })
     }
+}
+
+fn is_limited(entry: &Entry) -> bool {
+    entry.config.lifetime.memory_limit.is_some()
 }
 
 fn bounds(entry: &Entry) -> Bounds {

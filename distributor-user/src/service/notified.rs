@@ -57,7 +57,7 @@ impl Service {
                 Notification::Stopping => Report::NotifyStopping,
                 Notification::Status(text) => Report::NotifyStatus(text.clone()),
                 Notification::Watchdog => {
-                    self.excuse(entry, host);
+                    self.report_unwritten(entry, Report::NotifyWatchdog, host);
                     continue;
                 }
                 Notification::WatchdogTrigger => Report::NotifyWatchdogTrigger,
@@ -117,21 +117,25 @@ impl Service {
         self.watch(entry, pidfd.as_fd(), host);
     }
 
-    /// It is well, as far as we know: it has its whole time again to say so.
+    /// We could not listen or look for a while, so what we have not heard or seen of it says nothing: it has
+    /// its whole time again.
     pub(super) fn excuse(&mut self, entry: usize, host: &mut Host<'_>) {
+        self.report_unwritten(entry, Report::Unobserved, host);
+        if let Some(run) = &mut self.entries[entry].run {
+            run.strain.excuse(Instant::now());
+            run.queue = None;
+        }
+    }
+
+    /// What the next distributor assumes anyway has not to be written down every time.
+    pub(super) fn report_unwritten(&mut self, entry: usize, report: Report, host: &mut Host<'_>) {
         let changed = self.entries[entry].changed;
-        self.report(entry, Report::NotifyWatchdog, host);
-        // The next distributor does the same, so nothing has to be written down every time.
+        self.report(entry, report, host);
         self.entries[entry].changed = changed;
     }
 
-    /// We could not listen for a while, so nobody is to be blamed for having said nothing.
+    /// Nobody is to be blamed for what we have not heard or seen.
     pub fn excuse_all(&mut self, host: &mut Host<'_>) {
-        for entry in 0..self.entries.len() {
-            self.excuse(entry, host);
-            if let Some(run) = &mut self.entries[entry].run {
-                run.strain.excuse(Instant::now());
-            }
-        }
+        (0..self.entries.len()).for_each(|entry| self.excuse(entry, host));
     }
 }

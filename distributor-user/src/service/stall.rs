@@ -47,7 +47,9 @@ impl Service {
         };
         let (looked_at, others): (Vec<usize>, Vec<usize>) = (0..self.entries.len()).partition(may_stall);
         for entry in others {
-            self.entries[entry].queue = None;
+            if let Some(run) = &mut self.entries[entry].run {
+                run.queue = None;
+            }
             // It was taken out of the configuration that it may stall.
             if self.entries[entry].machine.is_stalled() {
                 self.queue_turned(entry, Report::QueueMoves, host);
@@ -55,7 +57,7 @@ impl Service {
         }
         let shortest =
             looked_at.iter().filter_map(|entry| self.entries[*entry].config.stall).map(|it| it.after);
-        let Some(shortest) = shortest.min() else { return };
+        let Some(shortest) = shortest.min() else { return self.note("stalls", None) };
         self.next_look = Some(now + (shortest / LOOKS).max(SHORTEST_PAUSE));
         // Read before the lengths are.
         let came: Vec<u64> = looked_at.iter().map(|entry| self.came(*entry, load)).collect();
@@ -80,9 +82,9 @@ impl Service {
         host: &mut Host<'_>,
     ) {
         let server = &mut self.entries[entry];
-        let (Some(run), Some(stall)) = (&server.run, server.config.stall) else { return };
+        let (Some(run), Some(stall)) = (&mut server.run, server.config.stall) else { return };
         let length = run.queued(lengths);
-        let seen = server.queue.get_or_insert_with(|| Queue::new(now)).note(came, length, now);
+        let seen = run.queue.get_or_insert_with(|| Queue::new(now)).note(came, length, now);
         match seen {
             Seen::Moves if server.machine.is_stalled() => self.queue_turned(entry, Report::QueueMoves, host),
             Seen::Stands(so_long) if so_long >= stall.after && !server.machine.is_stalled() => {

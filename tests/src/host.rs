@@ -386,17 +386,29 @@ impl Up<'_> {
     /// Kills the distributor, and waits until the next one has found everything.
     #[track_caller]
     pub fn replace_distributor(&self) {
+        self.kill_distributor();
+        self.wait_ready();
+    }
+
+    /// Kills the distributor, and waits until the next one answers, however its servers are.
+    #[track_caller]
+    pub fn kill_distributor(&self) {
         let old = self.distributor();
         old.kill(seconds(5.0));
-        self.wait_next_distributor(old);
+        self.wait_other_distributor(old);
     }
 
     /// Waits until another distributor than `old` has found everything.
     #[track_caller]
     pub fn wait_next_distributor(&self, old: Process) {
+        self.wait_other_distributor(old);
+        self.wait_ready();
+    }
+
+    #[track_caller]
+    fn wait_other_distributor(&self, old: Process) {
         wait_for("the next distributor", seconds(20.0), || (self.distributor() != old).then_some(()));
         self.wait_answering();
-        self.wait_ready();
     }
 
     /// The main process of a server that runs.

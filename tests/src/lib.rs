@@ -23,6 +23,7 @@ pub mod load;
 pub mod manager;
 pub mod netlink;
 pub mod network;
+pub mod own;
 pub mod process;
 pub mod real;
 pub mod site;

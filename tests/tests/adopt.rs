@@ -4,8 +4,7 @@
 #![forbid(unsafe_code)]
 
 use std::{
-    os::unix::process::CommandExt as _,
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     thread,
 };
 
@@ -14,42 +13,10 @@ use tests::{
     client::{self, Client},
     host::{Host, Up, V4},
     load::under_load,
+    own::Own,
     process::{Process, Signal},
     wait::{fewer, seconds, stays, wait_for, wait_until_eq},
 };
-
-/// A server of somebody else's: nobody's, in nobody's cgroup, and without SO_REUSEPORT.
-struct Own(Child);
-
-impl Own {
-    fn start(host: &Host) -> Self {
-        let program = host.test_server_for_all();
-        let child = Command::new(program)
-            .args(["--name", "old", "--listen", "[::]:8080"])
-            .stdin(Stdio::null())
-            .uid(65_534)
-            .spawn()
-            .expect("start a server");
-        wait_for("the server", seconds(10.0), || Client::open(V4).ok().map(drop));
-        Self(child)
-    }
-
-    fn pid(&self) -> String {
-        self.0.id().to_string()
-    }
-
-    fn runs(&self) -> bool {
-        Process::find(self.0.id() as i32).is_some_and(Process::runs)
-    }
-}
-
-impl Drop for Own {
-    fn drop(&mut self) {
-        // It may have ended.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
 
 /// A service that waits for its address.
 fn waiting(host: &Host, app: App) -> Up<'_> {
@@ -115,13 +82,12 @@ fn an_adopted_server_keeps_its_limit_with_what_it_had_before() {
 }
 
 #[test]
-fn an_adopted_server_is_checked_like_the_others_and_is_never_killed_for_it() {
+fn an_adopted_server_is_checked_like_the_others_and_is_never_killed_when_it_hangs() {
     let host = Host::new();
     let own = Own::start(&host);
     let mut app = App::of(&host, 1);
     app.server = "stall_after = \"300ms\"\nhang_kill = \"300ms\"".to_owned();
-    app.tables =
-        "[service.app.check]\ntype = \"tcp\"\ninterval = \"50ms\"\nrestart_after = \"300ms\"".to_owned();
+    app.tables = "[service.app.check]\ntype = \"tcp\"\ninterval = \"50ms\"".to_owned();
     let up = waiting(&host, app);
     up.run(&["adopt", "app", "--pid", &own.pid(), "--name", "old"]).expect_done();
     up.wait_ready();

@@ -18,7 +18,7 @@ use tests::{
     app::App,
     client::{self, Client, Ending, Line},
     host::{Host, Up, V4, V6},
-    network::Clients,
+    network::{self, Clients},
     process::Signal,
     status::{Rate, Source},
     wait::{fewer, seconds, stays, try_for, wait_for, wait_until_eq},
@@ -356,13 +356,12 @@ fn handshakes_that_never_complete_give_places_of_service_and_source_back() {
     clients.cut(0).expect("cut the wire");
     let target = (clients.server_v4(), 8080).into();
     let begun = clients.network.run(|| client::begin(target, Some(clients.v4(0)), 50)).expect("send SYNs");
-    let ways = ["selected", "refused_source_limit", "refused_service_limit", "established"];
-    assert_eq!(up.service().outcomes(ways), [8, 42, 0, 0]);
     let held: Vec<Client> =
         [local(1), local(2)].into_iter().flat_map(|from| hold_from(from, V4, 6)).collect();
     // Twelve and eight reserved ones.
     expect_refused(client::connect_from(local(1), V4));
-    assert_eq!(up.service().outcome("refused_service_limit"), 1);
+    let ways = ["selected", "refused_source_limit", "refused_service_limit", "established"];
+    assert_eq!(up.service().outcomes(ways), [20, 42, 1, 12]);
     drop(begun);
     let mut rest = Vec::new();
     wait_for("all places to be used", seconds(6.0), || {
@@ -431,7 +430,7 @@ fn with_syn_cookies_a_connection_takes_one_place_and_one_token() {
 #[test]
 fn counts_survive_the_distributor_and_servers_that_die() {
     let host = Host::new();
-    let limits = "connections = 12\n[service.app.limits.per_source]\nconnections = 8\nrate = 1\nburst = 40";
+    let limits = "connections = 12\n[service.app.limits.per_source]\nconnections = 8\nrate = 1\nburst = 1000";
     let mut app = app(&host, 2, limits).refusing();
     app.server = "restart = { delay = \"10ms\", healthy_after = \"1ms\" }".to_owned();
     let up = host.up(&app);
@@ -587,12 +586,13 @@ fn a_full_table_of_sources_refuses_nobody_and_is_told() {
     wait_nothing_counted(&up);
 }
 
-/// More sources than the table holds, one after the other.
+/// Thousands of sources, one after the other.
 #[test]
 fn thousands_of_sources_come_and_go_and_none_is_left() {
     let host = Host::new();
     let up = host.up(&app_of_sources(&host, 2, "connections = 1\nrate = 100\nburst = 100"));
     let all = fewer(8_000, 1_000);
+    let again = network::syns_sent_again();
     client::in_threads(16, 0..all, |number| {
         let source = IpAddr::from([127, 1, (number >> 8) as u8, number as u8]);
         let client = Client::open_from(source, V4)?;
@@ -604,9 +604,10 @@ fn thousands_of_sources_come_and_go_and_none_is_left() {
     })
     .expect("each source has one connection and no second one");
     wait_nothing_counted(&up);
+    let again = network::syns_sent_again() - again;
     let service = up.service();
-    assert_eq!(
-        service.outcomes(["established", "refused_source_limit", "source_unknown"]),
-        [all as u64, all as u64, 0]
-    );
+    assert_eq!(service.outcomes(["established", "source_unknown"]), [all as u64, 0]);
+    // A SYN that was refused may be sent again, see limits.rs.
+    let refused = service.outcome("refused_source_limit");
+    assert!((all as u64..=all as u64 + again).contains(&refused), "{refused} of {all}, {again} sent again");
 }

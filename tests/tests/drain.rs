@@ -164,10 +164,7 @@ fn a_drain_outlives_distributor_and_monitor_and_keeps_its_deadline() {
         assert!(drain.seconds_left.is_some_and(|left| left > 1.0 && left < 100.0), "{drain:?}");
         assert_eq!(by_name(&client::hold(V4, 2)), [("2".to_owned(), 2)]);
     };
-    let killed = up.distributor();
-    killed.kill(seconds(5.0));
-    wait_for("the next distributor", seconds(10.0), || (up.distributor() != killed).then_some(()));
-    up.wait_answering();
+    up.kill_distributor();
     check(&up);
 
     let distributor = up.distributor();

@@ -442,10 +442,9 @@ while True:
     let server = Server::start(&elsewhere, &command);
     let find = || foreign::find(server.0.id(), &group.listen, &[]).expect("find its listener");
     let held = client::connect(V4).expect("a connection");
-    wait_for("it to be accepted", seconds(5.0), || {
-        let found = find();
-        let queued = distributor_user::accept_queue::length(found.listeners[0].fd.as_fd()).expect("look");
-        (queued == 0).then_some(())
+    // Its listener and the connection.
+    wait_until_eq("its sockets", seconds(5.0), 2, || {
+        server.process().descriptors().values().filter(|target| target.starts_with("socket:")).count()
     });
     server.process().freeze(seconds(5.0));
     let queued = client::connect(V6).expect("a place in its queue");

@@ -11,7 +11,7 @@ use tests::{
     load::under_load,
     process::Process,
     status::{Life, Server, Service},
-    wait::{seconds, wait_for, wait_until_eq},
+    wait::{seconds, stays, wait_for, wait_until_eq},
 };
 
 fn instances(up: &Up<'_>) -> Vec<u64> {
@@ -45,7 +45,7 @@ fn instances_that_are_old_are_replaced_one_after_the_other() {
         });
     });
     let roll = up.service().roll.expect("a restart");
-    assert!(!roll.asked && roll.servers.len() == 1, "{roll:?}");
+    assert!(!roll.asked, "{roll:?}");
     let log = up.log();
     for server in ["app/1", "app/2"] {
         let said =
@@ -124,8 +124,8 @@ fn what_is_due_serves_on_while_its_successors_fail_and_that_is_not_tried_all_the
     up.replace_distributor();
     assert_eq!(failed(&up).expect("it is known").number, roll.number);
     // It would be tried every second.
-    tests::wait::stays("the instances", seconds(3.0), vec![1], || instances(&up));
-    assert_eq!(failed(&up).expect("it is known").number, roll.number);
+    stays("the last try", seconds(3.0), roll.number, || failed(&up).expect("it is known").number);
+    assert_eq!(instances(&up), [1]);
     assert_eq!(up.process("app/1"), server);
     let reason = up.service().server("app/1").reason.clone().expect("a reason");
     assert!(reason.contains("was not replaced ") && reason.contains("exited with 3"), "{reason}");
@@ -139,16 +139,10 @@ fn what_is_due_serves_on_while_its_successors_fail_and_that_is_not_tried_all_the
 #[test]
 fn a_drained_server_is_left_alone_until_it_is_resumed() {
     let host = Host::new();
-    let up = host.up(&App { server: "max_connections = 5\njitter = 0\n".into(), ..App::of(&host, 2) });
+    let up = host.up(&App { server: "max_age = \"5s\"\njitter = 0\n".into(), ..App::of(&host, 2) });
     up.run(&["drain", "app/2"]).expect_done();
-    for _ in 0..6 {
-        drop(Client::open(V4).expect("served"));
-    }
-    wait_until_eq("the instances", seconds(20.0), vec![2, 1], || instances(&up));
+    wait_for("the other one to be replaced twice", seconds(40.0), || (instances(&up)[0] >= 3).then_some(()));
+    assert_eq!(instances(&up)[1], 1);
     up.run(&["resume", "app/2"]).expect_done();
-    up.run(&["drain", "app/1"]).expect_done();
-    for _ in 0..5 {
-        drop(Client::open(V4).expect("served"));
-    }
-    wait_until_eq("the instances", seconds(20.0), vec![2, 2], || instances(&up));
+    wait_for("it to be replaced", seconds(20.0), || (instances(&up)[1] >= 2).then_some(()));
 }

@@ -85,10 +85,7 @@ fn nobody_is_taken_for_hanging_because_the_distributor_was_killed() {
     app.server = WATCHED.to_owned();
     let up = host.up(&app);
     for _ in 0..3 {
-        let killed = up.distributor();
-        killed.kill(seconds(5.0));
-        wait_for("the next distributor", seconds(10.0), || (up.distributor() != killed).then_some(()));
-        up.wait_answering();
+        up.kill_distributor();
         // They still say it to the socket to which they have always said it.
         stays("restarts", Duration::from_millis(2000), vec![0, 0], || restarts(&up));
     }
@@ -212,10 +209,7 @@ fn the_process_that_a_server_names_is_its_main_one_from_then_on() {
     let its: Vec<_> = held.iter().filter(|client| client.server == "1").map(|client| client.pid).collect();
     assert_eq!(its, [after.pid, after.pid]);
     // The one before is nobody's business, for the next distributor either.
-    let killed = up.distributor();
-    killed.kill(seconds(5.0));
-    wait_for("the next distributor", seconds(10.0), || (up.distributor() != killed).then_some(()));
-    up.wait_answering();
+    up.kill_distributor();
     assert_eq!(up.process("app/1"), after);
     assert!(before.runs());
     before.kill(seconds(5.0));

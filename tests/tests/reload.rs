@@ -215,7 +215,7 @@ fn what_a_server_is_started_with_changes_and_no_client_notices() {
     let up = host.up(&app);
     let before = pids(&up);
     rewrite(&host, &App { server: "environment = { COLOUR = \"red\" }".to_owned(), ..app });
-    let ((), served) = under_load(4, |load| {
+    under_load(4, |load| {
         load.serves(20);
         assert_eq!(
             reload(&up),
@@ -229,11 +229,8 @@ fn what_a_server_is_started_with_changes_and_no_client_notices() {
         });
         load.serves(20);
     });
-    assert!(served >= 40);
     for server in ["app/1", "app/2", "app/3"] {
-        let environment =
-            std::fs::read(format!("/proc/{}/environ", up.process(server).pid)).expect("its environment");
-        assert!(environment.split(|byte| *byte == 0).any(|variable| variable == b"COLOUR=red"), "{server}");
+        assert_eq!(up.process(server).environment()["COLOUR"], "red", "{server}");
     }
     up.stop();
 }
@@ -301,7 +298,7 @@ fn servers_are_added_and_removed_and_no_client_notices() {
     let host = Host::new();
     let app = App::of(&host, 2);
     let up = host.up(&app);
-    let ((), served) = under_load(4, |load| {
+    under_load(4, |load| {
         load.serves(20);
         rewrite(&host, &App { count: 4, ..app.clone() });
         assert_eq!(reload(&up), ["servers app/3, app/4: added and started"]);
@@ -319,7 +316,6 @@ fn servers_are_added_and_removed_and_no_client_notices() {
         wait_names(&up, &["app/1", "app/big"]);
         load.serves(20);
     });
-    assert!(served >= 60);
     up.wait_connections(&[0, 0]);
     // Nothing of them is left.
     let left = ["2", "3", "4"].into_iter().filter(|server| {
@@ -471,7 +467,7 @@ fn a_service_is_scaled_and_no_client_notices() {
     let host = Host::new();
     let app = App::of(&host, 1);
     let up = host.up(&app);
-    let ((), served) = under_load(4, |load| {
+    under_load(4, |load| {
         for count in [4, 2, 3, 1] {
             up.run(&["scale", "app", &count.to_string()]).expect_done();
             let wanted: Vec<String> = (1..=count).map(|number| format!("app/{number}")).collect();
@@ -480,7 +476,6 @@ fn a_service_is_scaled_and_no_client_notices() {
             load.serves(10);
         }
     });
-    assert!(served >= 40);
     up.run(&["scale", "web", "2"]).expect_refusal(2, &["no service is called web", "app"]);
     up.run(&["scale", "app", "0"]).expect_refusal(2, &["scale app to 0", "leaves no server to run"]);
     // It holds until the file says another number than it did.

@@ -14,10 +14,11 @@ use distributor_ebpf::{
     word,
 };
 
-use crate::config::{self, Over, Prefix};
+use crate::{
+    config::{self, Over, Prefix},
+    plan,
+};
 
-/// More reservations that expire at once are a flood, whatever the limit.
-const SUSPECT: u32 = 1_024;
 /// [`contract::Limits::asked`]: an operator has taken the limit away.
 const NO_LIMIT: u32 = u32::MAX;
 
@@ -83,11 +84,8 @@ impl Limits {
             },
             ..contract::Limits::NONE
         };
-        if capacity > 0 {
-            // As for a server: a flood of handshakes that are never completed gets half of the places.
-            planned.service.reservable = planned.service.connections.div_ceil(2);
-            planned.suspect = planned.service.connections.div_ceil(4).min(SUSPECT);
-        }
+        planned.service.reservable = plan::reservable(planned.service.connections, capacity);
+        planned.suspect = plan::suspect(planned.service.connections, capacity);
         if !self.config.source.is_none() {
             planned.bits_ipv4 = MAPPED + self.config.prefix_ipv4;
             planned.bits_ipv6 = self.config.prefix_ipv6;

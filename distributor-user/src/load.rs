@@ -153,7 +153,7 @@ pub fn smoothed(before: Option<f64>, now: f64, passed: Duration) -> f64 {
 
 /// How long connections lie in an accept queue: how many do, by how many leave it in a second (Little's law).
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Queue {
+pub struct Throughput {
     last: Option<Seen>,
     length: Option<f64>,
     /// Connections accepted in a second.
@@ -169,7 +169,7 @@ struct Seen {
     total: u64,
 }
 
-impl Queue {
+impl Throughput {
     pub fn observe(&mut self, at: Instant, length: u32, total: u64) {
         let seen = Seen { at, length, total };
         let Some(last) = self.last.replace(seen) else { return };
@@ -311,7 +311,7 @@ mod tests {
     fn a_queue_takes_as_long_as_it_takes_to_empty() {
         let start = Instant::now();
         let after = |rows: &[(u32, u64)]| {
-            let mut queue = Queue::default();
+            let mut queue = Throughput::default();
             for (second, (length, total)) in (0..).zip(rows) {
                 queue.observe(start + second * SECOND, *length, *total);
             }
@@ -338,7 +338,7 @@ mod tests {
         /// How long each takes for a request, in seconds.
         request: Vec<f64>,
         parts: Vec<f64>,
-        queues: Vec<Queue>,
+        queues: Vec<Throughput>,
         totals: Vec<f64>,
         /// What is left of a length that is no whole number.
         rests: Vec<f64>,
@@ -353,7 +353,7 @@ mod tests {
             Self {
                 request: request.to_vec(),
                 parts: vec![1.0; count],
-                queues: vec![Queue::default(); count],
+                queues: vec![Throughput::default(); count],
                 totals: vec![0.0; count],
                 rests: vec![0.0; count],
                 now: Instant::now(),

@@ -952,7 +952,7 @@ impl Service {
         self.retired = busy;
         for retired in empty {
             if let Some(entry) = retired.entry {
-                self.entries[entry].total_before += load.total[retired.slot as usize] - retired.base;
+                self.entries[entry].total_before += report::had(load, retired.slot, retired.base);
                 self.entries[entry].changed = true;
             }
             self.slots.give_back(retired.slot);

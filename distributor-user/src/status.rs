@@ -11,7 +11,7 @@ use std::{
     collections::BTreeMap,
     fmt::{self, Write as _},
     str::FromStr,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use serde::{Deserialize, Serialize};
@@ -101,7 +101,7 @@ pub struct WaitingStatus {
     pub wait: Histogram,
 }
 
-/// The counts as compared with the sockets there are, since this distributor has started.
+/// The counts as compared with the sockets there are, since the service has begun.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct DriftStatus {
     pub checks: u64,
@@ -405,6 +405,17 @@ impl Timestamp {
 }
 
 /// A time before 1970 or after 9999 becomes the nearest that can be written.
+impl Timestamp {
+    /// A moment, past or to come, on the wall clock as it is set now.
+    pub fn of(moment: Instant) -> Self {
+        let now = Instant::now();
+        match moment.checked_duration_since(now) {
+            Some(ahead) => (SystemTime::now() + ahead).into(),
+            None => (SystemTime::now() - (now - moment)).into(),
+        }
+    }
+}
+
 impl From<SystemTime> for Timestamp {
     fn from(time: SystemTime) -> Self {
         let since_epoch = time.duration_since(UNIX_EPOCH).unwrap_or_default();

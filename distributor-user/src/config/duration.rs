@@ -6,8 +6,8 @@
 
 use std::time::Duration;
 
-/// Nothing here waits longer than a week; more is a typing error.
-const LONGEST: Duration = Duration::from_hours(168);
+/// Nothing here takes longer than a year; more is a typing error.
+const LONGEST: Duration = Duration::from_hours(8760);
 
 /// Milliseconds of each unit, in the order in which they may follow each other.
 const UNITS: [(&str, u64); 4] = [("h", 3_600_000), ("m", 60_000), ("s", 1_000), ("ms", 1)];
@@ -34,7 +34,7 @@ pub(crate) fn parse(text: &str) -> Result<Duration, String> {
     }
     let duration = Duration::from_millis(total);
     match duration > LONGEST {
-        true => Err(format!("{text:?} is longer than a week, write at most \"168h\"")),
+        true => Err(format!("{text:?} is longer than a year, write at most \"8760h\"")),
         false => Ok(duration),
     }
 }
@@ -71,7 +71,7 @@ mod tests {
             ("1m30s", 90_000),
             ("90s", 90_000),
             ("1h1ms", 3_600_001),
-            ("168h", 604_800_000),
+            ("8760h", 31_536_000_000),
         ] {
             assert_eq!(parse(text), Ok(Duration::from_millis(millis)), "{text}");
         }
@@ -83,7 +83,7 @@ mod tests {
             |text| format!("{text:?} is no duration, write for example \"500ms\", \"30s\" or \"1m30s\"");
         for (text, sentence) in [
             ("30", "\"30\" has no unit, write \"30s\"".to_owned()),
-            ("169h", "\"169h\" is longer than a week, write at most \"168h\"".to_owned()),
+            ("8761h", "\"8761h\" is longer than a year, write at most \"8760h\"".to_owned()),
             ("", unclear("")),
             ("s", unclear("s")),
             ("1.5s", unclear("1.5s")),

@@ -85,14 +85,6 @@ impl Over {
 }
 
 impl Prefix {
-    /// Whether all its bits but the first ones are 0.
-    fn is_whole(&self) -> bool {
-        match self.ip {
-            IpAddr::V4(ip) => ip.to_bits().checked_shl(self.bits).unwrap_or(0) == 0,
-            IpAddr::V6(ip) => ip.to_bits().checked_shl(self.bits).unwrap_or(0) == 0,
-        }
-    }
-
     /// The same with 0 for all bits but the first ones.
     fn whole(self) -> Self {
         let ip = match self.ip {
@@ -126,7 +118,7 @@ impl FromStr for Prefix {
             Some(bits) => bits.parse().ok().filter(|bits| (1..=all).contains(bits)).ok_or_else(no_prefix)?,
         };
         let prefix = Self { ip, bits };
-        if !prefix.is_whole() {
+        if prefix != prefix.whole() {
             return Err(format!("{text:?} has bits behind its prefix, write \"{}\"", prefix.whole()));
         }
         Ok(prefix)

@@ -294,9 +294,9 @@ group = "no-such-group""#,
     ),
     (
         "a_duration_beyond_a_week",
-        r#"drain_timeout = "200h""#,
+        r#"drain_timeout = "9000h""#,
         &[
-            r#"shop.toml:5: service.shop.server.drain_timeout: "200h" is longer than a week, write at most "168h""#,
+            r#"shop.toml:5: service.shop.server.drain_timeout: "9000h" is longer than a year, write at most "8760h""#,
         ],
     ),
     (

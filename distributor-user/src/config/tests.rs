@@ -340,7 +340,7 @@ fn the_extremes_of_waiting_are_accepted() {
         ("capacity = 0", 0, Duration::from_secs(30)),
         ("capacity = 16384", 16_384, Duration::from_secs(30)),
         ("timeout = \"10ms\"", 1024, Duration::from_millis(10)),
-        ("timeout = \"168h\"", 1024, Duration::from_hours(168)),
+        ("timeout = \"8760h\"", 1024, Duration::from_hours(8760)),
     ] {
         let config = parse(&format!("{LEAST}[service.shop.waiting]\n{text}"));
         let meant = Waiting { capacity, timeout, reply: [].into() };

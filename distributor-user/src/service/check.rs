@@ -20,7 +20,7 @@ use crate::{
     health::{Health, Turn},
     launch::{Exec, Output, Socket},
     server::{Instance, Report},
-    status::CheckStatus,
+    status::{CheckStatus, Timestamp},
 };
 
 /// If a check cannot begin because the kernel does not go by the right plan.
@@ -185,7 +185,7 @@ impl Service {
         entries.any(|entry| entry.config.check.as_ref().is_some_and(|check| check.kind.is_directed()))
     }
 
-    pub(super) fn check_status(&self, entry: usize, now: Instant) -> Option<CheckStatus> {
+    pub(super) fn check_status(&self, entry: usize) -> Option<CheckStatus> {
         let server = &self.entries[entry];
         let its = server.config.check.as_ref()?;
         let last = server.health.last();
@@ -193,7 +193,7 @@ impl Service {
             kind: its.kind.name().to_owned(),
             good: last.map(|last| last.good),
             said: last.map(|last| last.what.clone()),
-            since: last.map(|last| super::report::wall(last.since, now)),
+            since: last.map(|last| Timestamp::of(last.since)),
             good_total: server.checking.good,
             bad_total: server.checking.bad,
         })

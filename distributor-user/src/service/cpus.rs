@@ -5,7 +5,7 @@
 //! everybody is at home again.
 #![forbid(unsafe_code)]
 
-use std::{collections::BTreeSet, time::SystemTime};
+use std::collections::BTreeSet;
 
 use rustix::{io::Errno, thread::sched_getaffinity};
 use serde::{Deserialize, Serialize};
@@ -17,7 +17,7 @@ use crate::{
     config::{self, Cpus},
     moment,
     spread::{self, Cpu, Portion},
-    status::CpusStatus,
+    status::{CpusStatus, Timestamp},
     topology,
 };
 
@@ -176,8 +176,8 @@ impl Service {
             Cpus::Spread(Portion::Cpus) => "spread: its part of them".to_owned(),
             Cpus::Spread(Portion::Node) => "spread: its NUMA node".to_owned(),
         };
-        let since = SystemTime::now() - moment::moment(cpus.since).elapsed();
-        Some(CpusStatus { list: config::list_of_cpus(&cpus.now), why, since: since.into() })
+        let since = Timestamp::of(moment::moment(cpus.since));
+        Some(CpusStatus { list: config::list_of_cpus(&cpus.now), why, since })
     }
 }
 

@@ -4,7 +4,7 @@
 //! the other, the first one first that was due.
 #![forbid(unsafe_code)]
 
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use distributor_ebpf::contract::Load;
 use tracing::{debug, info};
@@ -15,7 +15,7 @@ use crate::{
     memory, moment,
     roll::{Item, Roll},
     server::Instance,
-    status::LifeStatus,
+    status::{LifeStatus, Timestamp},
 };
 
 /// After a try that failed, nobody is replaced for so long: what is due serves on. And whoever follows another
@@ -134,14 +134,9 @@ impl Service {
         let it = &self.entries[entry];
         let life = life(it, it.run.as_ref()?, load)?;
         let bounds = bounds(it);
-        let now = Instant::now();
-        let wall = |moment: Instant| match moment.checked_duration_since(now) {
-            Some(ahead) => (SystemTime::now() + ahead).into(),
-            None => (SystemTime::now() - (now - moment)).into(),
-        };
         Some(LifeStatus {
-            started: wall(life.started),
-            until: bounds.until(life.started).map(wall),
+            started: Timestamp::of(life.started),
+            until: bounds.until(life.started).map(Timestamp::of),
             connections: life.connections,
             max_connections: bounds.max_connections,
             memory: life.memory,
@@ -161,7 +156,7 @@ fn bounds(entry: &Entry) -> Bounds {
 fn life(entry: &Entry, run: &Running, load: &Load) -> Option<Life> {
     Some(Life {
         started: entry.machine.run()?.started(),
-        connections: load.total[run.slot as usize] - run.base,
+        connections: run.had(load),
         memory: entry.ageing.memory,
     })
 }

@@ -23,7 +23,7 @@ const BUCKETS: &str = "DIST_CTL_SOURCE_BUCKETS";
 
 /// What there is to know of the limits while they are kept.
 pub(super) struct Keeping {
-    pub(super) limits: Limits,
+    pub(super) ceilings: Limits,
     /// The connections of servers are counted for the service as well.
     counting: bool,
     /// Connections that were not counted for their source, when that was last looked at.
@@ -37,8 +37,8 @@ impl Keeping {
         // It fails only before the kernel has any randomness at all; then somebody could guess which
         // sources share a bucket, and all limits hold.
         let _ = rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::NONBLOCK);
-        let limits = Limits::new(config.limits.clone(), &left.limits, u64::from_ne_bytes(seed), buckets()?);
-        Ok(Self { limits, counting: left.limits.service.connections != 0, unknown: None })
+        let ceilings = Limits::new(config.limits.clone(), &left.limits, u64::from_ne_bytes(seed), buckets()?);
+        Ok(Self { ceilings, counting: left.limits.service.connections != 0, unknown: None })
     }
 }
 
@@ -54,15 +54,15 @@ fn buckets() -> anyhow::Result<u32> {
 impl Service {
     /// Goes on with what an operator has set since the start.
     pub(super) fn keep_limits(&mut self) -> anyhow::Result<()> {
-        self.limits.limits.keep(&self.kernel.plan().context("read the plan in force")?.limits);
+        self.limits.ceilings.keep(&self.kernel.plan().context("read the plan in force")?.limits);
         Ok(())
     }
 
     /// An operator sets how many connections the service as a whole may have, until the next start.
     pub fn set_service_limit(&mut self, limit: Option<u32>) -> Response {
         let shown = |limit: Option<u32>| limit.map_or("none".to_owned(), |limit| limit.to_string());
-        let before = self.limits.limits.connections();
-        self.limits.limits.asked = Some(limit);
+        let before = self.limits.ceilings.connections();
+        self.limits.ceilings.asked = Some(limit);
         info!("service {}: limit {} -> {}", self.config.name, shown(before), shown(limit));
         self.write_plan();
         Response::Done
@@ -75,20 +75,20 @@ impl Service {
     /// is told to count, then they are what servers have more than is counted.
     pub(super) fn planned_limits(&mut self) -> contract::Limits {
         let capacity = self.config.waiting.capacity;
-        let counts = self.limits.limits.connections().is_some();
+        let counts = self.limits.ceilings.connections().is_some();
         if !counts {
-            self.limits.limits.earlier = 0;
-        } else if !self.limits.counting || self.limits.limits.earlier > 0 {
+            self.limits.ceilings.earlier = 0;
+        } else if !self.limits.counting || self.limits.ceilings.earlier > 0 {
             let earlier = self.kernel.load().map_or(0, |load| uncounted(&load));
-            self.limits.limits.earlier = match self.limits.counting {
+            self.limits.ceilings.earlier = match self.limits.counting {
                 false => earlier,
                 // Only less: some come while it is read.
-                true => earlier.min(self.limits.limits.earlier),
+                true => earlier.min(self.limits.ceilings.earlier),
             };
         }
         let guests = self.entries.iter().filter_map(|entry| entry.run.as_ref()?.guest.as_ref());
         let guests = guests.map(|guest| guest.earlier_open).sum();
-        self.limits.limits.planned(capacity, if counts { guests } else { 0 })
+        self.limits.ceilings.planned(capacity, if counts { guests } else { 0 })
     }
 
     /// The kernel goes by what it was told of them. True if it is to be told more at once: it has begun
@@ -97,16 +97,16 @@ impl Service {
         let counts = told.service.connections != 0;
         let begins = counts && !self.limits.counting;
         if begins {
-            self.limits.limits.earlier = self.kernel.load().map_or(0, |load| uncounted(&load));
+            self.limits.ceilings.earlier = self.kernel.load().map_or(0, |load| uncounted(&load));
         }
         self.limits.counting = counts;
-        begins && self.limits.limits.earlier > 0
+        begins && self.limits.ceilings.earlier > 0
     }
 
     /// Once a second: whether sources are known.
     pub(super) fn look_at_sources(&mut self) {
         let Ok(unknown) = self.kernel.outcome(Outcome::SourceUnknown) else { return };
-        let more = unknown - self.limits.unknown.replace(unknown).unwrap_or(unknown);
+        let more = unknown.saturating_sub(self.limits.unknown.replace(unknown).unwrap_or(unknown));
         let what = (more > 0).then(|| {
             format!(
                 "service {}: connections of {more} clients in the last second are not counted for their source, \
@@ -123,7 +123,7 @@ impl Service {
         if !limits::are_set(&told) {
             return None;
         }
-        let config = &self.limits.limits.config;
+        let config = &self.limits.ceilings.config;
         let count = |outcome: Outcome| self.kernel.outcome(outcome).unwrap_or(0);
         let ago = |over: Over| match load.over[over as usize] {
             0 => None,
@@ -134,7 +134,7 @@ impl Service {
         };
         let counted = word::active(load.places);
         let service = CeilingStatus {
-            limit: self.limits.limits.connections(),
+            limit: self.limits.ceilings.connections(),
             rate: rate(config.service.rate),
             refused_limit: count(Outcome::RefusedServiceLimit),
             refused_rate: count(Outcome::RefusedServiceRate),

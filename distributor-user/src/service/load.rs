@@ -6,7 +6,7 @@
 
 use std::{
     io,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use serde::{Deserialize, Serialize};
@@ -14,11 +14,11 @@ use tracing::{info, warn};
 
 use super::{Entry, Running, Service};
 use crate::{
-    load::{self, Measured, Queue, Source},
+    load::{self, Measured, Source, Throughput},
     moment,
     notify::Notification,
     share::WHOLE,
-    status::{self, LoadStatus},
+    status::{self, LoadStatus, Timestamp},
 };
 
 /// What a server has said of its load or capacity is forgotten after this time.
@@ -34,7 +34,7 @@ pub(super) struct Strain {
     complained: bool,
     reported: Option<f64>,
     pressure: Option<f64>,
-    queue: Queue,
+    throughput: Throughput,
     /// What is left of its weight: 0 to 1.
     part: f64,
     /// Since when that is not all.
@@ -68,7 +68,7 @@ impl Default for Strain {
             complained: false,
             reported: None,
             pressure: None,
-            queue: Queue::default(),
+            throughput: Throughput::default(),
             part: 1.0,
             since: None,
             source: None,
@@ -123,7 +123,7 @@ impl Strain {
     }
 
     fn measured(&self) -> Measured {
-        Measured { reported: self.reported, pressure: self.pressure, queue: self.queue.delay() }
+        Measured { reported: self.reported, pressure: self.pressure, queue: self.throughput.delay() }
     }
 }
 
@@ -207,6 +207,13 @@ impl Service {
         let sources = self.config.load.as_ref().map_or(Vec::new(), |rule| rule.sources.clone());
         for Entry { run, .. } in &mut self.entries {
             let Some(Running { strain, .. }) = run else { continue };
+            // What it was by a source that is not configured any more is not shown.
+            if !sources.contains(&Source::CpuPressure) {
+                strain.pressure = None;
+            }
+            if !sources.contains(&Source::AcceptQueue) {
+                strain.throughput = Throughput::default();
+            }
             if let Some((_, load)) = strain.load {
                 strain.reported = Some(load::smoothed(strain.reported, f64::from(load) / 1000.0, passed));
             }
@@ -225,8 +232,8 @@ impl Service {
         let lengths = self.accept_queues()?;
         let load = self.kernel.load()?;
         for run in self.entries.iter_mut().filter_map(|entry| entry.run.as_mut()) {
-            let length = run.queued(&lengths);
-            run.strain.queue.observe(now, length, load.total[run.slot as usize]);
+            let length = run.queued(&lengths).unwrap_or(0);
+            run.strain.throughput.observe(now, length, load.total[run.slot as usize]);
         }
         Ok(())
     }
@@ -272,9 +279,9 @@ impl Service {
             capacity: strain.capacity.map(|(_, capacity)| capacity),
             capacity_seconds_ago: ago(strain.capacity),
             cpu_pressure: strain.pressure,
-            accept_seconds: strain.queue.delay(),
+            accept_seconds: strain.throughput.delay(),
             percent: strain.percent(),
-            since: strain.since.map(|since| (SystemTime::now() - since.elapsed()).into()),
+            since: strain.since.map(Timestamp::of),
         })
     }
 

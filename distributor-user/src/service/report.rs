@@ -1,8 +1,7 @@
 //! What a service looks like from outside: its part of `status`.
 
 use std::{
-    collections::BTreeMap,
-    os::fd::AsFd as _,
+    collections::{BTreeMap, HashMap},
     time::{Instant, SystemTime},
 };
 
@@ -15,9 +14,8 @@ use rustix::time::{ClockId, clock_gettime};
 
 use super::{Role, Running, Service};
 use crate::{
-    accept_queue, config,
+    config,
     drain::Rest,
-    listener,
     share::{HeldBack, Share},
     status::{
         self, Bucket, DrainStatus, DriftStatus, Histogram, ScaleStatus, ServerState, ServerStatus,
@@ -42,6 +40,7 @@ impl Service {
         let now = clock_gettime(ClockId::Monotonic);
         let now = now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64;
         let shares = self.shares();
+        let queues = self.accept_queues().unwrap_or_default();
         let oldest = self.attendant.oldest().filter(|_| load.waiting > 0);
         Ok(ServiceStatus {
             name: self.config.name.clone(),
@@ -63,7 +62,7 @@ impl Service {
             servers: self
                 .in_order()
                 .into_iter()
-                .map(|entry| self.server_status(entry, shares[entry], &load))
+                .map(|entry| self.server_status(entry, shares[entry], &load, &queues))
                 .collect(),
             scale: self.config.scale.map(|scale| ScaleStatus {
                 servers: self.config.numbered() as u64,
@@ -87,20 +86,28 @@ impl Service {
         }
     }
 
-    fn server_status(&self, entry: usize, share: Share, load: &Load) -> ServerStatus {
+    fn server_status(
+        &self,
+        entry: usize,
+        share: Share,
+        load: &Load,
+        queues: &HashMap<u64, u32>,
+    ) -> ServerStatus {
         let server = &self.entries[entry];
         let now = Instant::now();
         let retired = || self.retired.iter().filter(|retired| retired.entry == Some(entry));
-        let wall = |then: Instant| wall(then, now);
         let active = |slot: u32| word::active(load.word[slot as usize]);
         let run = server.run.as_ref();
         let connections: u64 =
             run.map(|run| run.slot).into_iter().chain(retired().map(|it| it.slot)).map(active).sum();
-        let total_of = |run: &Running| load.total[run.slot as usize] - run.base;
         // What a server has had, it has had in all its instances.
         let others = self.leaving(&server.config.name).filter(|_| server.is_current());
-        let total = run.into_iter().chain(others.filter_map(|it| it.run.as_ref())).map(total_of).sum::<u64>()
-            + retired().map(|it| load.total[it.slot as usize] - it.base).sum::<u64>();
+        let total = run
+            .into_iter()
+            .chain(others.filter_map(|it| it.run.as_ref()))
+            .map(|run| run.had(load))
+            .sum::<u64>()
+            + retired().map(|it| had(load, it.slot, it.base)).sum::<u64>();
         let earlier = run.and_then(|run| run.guest.as_ref()).map_or(0, |guest| guest.earlier_open);
         let included = run.is_some_and(|run| run.included);
         let machine_reason = server.machine.reason(now, &server.policy);
@@ -137,19 +144,19 @@ impl Service {
             effective_weight: share.effective,
             load: self.load_status(entry),
             cpus: self.cpus_status(entry),
-            accept_queue: self.accept_queue(entry),
+            accept_queue: run.and_then(|run| run.queued(queues)),
             restarts: server.machine.restarts(),
             instance: server.machine.instance().0,
             life: self.life_status(entry, load),
             adopted: run.is_some_and(|run| run.guest.is_some()),
             earlier,
             drain: server.drain.map(|drain| DrainStatus {
-                since: wall(drain.since),
+                since: Timestamp::of(drain.since),
                 then: drain.ahead(now).map_or(Rest::Leave, |(_, then)| then),
                 seconds_left: drain.ahead(now).map(|(left, _)| left.as_secs_f64()),
             }),
-            check: self.check_status(entry, now),
-            since: wall(since),
+            check: self.check_status(entry),
+            since: Timestamp::of(since),
         }
     }
 
@@ -170,26 +177,13 @@ impl Service {
             }),
         }
     }
-
-    /// Connections that wait for the server to accept them, over all its adopted listeners.
-    fn accept_queue(&self, entry: usize) -> Option<u32> {
-        let run = self.entries[entry].run.as_ref()?;
-        let adopted: Vec<u64> = run.listeners.iter().flat_map(|them| them.cookies.clone()).collect();
-        if adopted.is_empty() {
-            return None;
-        }
-        let found = listener::find(&self.processes_of(run).ok()?).ok()?;
-        let lengths = found
-            .iter()
-            .filter(|found| adopted.contains(&found.cookie))
-            .filter_map(|found| accept_queue::length(found.fd.as_fd()).ok());
-        Some(lengths.sum())
-    }
 }
 
-/// A moment on the wall clock.
-pub(super) fn wall(then: Instant, now: Instant) -> Timestamp {
-    (SystemTime::now() - now.saturating_duration_since(then)).into()
+impl Running {
+    /// How many connections it has had.
+    pub(super) fn had(&self, load: &Load) -> u64 {
+        had(load, self.slot, self.base)
+    }
 }
 
 /// What is to be said of a server, in one line.
@@ -262,6 +256,11 @@ pub fn vacant_status(config: &config::Service, why: &str, since: SystemTime) -> 
         roll: None,
         outcomes: BTreeMap::new(),
     }
+}
+
+/// How many connections a slot's owner has had, if it had `base` before.
+pub(super) fn had(load: &Load, slot: u32, base: u64) -> u64 {
+    load.total[slot as usize].saturating_sub(base)
 }
 
 /// The most connections at a time of a slot's owner.

@@ -3,7 +3,7 @@
 //! roll.rs decides which one is next; here it is asked what it needs to know, and obeyed.
 #![forbid(unsafe_code)]
 
-use std::time::{Instant, SystemTime};
+use std::time::Instant;
 
 use tracing::{info, warn};
 
@@ -12,7 +12,7 @@ use crate::{
     control::Response,
     roll::{Bounds, Item, Order, Outcome, Roll, Seen, Stage},
     server::{State, span},
-    status::{ItemStatus, RollState, RollStatus},
+    status::{ItemStatus, RollState, RollStatus, Timestamp},
 };
 
 impl Service {
@@ -170,7 +170,6 @@ impl Service {
     pub(super) fn roll_status(&self) -> Option<RollStatus> {
         let roll = self.roll.as_ref()?;
         let seen = self.seen();
-        let wall = |then: Instant| (SystemTime::now() - then.elapsed()).into();
         let Bounds { max_surge, max_unavailable } = roll.bounds();
         let item = |item: &Item| ItemStatus {
             name: item.server.clone(),
@@ -192,8 +191,8 @@ impl Service {
                 Some(Outcome { failed: Some(_), .. }) => RollState::Failed,
             },
             asked: roll.asked,
-            since: wall(roll.since),
-            ended: roll.outcome().map(|outcome| wall(outcome.at)),
+            since: Timestamp::of(roll.since),
+            ended: roll.outcome().map(|outcome| Timestamp::of(outcome.at)),
             reason: failed.or_else(|| roll.waits_for(&seen)),
             max_surge,
             max_unavailable,

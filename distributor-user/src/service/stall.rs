@@ -83,7 +83,7 @@ impl Service {
     ) {
         let server = &mut self.entries[entry];
         let (Some(run), Some(stall)) = (&mut server.run, server.config.stall) else { return };
-        let length = run.queued(lengths);
+        let length = run.queued(lengths).unwrap_or(0);
         let seen = run.queue.get_or_insert_with(|| Queue::new(now)).note(came, length, now);
         match seen {
             Seen::Moves if server.machine.is_stalled() => self.queue_turned(entry, Report::QueueMoves, host),
@@ -144,9 +144,9 @@ impl Service {
 }
 
 impl Running {
-    /// How many lie in its accept queues, of those of all listeners.
-    pub(super) fn queued(&self, lengths: &HashMap<u64, u32>) -> u32 {
+    /// How many lie in the accept queues of its listeners, if it has any, of those of all.
+    pub(super) fn queued(&self, lengths: &HashMap<u64, u32>) -> Option<u32> {
         let cookies = self.listeners.iter().flat_map(|them| &them.cookies);
-        cookies.filter_map(|cookie| lengths.get(cookie)).sum()
+        cookies.filter_map(|cookie| lengths.get(cookie)).copied().reduce(|all, length| all + length)
     }
 }

@@ -30,7 +30,7 @@ impl Service {
             self.attendant.change(self.config.waiting.clone());
         }
         if self.config.limits != before.limits {
-            let limits = &mut self.limits.limits;
+            let limits = &mut self.limits.ceilings;
             if self.config.limits.service.connections != before.limits.service.connections {
                 limits.asked = None;
             }
@@ -135,7 +135,7 @@ impl Service {
             }
         }
         // Who waits for a place of the whole service, or for his turn by its rate, waits with more servers too.
-        let ceiling = self.limits.limits.connections().map_or(u64::MAX, u64::from);
+        let ceiling = self.limits.ceilings.connections().map_or(u64::MAX, u64::from);
         seen.waiting = match self.config.limits.service.rate {
             Some(_) => 0,
             None => seen.waiting.min(ceiling.saturating_sub(seen.connections)),

@@ -219,6 +219,8 @@ pub enum Main {
 pub enum Stage {
     /// The stop signal was sent.
     Asked,
+    /// SIGABRT was.
+    Aborted,
     /// So many times everything in the cgroup was killed.
     Killed { times: u32 },
 }
@@ -628,6 +630,9 @@ impl Server {
             }
             State::Stopping { deadline, stage: Stage::Asked, then, .. } => {
                 Some(format!("{}; asked to stop, killed in {}", then.why(), left(*deadline)))
+            }
+            State::Stopping { deadline, stage: Stage::Aborted, then, .. } => {
+                Some(format!("{}; got SIGABRT, killed in {}", then.why(), left(*deadline)))
             }
             State::Stopping { stage: Stage::Killed { .. }, then, .. } => {
                 Some(format!("{}; killed, still has processes", then.why()))

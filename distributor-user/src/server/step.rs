@@ -345,7 +345,7 @@ impl Step<'_> {
             // -- Stopping
             (Stopping { since, stage, run, then: Then::Stopped, .. }, Stop) => {
                 let times = match stage {
-                    Stage::Asked => 0,
+                    Stage::Asked | Stage::Aborted => 0,
                     Stage::Killed { times } => times,
                 };
                 self.log(Level::INFO, "is killed now".to_owned());
@@ -370,7 +370,7 @@ impl Step<'_> {
                     return Stopping { since, deadline, stage, run, then };
                 }
                 let times = match stage {
-                    Stage::Asked => {
+                    Stage::Asked | Stage::Aborted => {
                         let sentence =
                             format!("did not stop within {}; killed", span(self.policy.stop_timeout));
                         self.log(Level::WARN, sentence);
@@ -422,7 +422,7 @@ impl Step<'_> {
                 run.main = Main::Ended;
                 match stage {
                     // They have not been asked yet.
-                    Stage::Asked => self.actions.push(Action::Signal {
+                    Stage::Asked | Stage::Aborted => self.actions.push(Action::Signal {
                         instance: self.history.instance,
                         signal: self.policy.stop_signal,
                         to: Recipient::Everyone,
@@ -434,9 +434,9 @@ impl Step<'_> {
                 Stopping { since, deadline, stage, run, then }
             }
             (
-                Stopping { since, deadline, stage: Stage::Asked, run, then },
+                Stopping { since, deadline, stage: stage @ (Stage::Asked | Stage::Aborted), run, then },
                 Of(_, NotifyExtendTimeout(by)),
-            ) => Stopping { since, deadline: deadline.max(self.after(by)), stage: Stage::Asked, run, then },
+            ) => Stopping { since, deadline: deadline.max(self.after(by)), stage, run, then },
             (Stopping { since, deadline, stage, run, then }, Of(_, CgroupEmpty)) => {
                 match run.main {
                     Main::Background => {
@@ -805,7 +805,7 @@ impl Step<'_> {
         let sentence =
             format!("{}; {asked}killed in {} unless it does", then.why(), span(self.policy.stop_timeout));
         self.log(Level::DEBUG, sentence);
-        self.stopping(run, then)
+        self.stopping(Stage::Asked, run, then)
     }
 
     /// Ends one that hangs, so that it leaves a core dump where these are wanted.
@@ -817,7 +817,7 @@ impl Step<'_> {
             span(self.policy.stop_timeout)
         );
         self.log(Level::WARN, sentence);
-        self.stopping(run, then)
+        self.stopping(Stage::Aborted, run, then)
     }
 
     fn signal(&mut self, signal: Signal, run: &Run) {
@@ -825,14 +825,8 @@ impl Step<'_> {
         self.actions.push(Action::Signal { instance, signal, to: run.recipient() });
     }
 
-    fn stopping(&self, run: Run, then: Then) -> State {
-        State::Stopping {
-            since: self.now,
-            deadline: self.after(self.policy.stop_timeout),
-            stage: Stage::Asked,
-            run,
-            then,
-        }
+    fn stopping(&self, stage: Stage, run: Run, then: Then) -> State {
+        State::Stopping { since: self.now, deadline: self.after(self.policy.stop_timeout), stage, run, then }
     }
 
     /// `times`: how often this was done before.

@@ -654,7 +654,7 @@ fn server_that_says_nothing_for_too_long_is_aborted_and_started_again() {
     }
     assert_eq!(story.deadline(), ["exclude 1", "SIGABRT to main of 1"]);
     assert_eq!(story.status(), ServerState::Backoff);
-    assert_eq!(story.reason(), "said no WATCHDOG=1 for 10s; asked to stop, killed in 10s");
+    assert_eq!(story.reason(), "said no WATCHDOG=1 for 10s; got SIGABRT, killed in 10s");
     let log = "WARN said no WATCHDOG=1 for 10s; gets SIGABRT, killed in 10s unless it ends";
     assert_eq!(story.last_log(), log);
     assert_eq!(story.exits(Exit::Signal(6)), ["remove 1", "launch 2"]);
@@ -691,7 +691,7 @@ fn server_need_not_say_that_it_is_well_before_it_is_ready_nor_when_it_is_ended()
 fn server_that_triggers_its_watchdog_is_aborted_at_once() {
     let mut story = Story::ready();
     assert_eq!(story.report(Report::NotifyWatchdogTrigger), ["exclude 1", "SIGABRT to main of 1"]);
-    assert_eq!(story.reason(), "said WATCHDOG=trigger; asked to stop, killed in 10s");
+    assert_eq!(story.reason(), "said WATCHDOG=trigger; got SIGABRT, killed in 10s");
 
     let mut story = Story::new();
     story.tell(Event::Start);

@@ -43,7 +43,12 @@ pub use self::{
     user::User,
 };
 use crate::{
-    address::ListenAddress, error::UserError, lifetime::Lifetime, load::Rule, roll::Bounds, scale::Scale,
+    address::ListenAddress,
+    error::UserError,
+    lifetime::{self, Lifetime},
+    load::Rule,
+    roll::Bounds,
+    scale::Scale,
 };
 
 /// How many numbered servers services have, by their names, instead of what is configured.
@@ -403,12 +408,11 @@ impl fmt::Display for Service {
         if let Some(scale) = self.scale {
             write!(f, ", scale {scale}")?;
         }
-        if self.servers.iter().any(|server| server.check.is_some()) {
-            let check = |server: &Server| match &server.check {
-                Some(check) => format!("{} every {}", check.kind.name(), duration::write(check.interval)),
-                None => "none".to_owned(),
-            };
-            write!(f, ", check {}", most_and_others(&self.servers, check))?;
+        for (what, of) in PARTICULARS {
+            if self.servers.iter().any(|server| of(server).is_some()) {
+                let said = |server: &Server| of(server).unwrap_or_else(|| "none".to_owned());
+                write!(f, ", {what} {}", most_and_others(&self.servers, said))?;
+            }
         }
         if let Some(load) = &self.load {
             write!(f, ", weights {load}")?;
@@ -420,6 +424,22 @@ impl fmt::Display for Service {
         }
     }
 }
+
+/// What a server may have beside that, and how it is said.
+type Particular = (&'static str, fn(&Server) -> Option<String>);
+const PARTICULARS: [Particular; 8] = [
+    ("cpus", |server| (server.cpus != Cpus::All).then(|| server.cpus.to_string())),
+    ("check", |server| {
+        let check = server.check.as_ref()?;
+        Some(format!("{} every {}", check.kind.name(), duration::write(check.interval)))
+    }),
+    ("watchdog", |server| server.watchdog.map(duration::write)),
+    ("stall_after", |server| Some(duration::write(server.stall?.after))),
+    ("hang_kill", |server| server.stall?.kill_after.map(duration::write)),
+    ("max_age", |server| server.lifetime.max_age.map(duration::write)),
+    ("max_connections", |server| Some(server.lifetime.max_connections?.to_string())),
+    ("memory_limit", |server| server.lifetime.memory_limit.map(lifetime::size)),
+];
 
 /// `waiting 1024 for 30s with a reply`, or `no waiting`
 impl fmt::Display for Waiting {

@@ -402,7 +402,7 @@ fn check_says_what_was_understood() {
     );
     assert_eq!(
         parse(EXAMPLE).to_string(),
-        "shop: [::]:8080, 5 servers (1 to 4, big as backup), least-connections, socket own, user daemon, limit 200 (big: 400), weight 100 (big: 200), slow start 30s, scale 2 to 8, up at 80 % for 2s, down at 40 % for 5m, check http every 2s, weights by reported and accept-queue, strength 3, floor 10 %, waiting 1024 for 30s with a reply, limits: service 10000 connections, 500 per second (burst 1000), then wait; source 100 connections, 20 per second (burst 40) by /32 and /64, 1 exempt\n"
+        "shop: [::]:8080, 5 servers (1 to 4, big as backup), least-connections, socket own, user daemon, limit 200 (big: 400), weight 100 (big: 200), slow start 30s, scale 2 to 8, up at 80 % for 2s, down at 40 % for 5m, cpus spread (big: 0), check http every 2s, watchdog 10s (big: 20s), stall_after 10s (big: 20s), hang_kill 30s (big: 1m), max_age 24h (big: 48h), max_connections 1000000 (big: 2000000), memory_limit 2.0 GiB (big: 9.0 GiB), weights by reported and accept-queue, strength 3, floor 10 %, waiting 1024 for 30s with a reply, limits: service 10000 connections, 500 per second (burst 1000), then wait; source 100 connections, 20 per second (burst 40) by /32 and /64, 1 exempt\n"
     );
 }
 

@@ -123,12 +123,14 @@ fn whoever_had_a_cpu_that_goes_away_and_comes_back_has_it_again() {
     under_load(2, |load| {
         load.serves(20);
         cpu.take_away();
-        wait_until_eq("the CPUs", seconds(20.0), ["0", "0"].map(str::to_owned), masks);
-        let its = up.service().server("app/2").cpus.clone().expect("it has CPUs");
-        assert_eq!(
-            (its.list.as_str(), its.why.as_str()),
-            ("0", "spread over those that are there; 1 when all are")
-        );
+        let why = "spread over those that are there; 1 when all are";
+        wait_until_eq("what it has", seconds(20.0), ("0".to_owned(), why.to_owned()), || {
+            let its = up.service().server("app/2").cpus.clone().expect("it has CPUs");
+            (its.list, its.why)
+        });
+        // The kernel names the one that is offline as well.
+        let [first, second] = masks();
+        assert!(first == "0" && second.starts_with('0'), "{first}; {second}");
         // The next distributor knows whose it was.
         up.replace_distributor();
         load.serves(20);

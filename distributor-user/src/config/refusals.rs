@@ -637,6 +637,17 @@ socket = "stdin""#,
         &["shop.toml:7: service.shop.servers.big.socket: belongs in [service.shop.server], write it there"],
     ),
     (
+        "a_named_server_with_fields_of_the_service",
+        r#"[[service.shop.servers]]
+name = "big"
+max = 3
+max_surge = 2"#,
+        &[
+            "shop.toml:7: service.shop.servers.big.max: belongs in [service.shop.scale], write it there",
+            "shop.toml:8: service.shop.servers.big.max_surge: belongs in [service.shop.roll], write it there",
+        ],
+    ),
+    (
         "a_named_server_out_of_range",
         r#"[[service.shop.servers]]
 name = "big"

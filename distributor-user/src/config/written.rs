@@ -403,9 +403,9 @@ fn service(name: String, mut section: Section<'_>) -> Service {
             let its_check = section.place.child("check").field;
             let particulars = particulars(&mut section);
             let named = Named { place: section.place.clone(), name, particulars, check };
-            section.belongs_elsewhere(&waiting_fields, &waiting_place);
-            section.belongs_elsewhere(&roll_fields, &roll_place);
-            section.belongs_elsewhere(&load_fields, &load_place);
+            for (fields, place) in tables {
+                section.belongs_elsewhere(fields, place);
+            }
             section.belongs_elsewhere(&server_fields, &server_place);
             section.belongs_elsewhere(&its_fields, &its_check);
             section.finish();

@@ -132,13 +132,17 @@ async fn one(address: ListenAddress, target: &Target, talk: &Talk, within: Durat
     }
 }
 
-/// What a check comes to that takes too long; `said`: what the server or the command has said until
-/// then. If it took much longer, we were stopped ourselves and have not listened.
+/// What a check comes to that takes too long; `said`: what the server or the command has said until then.
 fn timed_out(took: Duration, within: Duration, said: String) -> Outcome {
-    match took > within + LATE {
-        true => Outcome::Untried(format!("its check was looked at {} too late", span(took - within))),
-        false => Outcome::Bad(format!("timed out after {}{said}", span(within))),
+    match too_late(took, within) {
+        Some(late) => Outcome::Untried(late),
+        None => Outcome::Bad(format!("timed out after {}{said}", span(within))),
     }
+}
+
+/// It was to take so long at most. If it took much longer, we were stopped ourselves and have not listened.
+fn too_late(took: Duration, within: Duration) -> Option<String> {
+    (took > within + LATE).then(|| format!("its check was looked at {} too late", span(took - within)))
 }
 
 /// A connection of ours, before it is made.

@@ -133,7 +133,7 @@ impl std::error::Error for LaunchError {}
 
 /// A launcher answers within this time. Ten times what a busy machine needs; what takes longer
 /// hangs, on a named pipe that nobody reads or a network file system that is gone.
-const TIME_LIMIT: Duration = Duration::from_secs(10);
+pub(crate) const TIME_LIMIT: Duration = Duration::from_secs(10);
 
 /// Said of a launcher that ended, or never was, without a word. How, the monitor tells.
 const SILENT: &str = "its launcher ended before it could";

@@ -20,7 +20,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::{Outcome, timed_out};
+use super::{Outcome, timed_out, too_late};
 use crate::{
     cgroup::Cgroup,
     error,
@@ -72,8 +72,12 @@ async fn run_in(cgroup: &Cgroup, exec: &Exec, said: &mut Said) -> Result<ExitSta
     drop(command);
     let mut reader = pipe::Receiver::from_owned_fd(OwnedFd::from(reader))
         .map_err(|error| lacks("read from a pipe", error))?;
+    let begun = Instant::now();
     let launched = launch::send_job(ours, exec).await;
     if let Err(error) = launched {
+        if let Some(late) = too_late(begun.elapsed(), launch::TIME_LIMIT) {
+            return Err(Failed::Lacks(late));
+        }
         return Err(match error::lacking(&error.to_string()) {
             Some(sentence) => Failed::Lacks(sentence),
             None => Failed::Cannot(error),

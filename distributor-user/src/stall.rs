@@ -2,7 +2,8 @@
 //!
 //! Pure. Takes how many connections ever came to a server's queues and how many lie there, as they
 //! are looked at from time to time; the difference is how many it has taken out. A length alone would
-//! not do: it is the same while as many come as are accepted.
+//! not do: it is the same while as many come as are accepted. Checks lie there too, and are not counted
+//! when they come.
 #![forbid(unsafe_code)]
 
 use std::time::{Duration, Instant};
@@ -12,6 +13,8 @@ use std::time::{Duration, Instant};
 pub struct Queue {
     /// The most that were ever out of them.
     taken: i64,
+    /// How many lay there at the last look.
+    length: u32,
     /// When one was last seen to have been taken out, or none to be there.
     moved: Instant,
 }
@@ -28,7 +31,7 @@ pub enum Seen {
 impl Queue {
     /// Nothing was seen yet.
     pub fn new(now: Instant) -> Self {
-        Self { taken: i64::MIN, moved: now }
+        Self { taken: i64::MIN, length: 0, moved: now }
     }
 
     /// Looks. `came` is to be read before `length`: who comes in between is then taken for one that
@@ -36,8 +39,10 @@ impl Queue {
     /// never the other way round.
     pub fn note(&mut self, came: u64, length: u32, now: Instant) -> Seen {
         let taken = came as i64 - i64::from(length);
-        // The first look shows no movement: there is nothing to compare it with.
-        let moves = length == 0 || self.taken != i64::MIN && taken > self.taken;
+        // The first look shows no movement: there is nothing to compare it with. Of what comes to check the
+        // server only the length tells.
+        let moves = length == 0 || length < self.length || self.taken != i64::MIN && taken > self.taken;
+        self.length = length;
         self.taken = self.taken.max(taken);
         if moves {
             self.moved = now;
@@ -54,7 +59,7 @@ mod tests {
     #[test]
     fn a_queue_stands_while_nothing_is_taken_out_of_it() {
         // How many came, how many lie there, and for how many seconds it has stood: a look each.
-        let looks: [(u64, u32, Option<u64>); 15] = [
+        let looks: [(u64, u32, Option<u64>); 18] = [
             (0, 0, None),
             (5, 5, Some(1)),
             (5, 5, Some(2)),
@@ -73,6 +78,10 @@ mod tests {
             (33, 0, None),
             (33, 0, None),
             (34, 1, Some(1)),
+            // Checks come, and one is taken out.
+            (34, 3, Some(2)),
+            (34, 4, Some(3)),
+            (34, 3, None),
         ];
         let begun = Instant::now();
         let mut queue = Queue::new(begun);

@@ -286,7 +286,9 @@ fn a_server_that_stays_unhealthy_is_started_again() {
     });
     let log = up.log();
     assert!(log.contains(", started again in 0.3s if they are not"), "{log}");
-    assert!(log.contains("503 Service Unavailable, and was unhealthy for "), "{log}");
+    let ended =
+        |line: &str| line.contains("app/1 was unhealthy for ") && line.contains("503 Service Unavailable");
+    assert!(log.lines().any(ended), "{log}");
     assert_eq!(up.service().server("app/2").restarts, 0);
     up.stop();
 }
@@ -823,7 +825,7 @@ fn a_server_that_hangs_for_too_long_is_killed() {
     up.wait_ready();
     let log = up.log();
     assert!(log.contains(", killed in 0.5s if it does not"), "{log}");
-    let killed = |line: &str| line.contains(", and was stalled for ") && line.contains("; gets SIGABRT");
+    let killed = |line: &str| line.contains("app/1 was stalled for ") && line.contains("; gets SIGABRT");
     assert!(log.lines().any(killed), "{log}");
     assert_eq!(restarts(&up.service().servers), [1, 0]);
     up.stop();
@@ -831,6 +833,25 @@ fn a_server_that_hangs_for_too_long_is_killed() {
 
 fn restarts(servers: &[Server]) -> Vec<u64> {
     servers.iter().map(|server| server.restarts).collect()
+}
+
+#[test]
+fn one_that_hangs_and_has_no_client_is_known_by_its_checks() {
+    let host = Host::new();
+    let mut app = speaking_http(&host, 2);
+    app.tables += "\ntimeout = \"100ms\"";
+    app.server = "stall_after = \"500ms\"\nhang_kill = \"500ms\"\nstop_timeout = \"300ms\"".to_owned();
+    let up = up(&host, &app);
+    wait_checks(&up, "app/1", true, 1);
+    let server = up.process("app/1");
+    server.freeze(seconds(5.0));
+    wait_for("the next instance", seconds(20.0), || {
+        up.process_if_any("app/1").filter(|process| *process != server)
+    });
+    assert!(up.log().contains("server app/1 was stalled for "), "{}", up.log());
+    up.wait_ready();
+    assert_no_clients(&up);
+    up.stop();
 }
 
 #[test]

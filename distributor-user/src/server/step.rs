@@ -645,12 +645,11 @@ impl Step<'_> {
             self.abort(run, then)
         } else if let Some(Ailment { since: stalled, why, .. }) = stalled {
             self.leave_ready(since, &mut run);
-            let then = self.failed(format!("{why}, and was stalled for {}", self.span_since(stalled)), &run);
+            let then = self.failed(format!("was stalled for {}: {why}", self.span_since(stalled)), &run);
             self.abort(run, then)
         } else if let Some(Ailment { since: unhealthy, why, .. }) = unhealthy {
             self.leave_ready(since, &mut run);
-            let then =
-                self.failed(format!("{why}, and was unhealthy for {}", self.span_since(unhealthy)), &run);
+            let then = self.failed(format!("was unhealthy for {}: {why}", self.span_since(unhealthy)), &run);
             self.drain(run, then)
         } else {
             State::Ready { since, run }

@@ -40,9 +40,12 @@ impl Service {
             let server = &self.entries[*entry];
             let run =
                 server.run.as_ref().filter(|_| server.machine.is_ready() && server.config.stall.is_some());
-            // One that is stalled is looked at until it is not, also when all its clients have gone.
+            // One that is stalled is looked at until it is not, also when all its clients have gone; and checks
+            // lie in a queue where clients do not.
+            let is_checked = server.config.check.as_ref().is_some_and(|check| check.kind.is_directed());
             run.is_some_and(|run| {
-                word::active(load.word[run.slot as usize]) > 0 || server.machine.is_stalled()
+                let has_clients = word::active(load.word[run.slot as usize]) > 0;
+                has_clients || is_checked || server.machine.is_stalled()
             })
         };
         let (looked_at, others): (Vec<usize>, Vec<usize>) = (0..self.entries.len()).partition(may_stall);

@@ -57,12 +57,30 @@ pub enum ServerChange {
         why: Vec<&'static str>,
         settings: Vec<Setting>,
     },
+    /// It was to be replaced, and runs as it is configured now.
+    Keep {
+        name: String,
+        settings: Vec<Setting>,
+    },
     Add {
         name: String,
     },
     Remove {
         name: String,
     },
+}
+
+/// What runs may not be what is configured, because to replace it has failed or is not over.
+pub struct Running<'a> {
+    /// Servers that run as they were configured even before: they are replaced too, if they go on.
+    pub outdated: Vec<String>,
+    /// Whether a server runs as this says already.
+    pub runs_as: &'a dyn Fn(&Service, &Server) -> bool,
+}
+
+impl Running<'_> {
+    /// Everything runs as it was configured last.
+    pub const AS_CONFIGURED: Self = Self { outdated: Vec::new(), runs_as: &|_, _| false };
 }
 
 /// A value that is set.
@@ -74,9 +92,8 @@ pub struct Setting {
 }
 
 impl Changes {
-    /// From the one configuration to the other. Servers that are called `outdated` run as they were configured
-    /// even before that: they are replaced too, if they go on.
-    pub fn between(old: &Config, new: &Config, outdated: &[String]) -> Self {
+    /// From the one configuration to the other, while what runs is like this.
+    pub fn between(old: &Config, new: &Config, running: &Running<'_>) -> Self {
         let removed = old.services.iter().filter(|service| new.service(&service.name).is_none());
         let mut services: Vec<ServiceChange> =
             removed.map(|service| ServiceChange::Remove(service.name.clone())).collect();
@@ -84,7 +101,7 @@ impl Changes {
         for service in &new.services {
             match old.service(&service.name) {
                 None => added.push(ServiceChange::Add(service.clone())),
-                Some(before) => changed.extend(service_change(before, service, outdated)),
+                Some(before) => changed.extend(service_change(before, service, running)),
             }
         }
         // What is removed may have the address of what is begun.
@@ -148,6 +165,7 @@ impl ServerChange {
         match self {
             Self::Set { name, .. }
             | Self::Replace { name, .. }
+            | Self::Keep { name, .. }
             | Self::Add { name }
             | Self::Remove { name } => name,
         }
@@ -164,14 +182,20 @@ impl ServerChange {
 
     fn sentences(&self) -> Vec<(&str, String)> {
         let mut sentences: Vec<String> = match self {
-            Self::Set { settings, .. } | Self::Replace { settings, .. } => {
+            Self::Set { settings, .. } | Self::Replace { settings, .. } | Self::Keep { settings, .. } => {
                 settings.iter().map(ToString::to_string).collect()
             }
             Self::Add { .. } => vec!["added and started".to_owned()],
             Self::Remove { .. } => vec!["drained, stopped and removed".to_owned()],
         };
-        if let Self::Replace { why, .. } = self {
-            sentences.push(format!("replaced by a new instance ({})", Self::reason(why)));
+        match self {
+            Self::Replace { why, .. } => {
+                sentences.push(format!("replaced by a new instance ({})", Self::reason(why)));
+            }
+            Self::Keep { .. } => {
+                sentences.push("not replaced, because what runs is like that already".to_owned())
+            }
+            Self::Set { .. } | Self::Add { .. } | Self::Remove { .. } => {}
         }
         sentences.into_iter().map(|sentence| (self.name(), sentence)).collect()
     }
@@ -196,7 +220,7 @@ fn list(names: &[&str]) -> String {
     }
 }
 
-fn service_change(old: &Service, new: &Service, outdated: &[String]) -> Option<ServiceChange> {
+fn service_change(old: &Service, new: &Service, running: &Running<'_>) -> Option<ServiceChange> {
     let begun_anew = [
         ("addresses", !same_addresses(old, new)),
         ("user", old.user != new.user),
@@ -207,7 +231,7 @@ fn service_change(old: &Service, new: &Service, outdated: &[String]) -> Option<S
     }
     let update = Update {
         settings: service_settings(old, new),
-        servers: server_changes(old, new, outdated),
+        servers: server_changes(old, new, running),
         // In the order that it has now, which groups are numbered by.
         service: Service { listen: old.listen.clone(), ..new.clone() },
     };
@@ -262,7 +286,7 @@ fn service_settings(old: &Service, new: &Service) -> Vec<Setting> {
     settings.0
 }
 
-fn server_changes(old: &Service, new: &Service, outdated: &[String]) -> Vec<ServerChange> {
+fn server_changes(old: &Service, new: &Service, running: &Running<'_>) -> Vec<ServerChange> {
     let find = |servers: &[Server], name: &str| servers.iter().find(|server| server.name == name).cloned();
     let mut changes = Vec::new();
     for server in &new.servers {
@@ -276,7 +300,9 @@ fn server_changes(old: &Service, new: &Service, outdated: &[String]) -> Vec<Serv
         if old.backlog != new.backlog {
             why.push("backlog");
         }
-        if !why.is_empty() || outdated.contains(&name) {
+        if !why.is_empty() && (running.runs_as)(new, server) {
+            changes.push(ServerChange::Keep { name, settings });
+        } else if !why.is_empty() || running.outdated.contains(&name) {
             changes.push(ServerChange::Replace { name, why, settings });
         } else if !settings.is_empty() {
             changes.push(ServerChange::Set { name, settings });
@@ -459,7 +485,7 @@ command = ["/bin/web"]
     }
 
     fn lines(old: &str, new: &str) -> Vec<String> {
-        Changes::between(&config(old), &config(new), &[]).lines()
+        Changes::between(&config(old), &config(new), &Running::AS_CONFIGURED).lines()
     }
 
     #[test]
@@ -557,13 +583,14 @@ command = ["/bin/web"]
 
     #[test]
     fn nothing_is_to_be_done_where_nothing_differs() {
-        assert!(Changes::between(&config(SHOP), &config(SHOP), &[]).is_empty());
-        assert!(!Changes::between(&config(SHOP), &config(WEB), &[]).is_empty());
+        assert!(Changes::between(&config(SHOP), &config(SHOP), &Running::AS_CONFIGURED).is_empty());
+        assert!(!Changes::between(&config(SHOP), &config(WEB), &Running::AS_CONFIGURED).is_empty());
     }
 
     #[test]
     fn who_runs_as_configured_before_is_replaced_if_he_goes_on() {
-        let outdated = ["shop/2".to_owned(), "shop/3".to_owned()];
+        let outdated = vec!["shop/2".to_owned(), "shop/3".to_owned()];
+        let running = Running { outdated, ..Running::AS_CONFIGURED };
         for (new, expected) in [
             (
                 SHOP.to_owned(),
@@ -591,9 +618,25 @@ command = ["/bin/web"]
                 vec!["service shop: drained, stopped and removed", "service web: added, with 1 server"],
             ),
         ] {
-            let changes = Changes::between(&config(SHOP), &config(&new), &outdated);
+            let changes = Changes::between(&config(SHOP), &config(&new), &running);
             assert_eq!(changes.lines(), expected, "{new}");
         }
+    }
+
+    #[test]
+    fn who_runs_as_configured_now_goes_on() {
+        let old = SHOP.replace("count = 3", "count = 3\numask = \"0027\"");
+        let runs_as = |_: &Service, server: &Server| server.name != "shop/2";
+        let running = Running { runs_as: &runs_as, ..Running::AS_CONFIGURED };
+        let changes = Changes::between(&config(&old), &config(SHOP), &running);
+        assert_eq!(
+            changes.lines(),
+            [
+                "servers shop/1, shop/3: not replaced, because what runs is like that already",
+                "server shop/2: replaced by a new instance (umask changed)",
+            ]
+        );
+        assert!(Changes::between(&config(SHOP), &config(SHOP), &running).is_empty());
     }
 
     #[test]
@@ -627,7 +670,7 @@ command = ["/bin/web"]
     fn what_is_stopped_comes_before_what_is_begun() {
         // It may have the address.
         let moved = WEB.replace("8081", "8080");
-        let changes = Changes::between(&config(SHOP), &config(&moved), &[]);
+        let changes = Changes::between(&config(SHOP), &config(&moved), &Running::AS_CONFIGURED);
         assert!(
             matches!(changes.services[..], [ServiceChange::Remove(_), ServiceChange::Add(_)]),
             "{changes:?}"
@@ -637,7 +680,7 @@ command = ["/bin/web"]
     #[test]
     fn what_is_added_comes_before_what_is_removed() {
         let other = SHOP.replace("count = 3", "count = 1") + "[[service.shop.servers]]\nname = \"big\"\n";
-        let changes = Changes::between(&config(SHOP), &config(&other), &[]);
+        let changes = Changes::between(&config(SHOP), &config(&other), &Running::AS_CONFIGURED);
         let [ServiceChange::Update(update)] = &changes.services[..] else { panic!("{changes:?}") };
         let names: Vec<&str> = update.servers.iter().map(ServerChange::name).collect();
         assert_eq!(names, ["shop/big", "shop/2", "shop/3"]);

@@ -486,10 +486,10 @@ enum Verb {
         #[arg(value_name = "SERVICE|SERVER", value_parser = service_or_server_name)]
         target: Option<String>,
         /// How many instances more may run at a time [default: as configured, or 1]
-        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(..=SLOTS as i64))]
+        #[arg(long, value_name = "N", value_parser = up_to_slots, allow_negative_numbers = true)]
         max_surge: Option<u32>,
         /// How many servers fewer may be ready at a time [default: as configured, or 0]
-        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(..=SLOTS as i64))]
+        #[arg(long, value_name = "N", value_parser = up_to_slots, allow_negative_numbers = true)]
         max_unavailable: Option<u32>,
         /// Return at once, and let it go on
         #[arg(long)]
@@ -536,7 +536,7 @@ enum Verb {
         #[arg(value_parser = service_name)]
         service: String,
         /// How many numbered servers; those with names are not counted
-        #[arg(value_name = "N", value_parser = clap::value_parser!(u32).range(0..=SLOTS as i64))]
+        #[arg(value_name = "N", value_parser = up_to_slots, allow_negative_numbers = true)]
         count: u32,
     },
 
@@ -721,6 +721,12 @@ fn limit(text: &str) -> Result<Limit, String> {
         Some(limit) => Ok(Limit(Some(limit))),
         None => Err(format!("write a number from 1 to {LIMIT_MAX}, or none")),
     }
+}
+
+/// A number of servers.
+fn up_to_slots(text: &str) -> Result<u32, String> {
+    let number = text.parse().ok().filter(|number| *number <= SLOTS as u32);
+    number.ok_or_else(|| format!("write a number from 0 to {SLOTS}"))
 }
 
 /// Its range is the configuration's to check.

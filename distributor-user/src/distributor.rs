@@ -271,7 +271,9 @@ impl<'a> Distributor<'a> {
             warn!("{error:#}: what runs is known by its cgroups only");
             None
         });
+        let mut configured = configured;
         if succession == Succession::First {
+            configured.go_on_scaled(record.as_ref())?;
             record = clear_the_way(&configured.config, place, record)?;
         }
         let runs = succession == Succession::Next || place.is_populated();
@@ -341,7 +343,12 @@ impl<'a> Distributor<'a> {
         for service in services.iter_mut().filter(|_| !stop) {
             match leaving.iter().any(|leaving| leaving.name == service.name()) {
                 true => service.stop(&mut host),
-                false => service.start(&mut host),
+                false => {
+                    service.start(&mut host);
+                    if succession == Succession::First {
+                        service.replace_outdated(&mut host);
+                    }
+                }
             }
         }
         if let Some(adopting) = interrupted {

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     roll::Roll,
-    service::{Adopted, Drift, Label},
+    service::{Adopted, Drift, Label, Role},
 };
 
 /// The file's name in the runtime directory.
@@ -75,6 +75,17 @@ pub struct Server {
     /// When its main process started: `field 22 of proc_pid_stat(5)`, which with the pid is never
     /// that of another process.
     pub start_time: Option<u64>,
+}
+
+impl Service {
+    /// How many of its servers have numbers for names.
+    pub fn numbered(&self) -> usize {
+        let is_numbered = |label: &Label| {
+            let number = label.server.rsplit_once('/').map(|(_, name)| name.parse::<usize>());
+            label.role == Role::Current && label.extra.is_none() && matches!(number, Some(Ok(_)))
+        };
+        self.servers.iter().filter(|server| is_numbered(&server.label)).count()
+    }
 }
 
 impl Record {

@@ -176,6 +176,8 @@ pub struct Service {
     roll: Option<Roll>,
     /// What is recorded of that is out of date.
     roll_changed: bool,
+    /// Servers that go when those are ready that take their share.
+    to_remove: Vec<String>,
     /// What the service as a whole and each source may have.
     limits: limits::Keeping,
     /// What is wrong with the machine.
@@ -393,6 +395,7 @@ impl Service {
             released: Vec::new(),
             roll: None,
             roll_changed: false,
+            to_remove: Vec::new(),
             limits: limits::Keeping::new(&config, &left)?,
             troubles: Troubles::default(),
             config,
@@ -919,6 +922,7 @@ impl Service {
         self.look_at_sources();
         self.keep_on_cpus();
         self.follow_load();
+        self.remove_superseded(host);
         self.replace_due();
         self.write_plan();
     }

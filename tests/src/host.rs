@@ -527,6 +527,16 @@ impl Up<'_> {
         status
     }
 
+    /// Kills it, with which its distributor ends, and starts the next one.
+    #[track_caller]
+    pub fn kill_and_start(self, app: &App) -> Self {
+        let (host, distributor) = (self.host, self.distributor());
+        self.signal(Signal::KILL);
+        wait_for("the distributor to end too", seconds(10.0), || (!distributor.runs()).then_some(()));
+        self.forget();
+        host.start(app)
+    }
+
     /// It was killed, and the next one is to find what it left.
     pub fn forget(self) {
         self.stopped.store(true, Ordering::Relaxed);

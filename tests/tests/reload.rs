@@ -10,7 +10,7 @@ use tests::{
     host::{Host, Up, V4},
     load::under_load,
     process::{Process, Signal},
-    wait::{seconds, wait_for, wait_until_eq},
+    wait::{seconds, stays, wait_for, wait_until_eq},
 };
 
 /// Writes another file where `up` has read its own.
@@ -294,6 +294,88 @@ fn what_has_failed_is_tried_again_when_its_cause_is_mended() {
 }
 
 #[test]
+fn a_file_that_is_undone_leaves_what_runs_alone() {
+    let host = Host::new();
+    let app = App { server: "start_timeout = \"1h\"".to_owned(), ..App::of(&host, 2) };
+    let up = host.up(&app);
+    let before = pids(&up);
+    let undone = ["servers app/1, app/2: not replaced, because what runs is like that already"];
+    // While it is tried, and after that has failed.
+    let hangs = App { command: vec!["sleep".to_owned(), "1000".to_owned()], ..app.clone() };
+    let fails = App { command: vec!["false".to_owned()], ..app.clone() };
+    for (wrong, state) in [(hangs, "under-way"), (fails, "failed")] {
+        rewrite(&host, &wrong);
+        reload(&up);
+        wait_until_eq("the restart", seconds(20.0), Some(state.to_owned()), || {
+            up.service().roll.map(|roll| roll.state)
+        });
+        rewrite(&host, &app);
+        assert_eq!(reload(&up), undone);
+        wait_names(&up, &["app/1", "app/2"]);
+        stays("the servers", seconds(1.0), before.clone(), || pids(&up));
+        assert_eq!(up.service().server("app/1").reason, None);
+    }
+    up.stop();
+}
+
+#[test]
+fn servers_of_other_names_are_ready_before_those_before_end() {
+    let host = Host::new();
+    let script = format!("sleep 0.5; exec {} --name {{name}} --listen '[::]:8080'", host.test_server());
+    let app = App::running(2, ["/bin/sh", "-c", &script].map(str::to_owned).to_vec()).refusing();
+    let up = host.up(&app);
+    under_load(2, |load| {
+        load.serves(20);
+        rewrite(&host, &app.clone().named([("a", String::new()), ("b", String::new())]));
+        let expected =
+            ["servers app/a, app/b: added and started", "servers app/1, app/2: drained, stopped and removed"];
+        assert_eq!(reload(&up), expected);
+        wait_names(&up, &["app/a", "app/b"]);
+        load.serves(20);
+        // Back again, and one of them is wanted all the same before the others are ready.
+        rewrite(&host, &app);
+        reload(&up);
+        rewrite(&host, &App { count: 2, ..app.clone().named([("b", String::new())]) });
+        reload(&up);
+        wait_names(&up, &["app/1", "app/2", "app/b"]);
+        load.serves(20);
+    });
+    up.stop();
+}
+
+#[test]
+fn what_changed_while_nobody_read_it_is_carried_out_without_loss() {
+    let host = Host::new();
+    let app = App::of(&host, 3).refusing();
+    let up = host.up(&app);
+    let before = pids(&up);
+    let newer = App { server: "environment = { COLOUR = \"red\" }".to_owned(), ..app.clone() };
+    let broken = App { command: vec!["false".to_owned()], ..app };
+    let (up, _) = under_load(2, |load| {
+        // It is tried, and those before serve on.
+        let up = up.kill_and_start(&broken);
+        wait_until_eq("the restart", seconds(20.0), Some("failed".to_owned()), || {
+            up.service().roll.map(|roll| roll.state)
+        });
+        load.serves(20);
+        assert_eq!(pids(&up), before);
+        let up = up.kill_and_start(&newer);
+        wait_for("all to be replaced", seconds(40.0), || {
+            let service = up.service();
+            let is_new = |pid: Option<i32>| pid.is_some() && !before.contains(&pid);
+            let done = service.servers.len() == 3 && service.servers.iter().all(|server| is_new(server.pid));
+            (done && service.is_ready()).then_some(())
+        });
+        load.serves(20);
+        up
+    });
+    for server in ["app/1", "app/2", "app/3"] {
+        assert_eq!(up.process(server).environment()["COLOUR"], "red", "{server}");
+    }
+    up.stop();
+}
+
+#[test]
 fn servers_are_added_and_removed_and_no_client_notices() {
     let host = Host::new();
     let app = App::of(&host, 2);
@@ -454,6 +536,7 @@ fn a_configuration_on_the_command_line_cannot_be_reloaded() {
         host.start_command(host.command(&[&words[..], &[&server, "--listen", "127.0.0.1:8080"]].concat()));
     up.wait_ready();
     up.run(&["reload"]).expect_refusal(2, &["command line", "up -f FILE"]);
+    assert_eq!(up.status().troubles.len(), 0, "nothing is wrong with it");
     // The number of servers can be another one all the same.
     assert_eq!(up.run(&["scale", "app", "2"]).expect_done().stdout, "server app/2: added and started\n");
     wait_names(&up, &["app/1", "app/2"]);
@@ -506,6 +589,10 @@ fn servers_come_and_go_by_the_connections_there_are() {
     let status = up.run(&["status"]).expect_done().stdout;
     assert!(status.contains("3 of 1 to 3 servers"), "{status}");
     up.run(&["scale", "app", "4"]).expect_refusal(2, &["scale app to 4", "write 1 to 3"]);
+    // The next one goes on with as many.
+    let up = up.kill_and_start(&app);
+    wait_names(&up, &["app/1", "app/2", "app/3"]);
+    wait_until_eq("connections", seconds(10.0), 9, || up.connections().iter().sum::<u64>());
     drop((held, waiting));
     wait_names(&up, &["app/1"]);
     assert!(up.log().contains("it is to have 1 server\n"), "{}", up.log());

@@ -69,7 +69,9 @@ impl Distributor<'_> {
                 self.of_server(&server, |service, entry, host| service.resume(entry, host))
             }
             Command::Reload { dry_run } => self.reload(if dry_run { Purpose::Show } else { Purpose::Do }),
-            Command::Scale { service, count } => self.scale(&service, count as usize),
+            Command::Scale { service, count } => {
+                self.scale(&service, count as usize, "by an operator".to_owned())
+            }
             Command::Restart { target, max_surge, max_unavailable } => {
                 self.restart(target.as_deref(), max_surge, max_unavailable)
             }

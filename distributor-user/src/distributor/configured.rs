@@ -8,13 +8,14 @@
 use std::os::fd::AsFd as _;
 
 use crate::{
-    changes::{Changes, ServiceChange},
+    changes::{Changes, Running, ServiceChange},
     cli::Source,
     config::{self, Config},
     in_force::InForce,
     instance::Instance,
     link::{Inheritance, Link},
     message::ToMonitor,
+    record::Record,
 };
 
 /// The label of a configuration.
@@ -60,6 +61,21 @@ impl<'a> Configured<'a> {
         })
     }
 
+    /// Services whose servers come and go have as many as there were, when everything was killed.
+    pub(super) fn go_on_scaled(&mut self, record: Option<&Record>) -> anyhow::Result<()> {
+        for service in &self.config.services {
+            let recorded =
+                record.and_then(|record| record.services.iter().find(|it| it.name == service.name));
+            let (Some(scale), Some(recorded)) = (service.scale, recorded) else { continue };
+            let count = recorded.numbered().clamp(scale.min, scale.max);
+            if count != service.numbered() {
+                self.in_force = self.in_force.scaled(&service.name, count);
+            }
+        }
+        self.config = self.in_force.config(self.source)?;
+        Ok(())
+    }
+
     /// Has the monitor hold it for the next distributor.
     pub(super) fn hold(&mut self, link: &mut Link) -> anyhow::Result<()> {
         let (key, file) = (link.number(), self.in_force.keep()?);
@@ -91,7 +107,7 @@ impl<'a> Configured<'a> {
     pub(super) fn leaving(&self, place: &Instance) -> Vec<config::Service> {
         let mut leaving: Vec<config::Service> = Vec::new();
         for (_, earlier) in self.earlier.iter().rev() {
-            let changes = Changes::between(earlier, &self.config, &[]).services;
+            let changes = Changes::between(earlier, &self.config, &Running::AS_CONFIGURED).services;
             let gone = changes.into_iter().filter_map(|change| match change {
                 ServiceChange::Remove(name) => Some(name),
                 ServiceChange::BeginAnew { service, .. } => Some(service.name),

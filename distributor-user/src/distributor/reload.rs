@@ -12,7 +12,7 @@ use tracing::{error, info};
 
 use super::{Distributor, vacancy::Vacancy};
 use crate::{
-    changes::{Changes, ServiceChange},
+    changes::{Changes, Running, ServiceChange},
     cli::Source,
     config::{self, Config, Occupied},
     control::Response,
@@ -59,7 +59,8 @@ impl Distributor<'_> {
             }
             (Err(error), purpose) => {
                 let sentence = format!("{error:#}");
-                if purpose == Purpose::Do {
+                // Nothing is wrong where there is no file.
+                if purpose == Purpose::Do && matches!(self.configured.source, Source::File(_)) {
                     let what = format!("the configuration was not reloaded, nothing has changed: {sentence}");
                     self.troubles.note(RELOAD, Some(what), SystemTime::now());
                 }
@@ -76,8 +77,8 @@ impl Distributor<'_> {
         response
     }
 
-    /// Gives a service so many numbered servers.
-    pub(super) fn scale(&mut self, service: &str, count: usize) -> Response {
+    /// Gives a service so many numbered servers, for this reason.
+    pub(super) fn scale(&mut self, service: &str, count: usize, why: String) -> Response {
         if self.stopping {
             return Response::failure("scale: dist-ctl is being stopped");
         }
@@ -92,8 +93,13 @@ impl Distributor<'_> {
         let in_force = self.configured.in_force.scaled(service, count);
         match in_force.config(self.configured.source) {
             Ok(newer) => {
-                let changes = Changes::between(config, &newer, &[]);
-                self.change_to(in_force, newer, changes)
+                let changes = Changes::between(config, &newer, &Running::AS_CONFIGURED);
+                let is_other = !changes.is_empty();
+                let done = self.change_to(in_force, newer, changes);
+                if is_other && let Some(scaled) = self.services.iter_mut().find(|it| it.name() == service) {
+                    scaled.note_scaled(why);
+                }
+                done
             }
             Err(error) => Response::input(format!("scale {service} to {count}: {error}")),
         }
@@ -110,7 +116,7 @@ impl Distributor<'_> {
         for (service, Decision { count, why }) in decisions {
             let plural = if count == 1 { "" } else { "s" };
             info!("service {service}: {why}: it is to have {count} server{plural}");
-            if let Response::Refused { error, .. } = self.scale(&service, count) {
+            if let Response::Refused { error, .. } = self.scale(&service, count, why) {
                 error!("{error}");
             }
         }
@@ -136,7 +142,12 @@ impl Distributor<'_> {
         let config = newer.config(source)?;
         // A roll that has failed can be tried again, once its cause is mended.
         let outdated: Vec<String> = self.services.iter().flat_map(Service::outdated).collect();
-        let changes = Changes::between(&self.configured.config, &config, &outdated);
+        let runs_as = |service: &config::Service, server: &config::Server| {
+            let its = self.services.iter().find(|it| it.name() == service.name);
+            its.is_some_and(|it| it.runs_as(service, server))
+        };
+        let running = Running { outdated, runs_as: &runs_as };
+        let changes = Changes::between(&self.configured.config, &config, &running);
         self.check_addresses(&changes).with_context(|| format!("reload {}", path.display()))?;
         Ok((newer, config, changes))
     }

@@ -61,7 +61,7 @@ impl Vacancy {
 
     /// For one that was configured otherwise before, and has not come to its end as that.
     pub(super) fn until_it_has_left(config: config::Service) -> Self {
-        Self::new(config, "it begins anew, when it has been stopped as it was before".to_owned())
+        Self::new(config, "begins anew when what runs of it has been stopped".to_owned())
     }
 
     pub(super) fn new(config: config::Service, why: String) -> Self {

@@ -4,6 +4,7 @@ use std::{
     cmp::Reverse,
     collections::HashSet,
     os::fd::AsFd as _,
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
@@ -13,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use tracing::{debug, info, warn};
 
 use super::{
-    Host, Launch, Listeners, NotReplaced, Role, Running, Service,
+    Entry, Host, Launch, Listeners, NotReplaced, Role, Running, Service,
     adopt::{self, Adopted, Guest},
     cpus::Pinned,
     load::{Said, Strain},
@@ -31,7 +32,7 @@ use crate::{
     message::ToMonitor,
     notify::{self, NotifySocket},
     plan, record,
-    server::{self, Event, Instance, Main, Report, Server},
+    server::{self, Instance, Main, Report, Server},
 };
 
 /// What the next distributor has to know of a server. The monitor keeps it with the server's
@@ -233,7 +234,7 @@ impl Service {
         }
         self.forget_homes(homes);
         for (entry, Found { label, child }) in &chosen {
-            self.catch_up(*entry, label, child.as_ref(), succession, host);
+            self.catch_up(*entry, label, child.as_ref(), host);
         }
         Ok(strangers)
     }
@@ -361,14 +362,7 @@ impl Service {
     }
 
     /// Brings a server up to date with what has happened since its label was written.
-    fn catch_up(
-        &mut self,
-        entry: usize,
-        label: &Label,
-        child: Option<&Child>,
-        succession: Succession,
-        host: &mut Host<'_>,
-    ) {
+    fn catch_up(&mut self, entry: usize, label: &Label, child: Option<&Child>, host: &mut Host<'_>) {
         let Some(run) = &self.entries[entry].run else { return };
         let name = self.entries[entry].name();
         match run.pid {
@@ -415,12 +409,6 @@ impl Service {
         if let Some(exit) = child.and_then(|child| child.exit) {
             self.exited(entry, exit, host);
         }
-        let is_ours = label.adopted.is_none() && self.entries[entry].role != Role::Leaving;
-        let changed = is_ours && label.run.is_some_and(|ran| self.job(entry).is_ok_and(|job| job != ran.job));
-        if succession == Succession::First && changed && self.entries[entry].run.is_some() {
-            info!("server {}: what it is started with has changed", self.entries[entry].name());
-            self.tell(entry, Event::Stop, host);
-        }
     }
 
     /// What an earlier distributor's listeners are filed under, if nobody has them any more.
@@ -466,7 +454,7 @@ impl Service {
         entry: usize,
         instance: Instance,
         host: &Host<'_>,
-    ) -> (crate::cgroup::Cgroup, std::path::PathBuf) {
+    ) -> (crate::cgroup::Cgroup, PathBuf) {
         let short = &self.entries[entry].config.short_name;
         let cgroup = self.cgroup.child(&format!("{short}.{}", instance.0));
         let socket = format!("{}.{short}.{}", self.config.name, instance.0);
@@ -478,7 +466,7 @@ impl Service {
         &self,
         entry: usize,
         instance: Instance,
-        path: std::path::PathBuf,
+        path: PathBuf,
         held: Option<Held>,
         host: &mut Host<'_>,
     ) -> anyhow::Result<Hearing> {
@@ -514,31 +502,9 @@ impl Service {
         Ok(Hearing::new(task, key))
     }
 
-    pub(super) fn exec(&self, entry: usize, cgroup: std::path::PathBuf) -> Exec {
-        let server = &self.entries[entry].config;
-        Exec {
-            command: server.command.clone(),
-            environment: server.environment.clone(),
-            directory: server.directory.clone(),
-            user: self.config.user.as_ref().map(Into::into),
-            umask: Some(server.umask),
-            limits: server
-                .limits
-                .iter()
-                .map(|&(resource, limit)| Limit { resource, soft: limit, hard: limit })
-                .collect(),
-            cpus: self.entries[entry].cpus.now.clone(),
-            cgroup,
-            stdout: (&server.output).into(),
-            stderr: (&server.errors).into(),
-            socket: match self.config.socket {
-                SocketMode::Own => Socket::Own,
-                SocketMode::Systemd => Socket::Systemd(self.config.listen.clone()),
-                SocketMode::Stdin => Socket::Stdin(self.config.listen[0]),
-            },
-            backlog: self.config.backlog,
-            watchdog: server.watchdog,
-        }
+    pub(super) fn exec(&self, entry: usize, cgroup: PathBuf) -> Exec {
+        let Entry { config, cpus, .. } = &self.entries[entry];
+        Exec { cpus: cpus.now.clone(), cgroup, ..exec_of(&self.config, config) }
     }
 
     /// What the next distributor has to know of a server.
@@ -614,13 +580,40 @@ impl Service {
 
     /// A hash of what a server is started with, as far as the configuration says it.
     pub(super) fn job(&self, entry: usize) -> anyhow::Result<u64> {
-        // Where it runs differs from instance to instance...
-        let mut exec = self.exec(entry, std::path::PathBuf::new());
-        // ...and what is not configured from shell to shell.
-        exec.environment = self.entries[entry].config.own_environment.clone();
-        // Which CPUs it has may change while it runs.
-        exec.cpus = Vec::new();
-        Ok(plan::hash(&serde_json::to_vec(&exec)?))
+        job_of(&self.config, &self.entries[entry].config)
+    }
+}
+
+pub(super) fn job_of(service: &config::Service, server: &config::Server) -> anyhow::Result<u64> {
+    // What is not configured differs from shell to shell.
+    let exec = Exec { environment: server.own_environment.clone(), ..exec_of(service, server) };
+    Ok(plan::hash(&serde_json::to_vec(&exec)?))
+}
+
+/// What a server is started with, but for what differs from instance to instance: cgroup and CPUs.
+fn exec_of(service: &config::Service, server: &config::Server) -> Exec {
+    Exec {
+        command: server.command.clone(),
+        environment: server.environment.clone(),
+        directory: server.directory.clone(),
+        user: service.user.as_ref().map(Into::into),
+        umask: Some(server.umask),
+        limits: server
+            .limits
+            .iter()
+            .map(|&(resource, limit)| Limit { resource, soft: limit, hard: limit })
+            .collect(),
+        cpus: Vec::new(),
+        cgroup: PathBuf::new(),
+        stdout: (&server.output).into(),
+        stderr: (&server.errors).into(),
+        socket: match service.socket {
+            SocketMode::Own => Socket::Own,
+            SocketMode::Systemd => Socket::Systemd(service.listen.clone()),
+            SocketMode::Stdin => Socket::Stdin(service.listen[0]),
+        },
+        backlog: service.backlog,
+        watchdog: server.watchdog,
     }
 }
 

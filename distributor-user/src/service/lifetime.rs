@@ -126,7 +126,9 @@ impl Service {
     /// Why a server is to be replaced though nobody has asked for it.
     pub(super) fn replacement_ahead(&self, server: &str) -> Option<String> {
         let roll = self.roll.as_ref().filter(|roll| !roll.is_over())?;
-        let item = roll.items().iter().find(|item| item.server == server && item.is_open())?;
+        let current = self.entries[self.find(server)?].machine.instance();
+        let is_ahead = |item: &&Item| item.server == server && item.is_open() && item.before >= current;
+        let item = roll.items().iter().find(is_ahead)?;
         Some(format!("is to be replaced: {}", item.why.as_deref()?))
     }
 

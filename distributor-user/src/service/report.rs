@@ -165,6 +165,9 @@ impl Service {
         let it = &self.entries[entry];
         let server = &it.config.name;
         match it.role {
+            Role::Current if self.to_remove.contains(server) => {
+                Some("is removed when those that were added are ready".to_owned())
+            }
             Role::Current => self
                 .replacement_ahead(server)
                 .or_else(|| it.not_replaced.as_ref().map(|not_replaced| not_replaced.reason(now))),

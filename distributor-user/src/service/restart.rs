@@ -35,7 +35,7 @@ impl Service {
             let (done, of) = roll.progress();
             let since = span(roll.since.elapsed());
             return Err(Response::failure(format!(
-                "restart {what}: a restart of service {} is under way since {since} ({done} of {of} done): wait \
+                "restart {what}: a restart of service {} is under way for {since} ({done} of {of} done): wait \
                  for its end, which dist-ctl status shows",
                 self.config.name
             ))
@@ -180,7 +180,10 @@ impl Service {
                 Stage::Failed { .. } => RollState::Failed,
                 Stage::LeftAlone { .. } => RollState::LeftAlone,
             },
-            reason: item.says(seen.iter().find(|seen| seen.server == item.server)),
+            reason: match item.stage {
+                Stage::Waits if roll.is_over() => Some("the restart ended before its turn".to_owned()),
+                _ => item.says(seen.iter().find(|seen| seen.server == item.server)),
+            },
         };
         let failed = roll.outcome().and_then(|outcome| outcome.failed.clone());
         Some(RollStatus {

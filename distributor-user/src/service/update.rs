@@ -11,14 +11,15 @@ use std::{
 };
 
 use distributor_ebpf::word;
-use tracing::error;
+use tracing::{error, info};
 
-use super::{Entry, Host, Role, Service, change};
+use super::{Entry, Host, Role, Service, change, launch::job_of};
 use crate::{
     changes::{ServerChange, Update},
     config, moment,
     roll::{Item, Roll},
     scale,
+    server::State,
 };
 
 impl Service {
@@ -45,20 +46,29 @@ impl Service {
             its.into_iter().for_each(|entry| self.set(entry, server.clone()));
         }
         let mut replaced = Vec::new();
+        self.to_remove.retain(|name| self.config.servers.iter().all(|server| server.name != *name));
+        let mut added = Vec::new();
         for change in servers {
             let name = change.name();
             let configured = self.config.servers.iter().find(|server| server.name == name).cloned();
             let done = match (&change, self.find(name), configured) {
-                (ServerChange::Add { .. }, None, Some(server)) => self.add(server, host).map(drop),
+                (ServerChange::Add { .. }, None, Some(server)) => {
+                    added.push(name.to_owned());
+                    self.add(server, host).map(drop)
+                }
+                // Whoever takes their share is to be ready first.
+                (ServerChange::Remove { .. }, Some(_), _) if !added.is_empty() => {
+                    self.to_remove.push(name.to_owned());
+                    Ok(())
+                }
                 (ServerChange::Remove { .. }, Some(entry), _) => self.remove(entry, host),
                 (ServerChange::Replace { why, .. }, Some(_), _) => {
-                    // One that is on its way already is started as it was configured before: of no use.
-                    if let Some(successor) = self.successor_of(name) {
-                        self.see_off(successor, host);
-                    }
-                    self.roll.iter_mut().for_each(|roll| roll.forget(name));
-                    let why = Some(ServerChange::reason(why));
-                    replaced.push(Item::new(name, self.newest(name), why));
+                    replaced.push(self.renewal(name, ServerChange::reason(why), host));
+                    Ok(())
+                }
+                (ServerChange::Keep { .. }, Some(entry), _) => {
+                    self.forgo_replacement(name, host);
+                    self.entries[entry].not_replaced = None;
                     Ok(())
                 }
                 // It was set with all others; or what is to be done has been.
@@ -66,7 +76,8 @@ impl Service {
                     ServerChange::Set { .. }
                     | ServerChange::Add { .. }
                     | ServerChange::Remove { .. }
-                    | ServerChange::Replace { .. },
+                    | ServerChange::Replace { .. }
+                    | ServerChange::Keep { .. },
                     ..,
                 ) => Ok(()),
             };
@@ -79,16 +90,86 @@ impl Service {
         self.write_plan();
     }
 
+    /// What is on its way to take the place of this server is not wanted any more.
+    fn forgo_replacement(&mut self, name: &str, host: &mut Host<'_>) {
+        if let Some(successor) = self.successor_of(name) {
+            self.see_off(successor, host);
+        }
+        self.roll.iter_mut().for_each(|roll| roll.forget(name));
+    }
+
+    /// It is to be replaced. One that is on its way already is started as it was configured before: of no use.
+    fn renewal(&mut self, name: &str, why: String, host: &mut Host<'_>) -> Item {
+        self.forgo_replacement(name, host);
+        Item::new(name, self.newest(name), Some(why))
+    }
+
+    /// Removes servers that are not configured any more, once those that were added with that are ready, or have
+    /// failed.
+    pub(super) fn remove_superseded(&mut self, host: &mut Host<'_>) {
+        let starts = |entry: &Entry| {
+            entry.role == Role::Current && matches!(entry.machine.state(), State::Starting { .. })
+        };
+        if self.to_remove.is_empty() || self.entries.iter().any(starts) {
+            return;
+        }
+        for name in mem::take(&mut self.to_remove) {
+            let Some(entry) = self.find(&name) else { continue };
+            if let Err(error) = self.remove(entry, host) {
+                error!("server {name}: {error:#}");
+            }
+        }
+        self.plan_cpus();
+        self.write_plan();
+    }
+
+    /// The file says something else than it did before the machine's distributors were killed: replaces who runs
+    /// by what it said.
+    pub fn replace_outdated(&mut self, host: &mut Host<'_>) {
+        let mut replaced = Vec::new();
+        for entry in
+            (0..self.entries.len()).filter(|entry| self.entries[*entry].is_current()).collect::<Vec<_>>()
+        {
+            let name = self.entries[entry].config.name.clone();
+            let is_coming =
+                |roll: &Roll| roll.items().iter().any(|item| item.server == name && item.is_open());
+            let is_coming = self.roll.as_ref().is_some_and(|roll| !roll.is_over() && is_coming(roll));
+            let is_outdated = match self.successor_of(&name) {
+                Some(successor) => self.runs_otherwise(successor),
+                None => !is_coming && self.runs_otherwise(entry),
+            };
+            if is_outdated {
+                info!("server {name}: what it is started with has changed: is to be replaced");
+                replaced.push(self.renewal(&name, ServerChange::reason(&[]), host));
+            }
+        }
+        self.roll_on(replaced);
+    }
+
+    /// It was not started as it is configured.
+    fn runs_otherwise(&self, entry: usize) -> bool {
+        let job = self.job(entry).ok();
+        self.ran(entry).is_some_and(|ran| job.is_some_and(|job| job != ran))
+    }
+
+    /// A hash of what it was started with, if we did.
+    fn ran(&self, entry: usize) -> Option<u64> {
+        let run = self.entries[entry].run.as_ref().filter(|run| run.guest.is_none())?;
+        Some(run.job).filter(|job| *job != 0)
+    }
+
+    /// Whether a server runs as this configuration of its service says, as far as what it is started with goes.
+    pub fn runs_as(&self, service: &config::Service, server: &config::Server) -> bool {
+        let ran = self.find(&server.name).and_then(|entry| self.ran(entry));
+        ran.is_some_and(|ran| job_of(service, server).is_ok_and(|job| job == ran))
+    }
+
     /// Servers that run as they were configured before, and that nobody is about to replace.
     pub fn outdated(&self) -> Vec<String> {
         if self.stopping || self.roll.as_ref().is_some_and(|roll| !roll.is_over()) {
             return Vec::new();
         }
-        let is_outdated = |entry: &usize| {
-            let run = self.entries[*entry].run.as_ref().filter(|run| run.guest.is_none());
-            let differs = |ran: u64| self.job(*entry).is_ok_and(|job| job != ran);
-            self.entries[*entry].is_current() && run.is_some_and(|run| run.job != 0 && differs(run.job))
-        };
+        let is_outdated = |entry: &usize| self.entries[*entry].is_current() && self.runs_otherwise(*entry);
         let outdated = (0..self.entries.len()).filter(is_outdated);
         outdated.map(|entry| self.entries[entry].config.name.clone()).collect()
     }
@@ -143,9 +224,12 @@ impl Service {
         // They have the same limit, unless an operator or they themselves say otherwise.
         let limits = numbered.iter().filter_map(|entry| entry.effective_limit());
         seen.limit = limits.map(u64::from).sum::<u64>().checked_div(numbered.len() as u64)?.max(1);
-        let decision = self.scaler.decide(&scale, &seen, now)?;
-        self.rescaled = Some((decision.why.clone(), SystemTime::now()));
-        Some(decision)
+        self.scaler.decide(&scale, &seen, now)
+    }
+
+    /// It has another number of servers from here on.
+    pub fn note_scaled(&mut self, why: String) {
+        self.rescaled = Some((why, SystemTime::now()));
     }
 
     /// What the configuration says of a server that goes on.

@@ -18,7 +18,7 @@ use tests::{
     host::{Host, Up, V4, heavy},
     http::{self, Kept},
     real::{self, Daemon, Nginx},
-    wait::{fewer, seconds},
+    wait::{fewer, lasting, seconds},
 };
 
 /// Clients that make a connection for each request, and such that keep theirs.
@@ -107,16 +107,16 @@ impl Drop for Over<'_> {
     }
 }
 
-/// A second for the connections that are kept.
-fn app(count: usize, command: Vec<String>) -> App {
-    App { server: "drain_timeout = \"500ms\"\n".to_owned(), ..App::running(count, command) }
+/// `drain`: for the connections that are kept, and long enough for whoever has sent a request.
+fn app(count: usize, command: Vec<String>, drain: f64) -> App {
+    App { server: format!("drain_timeout = \"{}\"\n", lasting(drain)), ..App::running(count, command) }
 }
 
 #[test]
 fn no_request_fails_while_nginx_is_restarted() {
     let _alone = heavy();
     let host = Host::new();
-    let up = host.up(&app(2, real::nginx(&host, 2, Nginx::Shared, Daemon::Off)));
+    let up = host.up(&app(2, real::nginx(&host, 2, Nginx::Shared, Daemon::Off), 0.5));
     rolls("nginx", &up, 4);
 }
 
@@ -124,7 +124,7 @@ fn no_request_fails_while_nginx_is_restarted() {
 fn no_request_fails_while_node_is_restarted() {
     let _alone = heavy();
     let host = Host::new();
-    let up = host.up(&app(2, real::node(&host)));
+    let up = host.up(&app(2, real::node(&host), 1.0));
     rolls("node", &up, 3);
 }
 
@@ -133,7 +133,8 @@ fn no_request_fails_while_tomcat_is_restarted() {
     let _alone = heavy();
     let host = Host::new();
     let tomcat = real::tomcat(&host, 2);
-    let mut app = app(2, tomcat.command);
+    // A JVM that starts beside another one leaves it little of a CPU.
+    let mut app = app(2, tomcat.command, 4.0);
     app.server.push_str(&tomcat.environment);
     let up = host.up(&app);
     rolls("tomcat", &up, 1);

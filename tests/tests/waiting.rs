@@ -10,6 +10,7 @@ use std::{
     io::{self, ErrorKind, Read, Write},
     net::{Shutdown, SocketAddr, TcpStream},
     sync::{Barrier, Mutex},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -868,19 +869,26 @@ fn whoever_begins_to_wait_while_the_service_stops_is_turned_away() {
 #[track_caller]
 fn fifty_are_answered(up: &Up<'_>, limit: u64) {
     const ALL: usize = 50;
-    let start = Barrier::new(ALL);
-    client::in_threads(ALL, 0..ALL, |number| {
-        start.wait();
-        http::get(if number % 2 == 0 { V4 } else { V6 }).map(drop)
-    })
-    .unwrap_or_else(|error| panic!("not everybody is answered: {error}: {:#?}", up.service()));
+    let places = limit as usize * up.service().servers.len();
+    let held: Vec<TcpStream> = (0..places).map(|_| client::connect(V4).expect("a place")).collect();
+    thread::scope(|scope| {
+        let clients = scope.spawn(|| {
+            client::in_threads(ALL, 0..ALL, |number| {
+                http::get(if number % 2 == 0 { V4 } else { V6 }).map(drop)
+            })
+        });
+        wait_waiting(up, ALL);
+        drop(held);
+        let answered = clients.join().expect("no client panics");
+        answered.unwrap_or_else(|error| panic!("not everybody is answered: {error}: {:#?}", up.service()));
+    });
     let service = up.service();
-    assert!(service.outcome("handed_over") > 0, "nobody had to wait: {:?}", service.outcomes);
+    assert_eq!(service.outcome("handed_over"), ALL as u64);
     for server in &service.servers {
         assert!(server.connections_max <= limit, "{} had {}", server.name, server.connections_max);
     }
     assert_quiet(up, service.servers.len());
-    assert_eq!(up.service().totals().iter().sum::<u64>(), ALL as u64);
+    assert_eq!(up.service().totals().iter().sum::<u64>(), (ALL + places) as u64);
 }
 
 /// A thread is never given a connection while it has another: the pool is as large as the limit.

@@ -189,7 +189,7 @@ struct Ailment {
 
 /// An instant that may be missing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Moment(#[serde(with = "moment")] Instant);
+pub struct Moment(#[serde(with = "moment")] pub Instant);
 
 /// What is left of a server's time to say that it is well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

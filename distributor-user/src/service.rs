@@ -65,7 +65,7 @@ use crate::{
     record,
     roll::Roll,
     scale::Scaler,
-    server::{Action, Event, Instance, Recipient, Report, Server, Supervision},
+    server::{Action, Event, Instance, Moment, Recipient, Report, Server, Supervision},
     share::{self, HeldBack, Share, Warming},
     stall::Queue,
     trouble::Troubles,
@@ -200,6 +200,8 @@ struct Entry {
     /// An operator has taken it out.
     drain: Option<Drain>,
     closing: drain::Closing,
+    /// When it was put back by an operator.
+    resumed: Option<Moment>,
     /// What its checks have come to.
     health: Health,
     checking: check::Checking,

@@ -57,8 +57,11 @@ fn a_drained_server_gets_nothing_new_and_keeps_what_it_has_until_it_is_resumed()
     wait_until_eq("reason", seconds(10.0), expected.replace("2 connections", "no connections"), || {
         reason(&up, "app/1")
     });
+    // It is told in whole seconds.
+    stays("its state", seconds(1.1), "draining".to_owned(), || up.service().server("app/1").state.clone());
     up.run(&["resume", "app/1"]).expect_done();
     let resumed = up.service().server("app/1").clone();
+    assert!(resumed.since > drained.since, "{resumed:?}");
     assert_eq!((resumed.state.as_str(), resumed.effective_weight, resumed.drain), ("ready", 100, None));
     assert_eq!(by_name(&client::hold(V4, 4)), [("1".to_owned(), 4)]);
     assert_eq!((up.process("app/1"), resumed.restarts), (server, 0));

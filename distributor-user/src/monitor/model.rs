@@ -988,6 +988,7 @@ impl World {
             weight: entry.weight,
             limit: None,
             drain: None,
+            resumed: None,
             health: Health::default(),
             total_before: 0,
             most_before: 0,

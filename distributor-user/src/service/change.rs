@@ -58,6 +58,7 @@ impl Entry {
             extra: false,
             not_replaced: None,
             drain: None,
+            resumed: None,
             closing: drain::Closing::default(),
             health: Health::default(),
             checking: super::check::Checking::default(),

@@ -16,6 +16,7 @@ use crate::{
     distributor::Input,
     drain::{Drain, Rest},
     kernel,
+    server::Moment,
 };
 
 /// How often those that are left are closed. Handshakes that were under way are late.
@@ -52,6 +53,7 @@ impl Service {
     pub(super) fn end_drain(&mut self, entry: usize) {
         if self.entries[entry].drain.take().is_some() {
             info!("server {} is resumed", self.entries[entry].name());
+            self.entries[entry].resumed = Some(Moment(Instant::now()));
             self.note(&closing_of(&self.entries[entry].name()), None);
             self.changed(entry);
         }

@@ -32,7 +32,7 @@ use crate::{
     message::ToMonitor,
     notify::{self, NotifySocket},
     plan, record,
-    server::{self, Instance, Main, Report, Server},
+    server::{self, Instance, Main, Moment, Report, Server},
 };
 
 /// What the next distributor has to know of a server. The monitor keeps it with the server's
@@ -62,6 +62,9 @@ pub struct Label {
     pub most_before: u64,
     /// Slots of ended instances that still have some, and LOAD's total when each was taken.
     pub retired: Vec<(u32, u64)>,
+    /// When an operator has put it back.
+    #[serde(default)]
+    pub resumed: Option<Moment>,
     /// It was started by somebody else.
     #[serde(default)]
     pub adopted: Option<Adopted>,
@@ -247,7 +250,7 @@ impl Service {
         }
         // Of all that was said, this holds under another monitor too: what is not to be reached must not
         // be reached because something else was killed.
-        server.drain = label.drain;
+        (server.drain, server.resumed) = (label.drain, label.resumed);
         server.health = label.health.clone();
         server.cpus = label.cpus.clone();
         (server.total_before, server.most_before) = (label.total_before, label.most_before);
@@ -525,6 +528,7 @@ impl Service {
             weight: server.weight,
             limit: server.limit,
             drain: server.drain,
+            resumed: server.resumed,
             health: server.health.clone(),
             total_before: server.total_before,
             most_before: server.most_before,

@@ -16,6 +16,7 @@ use super::{Role, Running, Service};
 use crate::{
     config,
     drain::Rest,
+    server::Moment,
     share::{HeldBack, Share},
     status::{
         self, Bucket, DrainStatus, DriftStatus, Histogram, ScaleStatus, ServerState, ServerStatus,
@@ -118,7 +119,10 @@ impl Service {
         let (state, since) = match server.drain {
             // What else it does is more than that it would get none.
             Some(drain) if included => (ServerState::Draining, drain.since.max(server.machine.since())),
-            _ => (server.machine.status(), server.machine.since()),
+            _ => {
+                let resumed = server.resumed.map(|Moment(resumed)| resumed);
+                (server.machine.status(), resumed.max(Some(server.machine.since())).unwrap_or(now))
+            }
         };
         ServerStatus {
             name: server.name(),

@@ -91,6 +91,7 @@ mod tests {
             limit: None,
             health: Default::default(),
             drain: None,
+            resumed: None,
             total_before: 0,
             most_before: 0,
             retired: Vec::new(),

@@ -222,10 +222,8 @@ impl Written {
     pub(super) fn set_counts(&mut self, counts: &Counts) {
         for service in &mut self.services {
             let Some(&count) = counts.get(&service.name) else { continue };
-            let place = match service.server.count.given() {
-                Some(given) => given.place.clone(),
-                None => service.server.place.child("count"),
-            };
+            // No line says it.
+            let place = Place { line: None, ..service.server.place.child("count") };
             let value = i64::try_from(count).unwrap_or(i64::MAX);
             service.server.count = Field::Given(Given { place, value });
         }

@@ -19,7 +19,7 @@ use crate::{
     error::UserError,
     in_force::InForce,
     room,
-    scale::{Decision, Scale},
+    scale::Decision,
     service::Service,
 };
 
@@ -83,26 +83,12 @@ impl Distributor<'_> {
             return Response::failure("scale: dist-ctl is being stopped");
         }
         let config = &self.configured.config;
-        let Some(configured) = config.service(service) else {
+        if config.service(service).is_none() {
             let known: Vec<&str> = config.services.iter().map(|service| service.name.as_str()).collect();
             return Response::input(format!(
                 "no service is called {service}, but these are: {}",
                 known.join(", ")
             ));
-        };
-        let has_named = configured.servers.iter().any(|server| !server.is_numbered());
-        match configured.scale {
-            Some(Scale { min, max, .. }) if !(min..=max).contains(&count) => {
-                return Response::input(format!(
-                    "scale {service} to {count}: its servers come and go between {min} and {max}, write {min} to {max}"
-                ));
-            }
-            None if count == 0 && !has_named => {
-                return Response::input(format!(
-                    "scale {service} to 0: that leaves no server to run, write at least 1"
-                ));
-            }
-            _ => {}
         }
         let in_force = self.configured.in_force.scaled(service, count);
         match in_force.config(self.configured.source) {

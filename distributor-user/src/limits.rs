@@ -14,13 +14,24 @@ use distributor_ebpf::{
     word,
 };
 
-use crate::{
-    config::{self, Over, Prefix},
-    plan,
-};
+use crate::config::{self, Over, Prefix};
 
+/// More reservations that expire at once are a flood, whatever the limit.
+const SUSPECT: u32 = 1_024;
 /// [`contract::Limits::asked`]: an operator has taken the limit away.
 const NO_LIMIT: u32 = u32::MAX;
+
+/// Of so many places, how many may be taken at the SYN. A flood of handshakes that are never completed gets
+/// half of them; the others are for those who wait until their handshake is complete. Without a waiting list
+/// there is no such other way.
+pub fn reservable(limit: u32, capacity: u32) -> u32 {
+    if capacity > 0 { limit.div_ceil(2) } else { limit }
+}
+
+/// From how many reservations on that expire at once they are a flood. 0: never.
+pub fn suspect(limit: u32, capacity: u32) -> u32 {
+    if capacity > 0 { limit.div_ceil(4).min(SUSPECT) } else { 0 }
+}
 
 /// The limits of a service, as they are now.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -84,8 +95,8 @@ impl Limits {
             },
             ..contract::Limits::NONE
         };
-        planned.service.reservable = plan::reservable(planned.service.connections, capacity);
-        planned.suspect = plan::suspect(planned.service.connections, capacity);
+        planned.service.reservable = reservable(planned.service.connections, capacity);
+        planned.suspect = suspect(planned.service.connections, capacity);
         if !self.config.source.is_none() {
             planned.bits_ipv4 = MAPPED + self.config.prefix_ipv4;
             planned.bits_ipv6 = self.config.prefix_ipv6;

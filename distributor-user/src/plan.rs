@@ -17,21 +17,6 @@ use distributor_ebpf::{
 
 use crate::limits;
 
-/// More reservations that expire at once are a flood, whatever the limit.
-const SUSPECT: u32 = 1_024;
-
-/// Of so many places, how many may be taken at the SYN. A flood of handshakes that are never completed gets
-/// half of them; the others are for those who wait until their handshake is complete. Without a waiting list
-/// there is no such other way.
-pub fn reservable(limit: u32, capacity: u32) -> u32 {
-    if capacity > 0 { limit.div_ceil(2) } else { limit }
-}
-
-/// From how many reservations on that expire at once they are a flood. 0: never.
-pub fn suspect(limit: u32, capacity: u32) -> u32 {
-    if capacity > 0 { limit.div_ceil(4).min(SUSPECT) } else { 0 }
-}
-
 /// All of one service's plan.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Wanted {
@@ -110,10 +95,10 @@ impl Wanted {
                 limit,
                 weight: server.weight,
                 rank: rank as u32,
-                reservable: reservable(limit, self.capacity),
+                reservable: limits::reservable(limit, self.capacity),
                 stride: stride(server.weight),
                 generation: server.generation,
-                suspect: suspect(limit, self.capacity),
+                suspect: limits::suspect(limit, self.capacity),
             };
             plan.count = plan.count.max(slot as u32 + 1);
             for (group, &run) in server.runs.iter().enumerate().take(GROUPS) {

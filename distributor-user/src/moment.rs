@@ -8,7 +8,11 @@
 use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
-use serde::{Deserialize as _, Deserializer, Serializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+/// An instant where there may be none: `#[serde(with)]` takes no `Option<Instant>`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Moment(#[serde(with = "self")] pub Instant);
 
 /// The present, in nanoseconds of CLOCK_MONOTONIC.
 pub fn now() -> u64 {

@@ -27,7 +27,7 @@ use crate::{
     backoff::Backoff,
     config::{self, Readiness},
     message::Exit,
-    moment,
+    moment::{self, Moment},
     status::{self, ServerState},
 };
 
@@ -186,10 +186,6 @@ struct Ailment {
     #[serde(with = "moment")]
     seen_since: Instant,
 }
-
-/// An instant that may be missing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Moment(#[serde(with = "moment")] pub Instant);
 
 /// What is left of a server's time to say that it is well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -397,15 +397,6 @@ impl Timestamp {
     /// 9999-12-31T23:59:59Z.
     const LAST: u64 = 253_402_300_799;
 
-    /// How long ago it was; zero if the clock has been set back behind it.
-    pub fn age(self, now: SystemTime) -> Duration {
-        let then = UNIX_EPOCH + Duration::from_secs(self.seconds);
-        now.duration_since(then).unwrap_or_default()
-    }
-}
-
-/// A time before 1970 or after 9999 becomes the nearest that can be written.
-impl Timestamp {
     /// A moment, past or to come, on the wall clock as it is set now.
     pub fn of(moment: Instant) -> Self {
         let now = Instant::now();
@@ -414,8 +405,15 @@ impl Timestamp {
             None => (SystemTime::now() - (now - moment)).into(),
         }
     }
+
+    /// How long ago it was; zero if the clock has been set back behind it.
+    pub fn age(self, now: SystemTime) -> Duration {
+        let then = UNIX_EPOCH + Duration::from_secs(self.seconds);
+        now.duration_since(then).unwrap_or_default()
+    }
 }
 
+/// A time before 1970 or after 9999 becomes the nearest that can be written.
 impl From<SystemTime> for Timestamp {
     fn from(time: SystemTime) -> Self {
         let since_epoch = time.duration_since(UNIX_EPOCH).unwrap_or_default();

@@ -12,10 +12,10 @@ use rustix::process::Signal;
 use tracing::Level;
 
 use super::{
-    Action, Ailment, Event, Fault, History, Main, Moment, Recipient, Remedies, Report, Run, STALLED, Stage,
-    State, Supervision, Then, UNHEALTHY, Watchdog, span,
+    Action, Ailment, Event, Fault, History, Main, Recipient, Remedies, Report, Run, STALLED, Stage, State,
+    Supervision, Then, UNHEALTHY, Watchdog, span,
 };
-use crate::message::Exit;
+use crate::{message::Exit, moment::Moment};
 
 /// One event on its way through.
 pub(super) struct Step<'a> {

@@ -16,7 +16,7 @@ use crate::{
     distributor::Input,
     drain::{Drain, Rest},
     kernel,
-    server::Moment,
+    moment::Moment,
 };
 
 /// How often those that are left are closed. Handshakes that were under way are late.

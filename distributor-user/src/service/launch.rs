@@ -30,9 +30,10 @@ use crate::{
     launch::{self, Exec, Limit, Socket},
     link::{Child, Held},
     message::ToMonitor,
+    moment::Moment,
     notify::{self, NotifySocket},
     plan, record,
-    server::{self, Instance, Main, Moment, Report, Server},
+    server::{self, Instance, Main, Report, Server},
 };
 
 /// What the next distributor has to know of a server. The monitor keeps it with the server's
@@ -588,6 +589,7 @@ impl Service {
     }
 }
 
+/// The same of a configuration.
 pub(super) fn job_of(service: &config::Service, server: &config::Server) -> anyhow::Result<u64> {
     // What is not configured differs from shell to shell.
     let exec = Exec { environment: server.own_environment.clone(), ..exec_of(service, server) };

@@ -16,7 +16,7 @@ use super::{Role, Running, Service};
 use crate::{
     config,
     drain::Rest,
-    server::Moment,
+    moment::Moment,
     share::{HeldBack, Share},
     status::{
         self, Bucket, DrainStatus, DriftStatus, Histogram, ScaleStatus, ServerState, ServerStatus,
@@ -120,8 +120,9 @@ impl Service {
             // What else it does is more than that it would get none.
             Some(drain) if included => (ServerState::Draining, drain.since.max(server.machine.since())),
             _ => {
-                let resumed = server.resumed.map(|Moment(resumed)| resumed);
-                (server.machine.status(), resumed.max(Some(server.machine.since())).unwrap_or(now))
+                let since = server.machine.since();
+                let since = server.resumed.map_or(since, |Moment(resumed)| since.max(resumed));
+                (server.machine.status(), since)
             }
         };
         ServerStatus {

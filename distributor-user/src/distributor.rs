@@ -249,7 +249,7 @@ struct Distributor<'a> {
 impl<'a> Distributor<'a> {
     /// Makes or takes over everything, up to the point where every server is started or found.
     async fn begin(
-        configured: Configured<'a>,
+        mut configured: Configured<'a>,
         place: &'a Instance,
         log: ProgramLog,
         mut link: Link,
@@ -271,7 +271,6 @@ impl<'a> Distributor<'a> {
             warn!("{error:#}: what runs is known by its cgroups only");
             None
         });
-        let mut configured = configured;
         if succession == Succession::First {
             configured.go_on_scaled(record.as_ref())?;
             record = clear_the_way(&configured.config, place, record)?;

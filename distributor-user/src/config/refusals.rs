@@ -293,7 +293,7 @@ group = "no-such-group""#,
         ],
     ),
     (
-        "a_duration_beyond_a_week",
+        "a_duration_beyond_a_year",
         r#"drain_timeout = "9000h""#,
         &[
             r#"shop.toml:5: service.shop.server.drain_timeout: "9000h" is longer than a year, write at most "8760h""#,

@@ -63,14 +63,12 @@ impl<'a> Configured<'a> {
 
     /// Services whose servers come and go have as many as there were, when everything was killed.
     pub(super) fn go_on_scaled(&mut self, record: Option<&Record>) -> anyhow::Result<()> {
-        for service in &self.config.services {
-            let recorded =
-                record.and_then(|record| record.services.iter().find(|it| it.name == service.name));
-            let (Some(scale), Some(recorded)) = (service.scale, recorded) else { continue };
+        for recorded in record.iter().flat_map(|record| &record.services) {
+            let Some(scale) = self.config.service(&recorded.name).and_then(|service| service.scale) else {
+                continue;
+            };
             let count = recorded.numbered().clamp(scale.min, scale.max);
-            if count != service.numbered() {
-                self.in_force = self.in_force.scaled(&service.name, count);
-            }
+            self.in_force = self.in_force.scaled(&recorded.name, count);
         }
         self.config = self.in_force.config(self.source)?;
         Ok(())

@@ -47,17 +47,19 @@ impl Service {
         }
         let mut replaced = Vec::new();
         self.to_remove.retain(|name| self.config.servers.iter().all(|server| server.name != *name));
-        let mut added = Vec::new();
+        let adds = servers.iter().any(|change| matches!(change, ServerChange::Add { .. }));
         for change in servers {
             let name = change.name();
             let configured = self.config.servers.iter().find(|server| server.name == name).cloned();
             let done = match (&change, self.find(name), configured) {
-                (ServerChange::Add { .. }, None, Some(server)) => {
-                    added.push(name.to_owned());
-                    self.add(server, host).map(drop)
+                (ServerChange::Add { .. }, None, Some(server)) => self.add(server, host),
+                // It was about to be removed.
+                (ServerChange::Add { .. }, Some(entry), Some(_)) if self.runs_otherwise(entry) => {
+                    replaced.push(self.renewal(name, ServerChange::reason(&[]), host));
+                    Ok(())
                 }
                 // Whoever takes their share is to be ready first.
-                (ServerChange::Remove { .. }, Some(_), _) if !added.is_empty() => {
+                (ServerChange::Remove { .. }, Some(_), _) if adds => {
                     self.to_remove.push(name.to_owned());
                     Ok(())
                 }
@@ -123,22 +125,20 @@ impl Service {
         self.write_plan();
     }
 
-    /// The file says something else than it did before the machine's distributors were killed: replaces who runs
-    /// by what it said.
+    /// Replaces who runs by what the file said when the monitor before was killed, if it says something else now.
     pub fn replace_outdated(&mut self, host: &mut Host<'_>) {
         let mut replaced = Vec::new();
-        for entry in
-            (0..self.entries.len()).filter(|entry| self.entries[*entry].is_current()).collect::<Vec<_>>()
-        {
+        for entry in 0..self.entries.len() {
             let name = self.entries[entry].config.name.clone();
-            let is_coming =
-                |roll: &Roll| roll.items().iter().any(|item| item.server == name && item.is_open());
-            let is_coming = self.roll.as_ref().is_some_and(|roll| !roll.is_over() && is_coming(roll));
+            // Its turn may be yet to come.
+            let roll = self.roll.as_ref().filter(|roll| !roll.is_over());
+            let waits = roll
+                .is_some_and(|roll| roll.items().iter().any(|item| item.server == name && item.is_open()));
             let is_outdated = match self.successor_of(&name) {
                 Some(successor) => self.runs_otherwise(successor),
-                None => !is_coming && self.runs_otherwise(entry),
+                None => !waits && self.runs_otherwise(entry),
             };
-            if is_outdated {
+            if self.entries[entry].is_current() && is_outdated {
                 info!("server {name}: what it is started with has changed: is to be replaced");
                 replaced.push(self.renewal(&name, ServerChange::reason(&[]), host));
             }

@@ -87,6 +87,13 @@ fn wait_checks(up: &Up<'_>, server: &str, is_good: bool, more: u64) {
     wait_for("more checks", seconds(30.0), || (count() >= wanted).then_some(()));
 }
 
+#[track_caller]
+fn wait_next_instance(up: &Up<'_>, before: Process) {
+    wait_for("the next instance", seconds(20.0), || {
+        up.process_if_any("app/1").filter(|process| *process != before)
+    });
+}
+
 /// Nobody was ever a client of any server.
 #[track_caller]
 fn assert_no_clients(up: &Up<'_>) {
@@ -275,9 +282,7 @@ fn a_server_that_stays_unhealthy_is_started_again() {
     let up = up(&host, &app);
     let before = up.process("app/1");
     answer(&host, "1", UNWELL);
-    wait_for("the next instance", seconds(20.0), || {
-        up.process_if_any("app/1").filter(|process| *process != before)
-    });
+    wait_next_instance(&up, before);
     answer(&host, "1", WELL);
     wait_for("it to be well", seconds(20.0), || {
         let service = up.service();
@@ -801,9 +806,7 @@ fn what_lies_in_the_queue_of_one_that_hangs_goes_to_the_others() {
     let (up, server, hangs) = with_one_that_hangs(&host, "move_queue = true");
     // Before anything of it has ended, which would move its queue as well.
     assert_eq!(Client::greeted(hangs).expect("served").server, "2");
-    wait_for("the next instance", seconds(20.0), || {
-        up.process_if_any("app/1").filter(|process| *process != server)
-    });
+    wait_next_instance(&up, server);
     up.wait_ready();
     let service = up.service();
     assert_eq!((service.outcomes(["moved", "move_failed"]), service.server("app/1").restarts), ([1, 0], 1));
@@ -817,9 +820,7 @@ fn what_lies_in_the_queue_of_one_that_hangs_goes_to_the_others() {
 fn a_server_that_hangs_for_too_long_is_killed() {
     let host = Host::new();
     let (up, server, hangs) = with_one_that_hangs(&host, "hang_kill = \"500ms\"");
-    wait_for("the next instance", seconds(20.0), || {
-        up.process_if_any("app/1").filter(|process| *process != server)
-    });
+    wait_next_instance(&up, server);
     // It went on to another one when its server died.
     assert!(Client::greeted(hangs).is_ok());
     up.wait_ready();
@@ -835,19 +836,24 @@ fn restarts(servers: &[Server]) -> Vec<u64> {
     servers.iter().map(|server| server.restarts).collect()
 }
 
-#[test]
-fn one_that_hangs_and_has_no_client_is_known_by_its_checks() {
-    let host = Host::new();
-    let mut app = speaking_http(&host, 2);
+/// Two servers, of which the first is stopped after a good check.
+#[track_caller]
+fn with_one_that_answers_no_check<'h>(host: &'h Host, hang_kill: &str) -> (Up<'h>, Process) {
+    let mut app = speaking_http(host, 2);
     app.tables += "\ntimeout = \"100ms\"";
-    app.server = "stall_after = \"500ms\"\nhang_kill = \"500ms\"\nstop_timeout = \"300ms\"".to_owned();
-    let up = up(&host, &app);
+    app.server = format!("stall_after = \"500ms\"\nhang_kill = \"{hang_kill}\"\nstop_timeout = \"300ms\"");
+    let up = up(host, &app);
     wait_checks(&up, "app/1", true, 1);
     let server = up.process("app/1");
     server.freeze(seconds(5.0));
-    wait_for("the next instance", seconds(20.0), || {
-        up.process_if_any("app/1").filter(|process| *process != server)
-    });
+    (up, server)
+}
+
+#[test]
+fn one_that_hangs_and_has_no_client_is_known_by_its_checks() {
+    let host = Host::new();
+    let (up, server) = with_one_that_answers_no_check(&host, "500ms");
+    wait_next_instance(&up, server);
     assert!(up.log().contains("server app/1 was stalled for "), "{}", up.log());
     up.wait_ready();
     assert_no_clients(&up);
@@ -857,13 +863,7 @@ fn one_that_hangs_and_has_no_client_is_known_by_its_checks() {
 #[test]
 fn one_that_hangs_is_unhealthy_and_is_killed_all_the_same() {
     let host = Host::new();
-    let mut app = speaking_http(&host, 2);
-    app.tables += "\ntimeout = \"100ms\"";
-    app.server = "stall_after = \"500ms\"\nhang_kill = \"3s\"\nstop_timeout = \"300ms\"".to_owned();
-    let up = up(&host, &app);
-    wait_checks(&up, "app/1", true, 1);
-    let server = up.process("app/1");
-    server.freeze(seconds(5.0));
+    let (up, server) = with_one_that_answers_no_check(&host, "3s");
     let mut both = [(); 2].map(|()| client::connect(V4).expect("connect"));
     let server_of = |up: &Up<'_>| up.service().server("app/1").clone();
     wait_for("it to be unhealthy and stalled", seconds(10.0), || {
@@ -872,9 +872,7 @@ fn one_that_hangs_is_unhealthy_and_is_killed_all_the_same() {
         let is_both = reason.contains("timed out after 0.1s") && reason.contains("has not accepted any of");
         (server.state == "unhealthy" && is_both).then_some(())
     });
-    wait_for("the next instance", seconds(20.0), || {
-        up.process_if_any("app/1").filter(|process| *process != server)
-    });
+    wait_next_instance(&up, server);
     for stream in &mut both {
         stream.write_all(b"GET / HTTP/1.0\r\n\r\n").expect("ask");
     }

@@ -10,6 +10,7 @@ use tests::{
     host::{Host, Up, V4},
     load::under_load,
     process::{Process, Signal},
+    status::Server,
     wait::{seconds, stays, wait_for, wait_until_eq},
 };
 
@@ -43,6 +44,27 @@ fn wait_names(up: &Up<'_>, wanted: &[&str]) {
         || names(up),
     );
     up.wait_ready();
+}
+
+/// Waits until as many others serve as had these pids, and nobody else runs.
+#[track_caller]
+fn wait_replaced(up: &Up<'_>, before: &[Option<i32>]) {
+    wait_for("all to be replaced", seconds(60.0), || {
+        let service = up.service();
+        let is_new = |server: &Server| server.pid.is_some() && !before.contains(&server.pid);
+        let done = service.servers.len() == before.len() && service.servers.iter().all(is_new);
+        (done && service.is_ready()).then_some(())
+    });
+}
+
+/// Lines that change what a server is started with.
+const RED: &str = "environment = { COLOUR = \"red\" }";
+
+#[track_caller]
+fn assert_red(up: &Up<'_>) {
+    for server in names(up) {
+        assert_eq!(up.process(&server).environment()["COLOUR"], "red", "{server}");
+    }
 }
 
 #[test]
@@ -214,24 +236,17 @@ fn what_a_server_is_started_with_changes_and_no_client_notices() {
     let app = App::of(&host, 3);
     let up = host.up(&app);
     let before = pids(&up);
-    rewrite(&host, &App { server: "environment = { COLOUR = \"red\" }".to_owned(), ..app });
+    rewrite(&host, &App { server: RED.to_owned(), ..app });
     under_load(4, |load| {
         load.serves(20);
         assert_eq!(
             reload(&up),
             ["servers app/1, app/2, app/3: replaced by a new instance (environment changed)"]
         );
-        wait_for("all to be replaced", seconds(60.0), || {
-            let service = up.service();
-            let is_new = |pid: Option<i32>| pid.is_some() && !before.contains(&pid);
-            let done = service.servers.len() == 3 && service.servers.iter().all(|server| is_new(server.pid));
-            (done && service.is_ready()).then_some(())
-        });
+        wait_replaced(&up, &before);
         load.serves(20);
     });
-    for server in ["app/1", "app/2", "app/3"] {
-        assert_eq!(up.process(server).environment()["COLOUR"], "red", "{server}");
-    }
+    assert_red(&up);
     up.stop();
 }
 
@@ -247,21 +262,14 @@ fn a_newer_file_takes_the_place_of_one_that_is_being_carried_out() {
         names(&up).contains(&"app/1@2".to_owned()).then_some(())
     });
     // What can be set is set there too, and what it is started with is started anew.
-    let newer = App { server: format!("{}\nenvironment = {{ COLOUR = \"red\" }}", app.server), ..app };
+    let newer = App { server: format!("{}\n{RED}", app.server), ..app };
     rewrite(&host, &newer);
     assert_eq!(
         reload(&up),
         ["servers app/1, app/2: replaced by a new instance (command, environment changed)"]
     );
-    wait_for("all to be replaced", seconds(40.0), || {
-        let service = up.service();
-        let is_new = |pid: Option<i32>| pid.is_some() && !before.contains(&pid);
-        let done = service.servers.len() == 2 && service.servers.iter().all(|server| is_new(server.pid));
-        (done && service.is_ready()).then_some(())
-    });
-    for server in ["app/1", "app/2"] {
-        assert_eq!(up.process(server).environment()["COLOUR"], "red", "{server}");
-    }
+    wait_replaced(&up, &before);
+    assert_red(&up);
     up.stop();
 }
 
@@ -332,11 +340,14 @@ fn servers_of_other_names_are_ready_before_those_before_end() {
         assert_eq!(reload(&up), expected);
         wait_names(&up, &["app/a", "app/b"]);
         load.serves(20);
-        // Back again, and one of them is wanted all the same before the others are ready.
+        // Back again, and one of them is wanted all the same, though not as it is, before the others are ready.
         rewrite(&host, &app);
         reload(&up);
-        rewrite(&host, &App { count: 2, ..app.clone().named([("b", String::new())]) });
+        rewrite(&host, &App { count: 2, ..app.clone().named([("b", RED.to_owned())]) });
         reload(&up);
+        wait_for("it to be as it is wanted", seconds(20.0), || {
+            up.process_if_any("app/b")?.environment().contains_key("COLOUR").then_some(())
+        });
         wait_names(&up, &["app/1", "app/2", "app/b"]);
         load.serves(20);
     });
@@ -349,7 +360,7 @@ fn what_changed_while_nobody_read_it_is_carried_out_without_loss() {
     let app = App::of(&host, 3).refusing();
     let up = host.up(&app);
     let before = pids(&up);
-    let newer = App { server: "environment = { COLOUR = \"red\" }".to_owned(), ..app.clone() };
+    let newer = App { server: RED.to_owned(), ..app.clone() };
     let broken = App { command: vec!["false".to_owned()], ..app };
     let (up, _) = under_load(2, |load| {
         // It is tried, and those before serve on.
@@ -360,18 +371,11 @@ fn what_changed_while_nobody_read_it_is_carried_out_without_loss() {
         load.serves(20);
         assert_eq!(pids(&up), before);
         let up = up.kill_and_start(&newer);
-        wait_for("all to be replaced", seconds(40.0), || {
-            let service = up.service();
-            let is_new = |pid: Option<i32>| pid.is_some() && !before.contains(&pid);
-            let done = service.servers.len() == 3 && service.servers.iter().all(|server| is_new(server.pid));
-            (done && service.is_ready()).then_some(())
-        });
+        wait_replaced(&up, &before);
         load.serves(20);
         up
     });
-    for server in ["app/1", "app/2", "app/3"] {
-        assert_eq!(up.process(server).environment()["COLOUR"], "red", "{server}");
-    }
+    assert_red(&up);
     up.stop();
 }
 

@@ -107,7 +107,7 @@ impl Drop for Over<'_> {
     }
 }
 
-/// `drain`: for the connections that are kept, and long enough for whoever has sent a request.
+/// `drain` seconds are for the connections that are kept, and long enough for whoever has sent a request.
 fn app(count: usize, command: Vec<String>, drain: f64) -> App {
     App { server: format!("drain_timeout = \"{}\"\n", lasting(drain)), ..App::running(count, command) }
 }

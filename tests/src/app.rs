@@ -5,7 +5,7 @@
 
 #![forbid(unsafe_code)]
 
-use std::fmt::Write as _;
+use std::{fmt::Write as _, fs};
 
 use crate::{host::Host, wait::seconds};
 
@@ -129,4 +129,41 @@ pub fn list(texts: &[String]) -> String {
 /// A text in TOML. JSON's escapes are a part of TOML's.
 pub fn quoted(text: &str) -> String {
     serde_json::Value::from(text).to_string()
+}
+
+/// Servers that can be made to fail at their next start, or to take their time: by a file.
+pub struct Chosen {
+    pub app: App,
+    broken: String,
+    held: String,
+}
+
+impl Chosen {
+    pub fn of(host: &Host, count: usize) -> Self {
+        let (broken, held) = (host.path_text("broken"), host.path_text("held"));
+        let server = host.test_server();
+        let script = format!(
+            "[ ! -e {broken} ] || exit 3; while [ -e {held} ]; do sleep 0.05; done; \
+             exec {server} --name {{name}} --listen '[::]:8080'"
+        );
+        let app = App::running(count, ["/bin/sh", "-c", &script].map(str::to_owned).to_vec());
+        Self { app, broken, held }
+    }
+
+    /// From their next start on they exit with 3 at once, or not.
+    pub fn set_broken(&self, is: bool) {
+        set(&self.broken, is);
+    }
+
+    /// From their next start on they do not begin to listen until this is taken back.
+    pub fn set_held(&self, is: bool) {
+        set(&self.held, is);
+    }
+}
+
+fn set(file: &str, is: bool) {
+    match is {
+        true => fs::write(file, "").expect("make a file"),
+        false => fs::remove_file(file).expect("remove a file"),
+    }
 }

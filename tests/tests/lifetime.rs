@@ -5,7 +5,7 @@
 use std::{fs, process::Command};
 
 use tests::{
-    app::App,
+    app::{App, Chosen},
     client::{self, Client},
     host::{Host, Up, V4},
     load::under_load,
@@ -114,12 +114,9 @@ fn an_instance_that_holds_too_much_memory_is_replaced_and_its_clients_are_not_cu
 #[test]
 fn what_is_due_serves_on_while_its_successors_fail_and_that_is_not_tried_all_the_time() {
     let host = Host::new();
-    let broken = host.path_text("broken");
-    let script =
-        format!("[ ! -e {broken} ] || exit 3; exec {} --name 1 --listen '[::]:8080'", host.test_server());
-    let app = App::running(1, ["/bin/sh", "-c", &script].map(str::to_owned).to_vec());
-    let up = host.up(&App { server: "max_age = \"2s\"\njitter = 0\n".into(), ..app });
-    fs::write(&broken, "").expect("make a file");
+    let chosen = Chosen::of(&host, 1);
+    let up = host.up(&App { server: "max_age = \"2s\"\njitter = 0\n".into(), ..chosen.app.clone() });
+    chosen.set_broken(true);
     let server: Process = up.process("app/1");
     let failed = |up: &Up<'_>| up.service().roll.filter(|roll| roll.state == "failed");
     let roll = wait_for("it to fail", seconds(20.0), || failed(&up));
@@ -134,7 +131,7 @@ fn what_is_due_serves_on_while_its_successors_fail_and_that_is_not_tried_all_the
     let reason = up.service().server("app/1").reason.clone().expect("a reason");
     assert!(reason.contains("was not replaced ") && reason.contains("exited with 3"), "{reason}");
     // Somebody need not wait for that.
-    fs::remove_file(&broken).expect("remove a file");
+    chosen.set_broken(false);
     let mut restart: Command = up.command(&["restart"]);
     tests::command::run(&mut restart, seconds(20.0)).expect_done();
     assert_ne!(up.process("app/1"), server);

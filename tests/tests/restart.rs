@@ -5,7 +5,7 @@
 use std::{fs, thread};
 
 use tests::{
-    app::{App, NOBODY_WAITS},
+    app::{App, Chosen, NOBODY_WAITS},
     client::{self, Client},
     command::{self, Ended},
     host::{Host, Up, V4},
@@ -15,41 +15,6 @@ use tests::{
     status::Server,
     wait::{seconds, wait_for, wait_until_eq},
 };
-
-/// Servers that can be made to fail at their next start, or to take their time: by a file.
-struct Chosen {
-    app: App,
-    broken: String,
-    held: String,
-}
-
-impl Chosen {
-    fn of(host: &Host, count: usize) -> Self {
-        let (broken, held) = (host.path_text("broken"), host.path_text("held"));
-        let server = host.test_server();
-        let script = format!(
-            "[ ! -e {broken} ] || exit 3; while [ -e {held} ]; do sleep 0.05; done; \
-             exec {server} --name {{name}} --listen '[::]:8080'"
-        );
-        let app = App::running(count, ["/bin/sh", "-c", &script].map(str::to_owned).to_vec());
-        Self { app, broken, held }
-    }
-
-    fn is_broken(&self, is: bool) {
-        set(&self.broken, is);
-    }
-
-    fn is_held(&self, is: bool) {
-        set(&self.held, is);
-    }
-}
-
-fn set(file: &str, is: bool) {
-    match is {
-        true => fs::write(file, "").expect("make a file"),
-        false => fs::remove_file(file).expect("remove a file"),
-    }
-}
 
 #[track_caller]
 fn restart(up: &Up<'_>, words: &[&str]) -> Ended {
@@ -137,7 +102,7 @@ fn two_instances_of_a_server_are_told_apart_and_never_both_in_the_plan() {
     up.run(&["weight", "app/1", "50"]).expect_done();
     up.run(&["limit", "app/1", "9"]).expect_done();
     let mut held = client::hold(V4, 3);
-    chosen.is_held(true);
+    chosen.set_held(true);
     restart(&up, &["app/1", "--no-wait"]).expect_done();
     wait_instances(&up, &[("app/1", 1), ("app/1@2", 2), ("app/2", 1)]);
     wait_until_eq("what it says", seconds(5.0), true, || {
@@ -155,7 +120,7 @@ fn two_instances_of_a_server_are_told_apart_and_never_both_in_the_plan() {
     let old = up.process("app/1");
     let (its, others): (Vec<_>, Vec<_>) = held.drain(..).partition(|client| client.pid == old.pid);
     assert_eq!((its.len(), others.len()), (1, 2));
-    chosen.is_held(false);
+    chosen.set_held(false);
     wait_instances(&up, &[("app/1", 2), ("app/1@1", 1), ("app/2", 1)]);
     let leaving = row(&up, "app/1@1");
     assert_eq!((leaving.state.as_str(), leaving.connections, leaving.effective_weight), ("draining", 1, 0));
@@ -182,7 +147,7 @@ fn a_new_instance_that_fails_ends_the_restart_and_those_before_serve_on() {
     let chosen = Chosen::of(&host, 2);
     let up = host.up(&chosen.app);
     let before = [up.process("app/1"), up.process("app/2")];
-    chosen.is_broken(true);
+    chosen.set_broken(true);
     let (ended, _) = under_load(2, |_| restart(&up, &[]));
     assert_eq!(ended.code, Some(1), "{ended}");
     let sentence = "restart app: app/1: the new instance exited with 3 after ";
@@ -197,7 +162,7 @@ fn a_new_instance_that_fails_ends_the_restart_and_those_before_serve_on() {
     assert!(up.log().contains("restart failed after"), "{}", up.log());
     wait_until_eq("instances with a cgroup", seconds(10.0), 2, || cgroups(&up));
     // The next one has other numbers, and what was said of the last try is over.
-    chosen.is_broken(false);
+    chosen.set_broken(false);
     restart(&up, &[]).expect_done();
     assert_eq!(instances(&up), [("app/1".to_owned(), 3), ("app/2".to_owned(), 2)]);
     assert_eq!(row(&up, "app/1").reason, None);
@@ -210,13 +175,13 @@ fn a_new_instance_that_is_not_ready_in_time_ends_the_restart() {
     let server = "start_timeout = \"2s\"\nstop_timeout = \"200ms\"\n".to_owned();
     let up = host.up(&App { server, ..chosen.app.clone() });
     let before = up.process("app/1");
-    chosen.is_held(true);
+    chosen.set_held(true);
     let ended = restart(&up, &["app/1"]);
     assert_eq!(ended.code, Some(1), "{ended}");
     assert!(ended.stderr.contains("waits for a listener on [::]:8080"), "{ended}");
     assert_eq!(up.process("app/1"), before);
     assert_eq!(instances(&up), [("app/1".to_owned(), 1)]);
-    chosen.is_held(false);
+    chosen.set_held(false);
 }
 
 #[test]
@@ -250,7 +215,7 @@ fn two_may_be_replaced_at_a_time() {
     let host = Host::new();
     let chosen = Chosen::of(&host, 3);
     let up = host.up(&chosen.app);
-    chosen.is_held(true);
+    chosen.set_held(true);
     restart(&up, &["--max-surge", "2", "--no-wait"]).expect_done();
     wait_instances(&up, &[("app/1", 1), ("app/1@2", 2), ("app/2", 1), ("app/2@2", 2), ("app/3", 1)]);
     // Another one has to wait.
@@ -260,7 +225,7 @@ fn two_may_be_replaced_at_a_time() {
         assert!(ended.stderr.contains("a restart of service app is under way for"), "{ended}");
         assert!(ended.stderr.contains("(0 of 3 done): wait for its end"), "{ended}");
     }
-    chosen.is_held(false);
+    chosen.set_held(false);
     wait_instances(&up, &[("app/1", 2), ("app/2", 2), ("app/3", 2)]);
 }
 
@@ -289,10 +254,10 @@ fn who_was_taken_out_stays_out_and_who_was_given_up_is_started_afresh() {
     let tables = "[service.app.server.restart]\ngive_up_after = 1\n".to_owned();
     let up = host.up(&App { tables, ..chosen.app.clone() });
     up.run(&["drain", "app/1"]).expect_done();
-    chosen.is_broken(true);
+    chosen.set_broken(true);
     up.process("app/3").kill(seconds(5.0));
     up.wait_state("app/3", "failed");
-    chosen.is_broken(false);
+    chosen.set_broken(false);
     restart(&up, &["app"]).expect_done();
     let service = up.service();
     assert_eq!(service.states(), ["draining", "ready", "ready"], "{service:#?}");
@@ -301,11 +266,11 @@ fn who_was_taken_out_stays_out_and_who_was_given_up_is_started_afresh() {
     assert!(!served.contains(&"1".to_owned()), "{served:?}");
     // Also by a successor.
     up.run(&["resume", "app/1"]).expect_done();
-    chosen.is_held(true);
+    chosen.set_held(true);
     restart(&up, &["app/1", "--no-wait"]).expect_done();
     wait_for("the successor", seconds(5.0), || instances(&up).contains(&("app/1@3".into(), 3)).then_some(()));
     up.run(&["drain", "app/1"]).expect_done();
-    chosen.is_held(false);
+    chosen.set_held(false);
     wait_until_eq("the restart", seconds(10.0), "done".to_owned(), || up.service().roll.expect("one").state);
     assert_eq!((row(&up, "app/1").state.as_str(), row(&up, "app/1").instance), ("draining", 3));
 }
@@ -315,12 +280,12 @@ fn a_server_that_dies_while_its_successor_starts_is_started_again_and_replaced_a
     let host = Host::new();
     let chosen = Chosen::of(&host, 1);
     let up = host.up(&chosen.app);
-    chosen.is_held(true);
+    chosen.set_held(true);
     restart(&up, &["app/1", "--no-wait"]).expect_done();
     wait_instances(&up, &[("app/1", 1), ("app/1@2", 2)]);
     up.process("app/1").kill(seconds(5.0));
     wait_instances(&up, &[("app/1", 3), ("app/1@2", 2)]);
-    chosen.is_held(false);
+    chosen.set_held(false);
     wait_until_eq("the restart", seconds(10.0), "done".to_owned(), || up.service().roll.expect("one").state);
     assert_eq!(up.service().servers.len(), 1);
     assert!(Client::open(V4).is_ok());
@@ -353,7 +318,7 @@ fn all_services_are_restarted_one_after_the_other_and_none_after_one_that_fails(
         .into();
     assert!(order.is_sorted(), "{ended}");
     assert_eq!(rolled(&up), [2, 2, 2]);
-    chosen.is_broken(true);
+    chosen.set_broken(true);
     let ended = restart(&up, &[]);
     assert_eq!(ended.code, Some(1), "{ended}");
     assert!(ended.stderr.contains("restart app: app/1: the new instance exited with 3"), "{ended}");
@@ -371,7 +336,7 @@ fn a_stop_meanwhile_ends_all_of_them() {
     let held = client::hold(V4, 2);
     restart(&up, &["app/1", "--no-wait"]).expect_done();
     wait_instances(&up, &[("app/1", 2), ("app/1@1", 1), ("app/2", 1)]);
-    chosen.is_held(true);
+    chosen.set_held(true);
     restart(&up, &["app/2", "--no-wait"]).expect_refusal(1, &["under way"]);
     drop(held);
     wait_until_eq("the restart", seconds(10.0), "done".to_owned(), || up.service().roll.expect("one").state);
@@ -379,7 +344,7 @@ fn a_stop_meanwhile_ends_all_of_them() {
     wait_instances(&up, &[("app/1", 2), ("app/2", 1), ("app/2@2", 2)]);
     // Fails if anything is left of it.
     up.stop();
-    chosen.is_held(false);
+    chosen.set_held(false);
 }
 
 #[test]
@@ -443,7 +408,7 @@ fn it_goes_on_whoever_is_killed_at_any_step() {
         let mut up = host.up(&app);
         let mut held = client::hold(V4, 4);
         let (first, second) = (up.process("app/1"), up.process("app/2"));
-        chosen.is_held(true);
+        chosen.set_held(true);
         restart(&up, &["app", "--no-wait"]).expect_done();
         // While the successor starts.
         wait_instances(&up, &[("app/1", 1), ("app/1@2", 2), ("app/2", 1)]);
@@ -451,7 +416,7 @@ fn it_goes_on_whoever_is_killed_at_any_step() {
         up = death(up, &app);
         wait_instances(&up, &[("app/1", 1), ("app/1@2", 2), ("app/2", 1)]);
         assert_eq!((row(&up, "app/1@2").pid, up.process("app/1")), (coming, first), "{who}");
-        chosen.is_held(false);
+        chosen.set_held(false);
         wait_instances(&up, &[("app/1", 2), ("app/1@1", 1), ("app/2", 1)]);
         // While the one before has connections.
         up = death(up, &app);

@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use tests::{
-    app::App,
+    app::{App, Chosen},
     client::{self, Client},
     host::{Host, Up, V4},
     process::Process,
@@ -94,20 +94,21 @@ fn a_slow_start_ends() {
 fn a_backup_serves_while_nobody_else_is_ready() {
     let host = Host::new();
     let servers = [("main", String::new()), ("spare", "backup = true".to_owned())];
-    let mut app = App::of(&host, 0).named(servers);
-    app.server = "restart = { delay = \"1s\" }".to_owned();
-    let up = host.up(&app);
+    let chosen = Chosen::of(&host, 0);
+    let up = host.up(&chosen.app.clone().named(servers));
     let spare = up.service().server("app/spare").clone();
     assert_eq!((spare.state.as_str(), spare.effective_weight), ("ready", 0));
     assert_eq!(spare.reason.as_deref(), Some("backup: gets connections when no other server is ready"));
     assert_eq!(by_name(&client::hold(V4, 10), ["main", "spare"]), [10, 0]);
     let old = up.process("app/main");
+    chosen.set_held(true);
     old.kill(seconds(5.0));
     wait_until_eq("the spare one's weight", seconds(10.0), 100, || {
         up.service().server("app/spare").effective_weight
     });
     let mut held = client::hold(V4, 10);
     assert_eq!(by_name(&held, ["main", "spare"]), [0, 10]);
+    chosen.set_held(false);
     wait_next(&up, "app/main", old);
     assert_eq!(by_name(&client::hold(V4, 10), ["main", "spare"]), [10, 0]);
     assert!(held.iter_mut().all(Client::is_served), "it keeps what it has");

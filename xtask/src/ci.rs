@@ -21,6 +21,8 @@ use crate::{
 pub(crate) fn run(workspace: &Path) -> Result<()> {
     let toolchain = setup::run(workspace)?;
     install_linters(&toolchain)?;
+    // What the guest needs is known to be here before the first step begins.
+    vm::prepare()?;
 
     step(cargo().args(["fmt", "--all", "--check"]))?;
     // Without the toolchain, because anybody should be able to run it.

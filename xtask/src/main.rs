@@ -7,7 +7,6 @@ mod bench;
 mod ci;
 mod exec;
 mod interrupt;
-mod kernels;
 mod packages;
 mod setup;
 mod test;

@@ -2,9 +2,10 @@
 //!
 //! Fetches kernels as Debian's packages without installing them, packs the tests' programs into an
 //! initramfs, boots each kernel under qemu, and gives a verdict for each. What it needs of the
-//! host is qemu, which it installs, and root, to share /usr with the guests.
+//! host, beside what building takes, is qemu, which it installs, and root, to share /usr with the guests.
 //!
-//! A guest that hangs, panics, or has not run each test that it was given has failed.
+//! A guest that hangs, panics, has not run each test that it was given, or whose doctor does not say of
+//! its kernel what is known of it, has failed.
 
 #![forbid(unsafe_code)]
 
@@ -14,11 +15,12 @@ mod machine;
 mod modules;
 mod plan;
 mod programs;
+mod table;
 
 use std::{
     fs::{self, File},
     num::NonZeroUsize,
-    path::Path,
+    path::{Path, PathBuf},
     slice,
     sync::{
         Mutex,
@@ -37,17 +39,22 @@ use crate::{
     setup,
 };
 use archive::Archive;
-use kernels::{KNOWN, Kernel, Known};
-use machine::{Ended, Machine, Share, Verdict};
+use kernels::{KNOWN, Kernel, Known, Role};
+use machine::{Access, Ended, Machine, Share, Verdict};
 use plan::{Choice, LIMIT, Layout, Run, Wanted};
 use programs::Program;
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// Which: 5.10, 5.15, 6.1, 6.12, 7, no-wake (one that moves connections without waking servers),
-    /// all, or the path of one that can be booted or of unpacked packages
+    /// Which: 5.10, 6.1, 6.12, 7, no-wake (one that moves connections without waking servers), all,
+    /// or the path of one that can be booted or of unpacked packages. What was fetched once is used
+    /// again: remove target/vm/kernels to fetch newer ones
     #[arg(long, value_name = "6.1|6.12|7|all|PATH", default_value = "all", value_parser = which)]
     kernel: Which,
+    /// The kernel at PATH moves connections without waking servers (it lacks "tcp: call
+    /// sk_data_ready() after listener migration")
+    #[arg(long)]
+    no_wake: bool,
     /// Only tests that have this in PROGRAM::TEST, such as `waiting::` or `crash`; may be given again
     #[arg(long, value_name = "FILTER", conflicts_with = "core")]
     test: Vec<String>,
@@ -57,8 +64,8 @@ pub(crate) struct Arguments {
     /// Only with this layout of cgroups
     #[arg(long, value_enum)]
     cgroups: Option<Layout>,
-    /// Write docs/kernels.md: what dist-ctl doctor says on each of these kernels
-    #[arg(long)]
+    /// Write docs/kernels.md: what dist-ctl doctor says on each kernel
+    #[arg(long, conflicts_with_all = ["test", "cgroups"])]
     write: bool,
     /// How many guests at a time [default: as CPUs and memory allow]
     #[arg(long, value_name = "NUMBER")]
@@ -107,25 +114,51 @@ struct Row {
     failure: Option<String>,
 }
 
+impl Row {
+    fn of(name: &str, release: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            release: release.to_owned(),
+            verdict: Verdict::default(),
+            doctor: None,
+            left_out: 0,
+            took: Duration::ZERO,
+            failure: None,
+        }
+    }
+}
+
 pub(crate) fn run(workspace: &Path, arguments: &Arguments) -> Result<()> {
     let wanted = match (&arguments.test[..], arguments.core) {
         ([], true) => Wanted::Core,
         ([], false) => Wanted::All,
         (filters, _) => Wanted::Containing(filters),
     };
-    let rows = boot_all(workspace, &arguments.kernel, wanted, arguments.cgroups, arguments.jobs)?;
+    let mut which = arguments.kernel.clone();
+    ensure!(
+        !arguments.write || matches!(which, Which::All),
+        "--write writes of all kernels, and --kernel names one: leave that out"
+    );
+    if arguments.no_wake {
+        let Which::At(kernel) = &mut which else {
+            bail!("--no-wake says of the kernel at a path what nobody else knows: give --kernel PATH");
+        };
+        kernel.role = Role::NeverWakes;
+    }
+    let rows = boot_all(workspace, &which, wanted, arguments.cgroups, arguments.jobs)?;
+    succeeded(&rows)?;
     if arguments.write {
         let file = workspace.join("docs/kernels.md");
         fs::write(&file, kernels_page(&rows)?).with_context(|| format!("write {}", file.display()))?;
     }
-    succeeded(&rows).map(drop)
+    Ok(())
 }
 
 /// docs/kernels.md. Of each kernel one guest is enough: its cgroups make no difference to the doctor.
 fn kernels_page(rows: &[Row]) -> Result<String> {
     let mut documents = Vec::new();
     let mut releases = Vec::new();
-    for row in rows.iter().filter(|row| !row.release.is_empty()) {
+    for row in rows {
         if !releases.contains(&&row.release) {
             releases.push(&row.release);
             documents
@@ -135,7 +168,7 @@ fn kernels_page(rows: &[Row]) -> Result<String> {
     Ok(format!(
         "# Kernels\n\nWhat [`dist-ctl doctor`](doctor.md) says on Debian's kernels, each in a virtual machine: written by \
          `cargo xtask vm --core --write`.\n\n{}",
-        crate::kernels::table(&documents)?
+        table::table(&documents)?
     ))
 }
 
@@ -152,15 +185,14 @@ fn boot_all(
     layout: Option<Layout>,
     jobs: Option<NonZeroUsize>,
 ) -> Result<Vec<Row>> {
-    install_qemu()?;
-    interrupt::note();
+    prepare()?;
     let directory = target()?.join("vm");
     fs::create_dir_all(&directory).with_context(|| format!("make {}", directory.display()))?;
     // Until we end. Two runs would write the same files.
     let lock = File::create(directory.join("lock")).context("create a lock")?;
     ensure!(lock.try_lock().is_ok(), "another cargo xtask vm is running in {}", directory.display());
     // So that nothing has to be built to learn that a kernel is not to be had.
-    let (kernels, skipped) = find_kernels(which, &directory)?;
+    let Found { kernels, skipped, mut rows } = find_kernels(which, &directory)?;
     setup::run(workspace)?;
     let programs = programs::build()?;
 
@@ -172,8 +204,10 @@ fn boot_all(
     let common = programs::pack(workspace, &directory, &packed)?.finish()?;
 
     let at_once = jobs.map_or_else(at_once, |jobs| Ok(jobs.get()))?;
-    let rows = boot_guests(&guests, &common, &directory, at_once.min(guests.len()))?;
+    interrupt::note();
+    rows.extend(boot_guests(&guests, &common, &directory, at_once.min(guests.len())));
     show(&rows, &skipped);
+    ensure!(!interrupt::asked(), "interrupted");
     Ok(rows)
 }
 
@@ -185,8 +219,9 @@ fn succeeded(rows: &[Row]) -> Result<usize> {
     Ok(rows.iter().map(|row| row.verdict.passed).sum())
 }
 
-/// qemu and what shares directories with a guest, and nothing else.
-fn install_qemu() -> Result<()> {
+/// Sees that guests can be booted: installs qemu and what shares directories with a guest.
+pub(crate) fn prepare() -> Result<()> {
+    ensure!(is_root()?, "boot a kernel: virtiofsd shares /usr with the guest as root only: run this as root");
     if !machine::is_here() && packages::here() {
         // Without which a package that holds the daemon alone is not asked for.
         let why = "a guest runs in it";
@@ -201,33 +236,49 @@ fn install_qemu() -> Result<()> {
          virtiofsd, then run this again",
         machine::QEMU
     );
-    ensure!(is_root()?, "boot a kernel: virtiofsd shares /usr with the guest as root only: run this as root");
     Ok(())
 }
 
-/// The kernels, and a line for each that is not to be had.
-fn find_kernels(which: &Which, directory: &Path) -> Result<(Vec<Kernel>, Vec<String>)> {
+/// What became of the search for kernels.
+#[derive(Default)]
+struct Found {
+    kernels: Vec<Kernel>,
+    /// A line for each that is not to be had, and need not be.
+    skipped: Vec<String>,
+    /// Of those that should have been found.
+    rows: Vec<Row>,
+}
+
+fn find_kernels(which: &Which, directory: &Path) -> Result<Found> {
+    let mut found = Found::default();
     let known = match which {
-        Which::At(kernel) => return Ok((vec![kernel.clone()], Vec::new())),
+        Which::At(kernel) => return Ok(Found { kernels: vec![kernel.clone()], ..found }),
         Which::One(known) => slice::from_ref(*known),
-        Which::All => &KNOWN[..],
+        Which::All => {
+            found.skipped.push(kernels::ABSENT.to_owned());
+            &KNOWN[..]
+        }
     };
-    let (mut kernels, mut skipped) = (Vec::new(), Vec::new());
     for known in known {
-        match known.fetch(directory)? {
-            Some(kernel) => kernels.push(kernel),
-            None => {
-                skipped.push(format!("{}: SKIPPED: Debian's archives do not offer it any more", known.name))
+        match known.fetch(directory) {
+            Ok(Some(kernel)) => found.kernels.push(kernel),
+            Ok(None) => found.skipped.push(format!(
+                "{}: SKIPPED: it is not offered any more, or its lists of packages could not be fetched",
+                known.name
+            )),
+            Err(error) if matches!(which, Which::All) => {
+                let failure = format!("{error:#}");
+                say(&format!("{}: FAILED: {failure}", known.name));
+                found.rows.push(Row { failure: Some(failure), ..Row::of(known.name, "") });
             }
+            Err(error) => return Err(error),
         }
     }
-    for line in &skipped {
+    for line in &found.skipped {
         say(&format!("vm: {line}"));
     }
-    if kernels.is_empty() {
-        bail!("there is no kernel to boot: {}", skipped.join("; "));
-    }
-    Ok((kernels, skipped))
+    ensure!(!found.kernels.is_empty(), "there is no kernel to boot: see above why");
+    Ok(found)
 }
 
 fn guests<'g>(
@@ -243,6 +294,9 @@ fn guests<'g>(
                 continue;
             }
             let choice = plan::choose(programs, wanted, kernel.role, one);
+            for line in &choice.reasons {
+                say(&format!("{} {one}: LEFT OUT: {line}", kernel.name));
+            }
             if !choice.boots.is_empty() {
                 guests.push(Guest { kernel, layout: one, choice });
             }
@@ -251,14 +305,15 @@ fn guests<'g>(
     guests
 }
 
-fn boot_guests(guests: &[Guest<'_>], common: &[u8], directory: &Path, at_once: usize) -> Result<Vec<Row>> {
+/// A row for each guest, unless we are interrupted.
+fn boot_guests(guests: &[Guest<'_>], common: &[u8], directory: &Path, at_once: usize) -> Vec<Row> {
     say(&format!("vm: guests: {}, of which {at_once} at a time", guests.len()));
     let next = AtomicUsize::new(0);
     let rows = Mutex::new(Vec::new());
     thread::scope(|scope| {
         for _ in 0..at_once {
             scope.spawn(|| {
-                loop {
+                while !interrupt::asked() {
                     let number = next.fetch_add(1, Ordering::Relaxed);
                     let Some(guest) = guests.get(number) else {
                         break;
@@ -272,6 +327,24 @@ fn boot_guests(guests: &[Guest<'_>], common: &[u8], directory: &Path, at_once: u
     let mut rows = rows.into_inner().expect("nobody panics with it");
     rows.sort_by_key(|(number, _)| *number);
     rows.into_iter().map(|(_, row)| row).collect()
+}
+
+/// Boots it; what keeps it from that is its row's failure, and no other's.
+fn boot_guest(guest: &Guest<'_>, common: &[u8], directory: &Path) -> Row {
+    let Guest { kernel, layout, choice } = guest;
+    let name = format!("{} {layout}", kernel.name);
+    let mut row = Row { left_out: choice.left_out, ..Row::of(&name, &kernel.release) };
+    let booted = boot_all_of(guest, common, directory, &mut row);
+    let failure = match (booted, &row.doctor) {
+        (Err(error), _) => Some(format!("{error:#}")),
+        (Ok(()), None) => Some("its doctor said nothing".to_owned()),
+        (Ok(()), Some(said)) => table::objection(said, kernel.role),
+    };
+    if let Some(failure) = failure {
+        say(&format!("{}: FAILED: {failure}", row.name));
+        row.failure.get_or_insert(failure);
+    }
+    row
 }
 
 /// As many as memory and CPUs allow.
@@ -288,12 +361,9 @@ fn at_once() -> Result<usize> {
 }
 
 /// Boots it as often as its plan says, and adds up.
-fn boot_guest(guest: &Guest<'_>, common: &[u8], directory: &Path) -> Result<Row> {
+fn boot_all_of(guest: &Guest<'_>, common: &[u8], directory: &Path, row: &mut Row) -> Result<()> {
     let Guest { kernel, layout, choice } = guest;
-    let name = format!("{} {layout}", kernel.name);
-    for line in &choice.reasons {
-        say(&format!("{name}: LEFT OUT: {line}"));
-    }
+    let name = row.name.clone();
     let file = |end: &str| directory.join(format!("{}-{layout}.{end}", kernel.name));
     let kept = file("kept");
     if kept.exists() {
@@ -301,36 +371,30 @@ fn boot_guest(guest: &Guest<'_>, common: &[u8], directory: &Path) -> Result<Row>
     }
     fs::create_dir_all(&kept).context("make a directory for what boots have in common")?;
     let shares = [
-        Share { tag: "usr", source: "/usr".into(), directory: "/usr", access: "ro" },
-        Share { tag: "kept", source: kept, directory: "/kept", access: "rw" },
+        Share { tag: "usr", source: "/usr".into(), directory: "/usr", access: Access::Read },
+        Share { tag: "kept", source: kept, directory: "/kept", access: Access::Write },
     ];
-    let mut row = Row {
-        name: name.clone(),
-        release: kernel.release.clone(),
-        verdict: Verdict::default(),
-        doctor: None,
-        left_out: choice.left_out,
-        took: Duration::ZERO,
-        failure: None,
-    };
     for (number, runs) in choice.boots.iter().enumerate() {
         let log = file(&format!("{}.log", number + 1));
         let initramfs = log.with_extension("cpio");
         let own = own_part(guest, &shares, runs)?;
-        fs::write(&initramfs, [common, &own].concat())
-            .with_context(|| format!("write {}", initramfs.display()))?;
+        // Large, and not to stay whatever happens.
+        let initramfs = Temporary(initramfs);
+        fs::write(&initramfs.0, [common, &own].concat())
+            .with_context(|| format!("write {}", initramfs.0.display()))?;
+        let around = Duration::from_secs(120);
         let machine = Machine {
             name: &name,
             kernel: &kernel.image,
-            initramfs: &initramfs,
+            initramfs: &initramfs.0,
             shares: &shares,
             log: &log,
-            silence: LIMIT + Duration::from_secs(120),
+            silence: LIMIT + around,
+            limit: LIMIT * u32::try_from(runs.len())? + around,
         };
         let Ended { verdict, doctor, problem, last_lines, took } = machine.run()?;
-        fs::remove_file(&initramfs).with_context(|| format!("remove {}", initramfs.display()))?;
         row.took += took;
-        row.doctor = row.doctor.or(doctor);
+        row.doctor = row.doctor.take().or(doctor);
         if let Some(Verdict { passed, failed, missing }) = verdict {
             row.verdict.passed += passed;
             row.verdict.failed += failed;
@@ -345,7 +409,17 @@ fn boot_guest(guest: &Guest<'_>, common: &[u8], directory: &Path) -> Result<Row>
             row.failure.get_or_insert(failure);
         }
     }
-    Ok(row)
+    Ok(())
+}
+
+/// A file that goes with this.
+struct Temporary(PathBuf);
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        // It may not even be there.
+        let _ = fs::remove_file(&self.0);
+    }
 }
 
 /// What only this boot has: modules and a plan.

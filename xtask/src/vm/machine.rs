@@ -50,6 +50,7 @@ const ENDS: [&str; 3] = ["Kernel panic - not syncing", "BUG: ", "Oops: "];
 /// instructions, after that was taken away: qemu's CPUs may be late to see that they were. Seen while
 /// the host was busy.
 const LATE: &str = "Oops: int3";
+const LATE_TRIES: usize = 3;
 
 /// A directory of this machine that the guest sees.
 #[derive(Clone, Debug)]
@@ -58,8 +59,13 @@ pub(crate) struct Share {
     pub(crate) source: PathBuf,
     /// Where the guest has it.
     pub(crate) directory: &'static str,
-    /// `ro` or `rw`, as mount says it.
-    pub(crate) access: &'static str,
+    pub(crate) access: Access,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Access {
+    Read,
+    Write,
 }
 
 pub(crate) struct Machine<'m> {
@@ -72,6 +78,8 @@ pub(crate) struct Machine<'m> {
     pub(crate) log: &'m Path,
     /// How long it may say nothing.
     pub(crate) silence: Duration,
+    /// How long it may take, whatever it says.
+    pub(crate) limit: Duration,
 }
 
 /// How a guest's tests went, in its own words.
@@ -102,14 +110,17 @@ enum Console {
 
 impl Machine<'_> {
     pub(crate) fn run(&self) -> Result<Ended> {
-        let ended = self.boot(Console::Quiet)?;
+        let mut ended = self.boot(Console::Quiet)?;
         if ended.last_lines.is_empty() {
             say(&format!("{}: it said nothing: once more, with all that its kernel says", self.name));
             return self.boot(Console::Early);
         }
-        if ended.problem.as_ref().is_some_and(|problem| problem.contains(LATE)) {
+        for _ in 0..LATE_TRIES {
+            if !ended.problem.as_ref().is_some_and(|problem| problem.contains(LATE)) {
+                break;
+            }
             say(&format!("{}: qemu was late to see what its kernel replaced: once more", self.name));
-            return self.boot(Console::Quiet);
+            ended = self.boot(Console::Quiet)?;
         }
         Ok(ended)
     }
@@ -122,8 +133,10 @@ impl Machine<'_> {
         }
         let complaints =
             File::create(self.log.with_extension("qemu")).context("make a file for qemu's words")?;
-        let mut qemu = Command::new(QEMU);
-        qemu.args(["-M", "pc", "-accel", "tcg,thread=multi", "-cpu", CPU, "-smp", &CPUS.to_string()])
+        // It does not outlive us, even if we are killed.
+        let mut qemu = Command::new("setpriv");
+        qemu.args(["--pdeathsig", "KILL", QEMU])
+            .args(["-M", "pc", "-accel", "tcg,thread=multi", "-cpu", CPU, "-smp", &CPUS.to_string()])
             .args(["-m", &MEMORY.to_string(), "-nodefaults", "-no-user-config", "-display", "none"])
             .args(["-monitor", "none", "-serial", "stdio", "-no-reboot"])
             .arg("-kernel")
@@ -195,9 +208,17 @@ impl Machine<'_> {
                 problem.get_or_insert(format!("it said nothing for {:?}", self.silence));
                 break;
             }
-            if interrupt::asked() {
-                bail!("interrupted");
+            if start.elapsed() > self.limit {
+                problem.get_or_insert(format!("it has not ended in {:?}", self.limit));
+                break;
             }
+            if interrupt::asked() {
+                break;
+            }
+        }
+        // Ctrl-C ends qemu as well.
+        if interrupt::asked() {
+            bail!("interrupted");
         }
         let status = qemu.end()?;
         if !status.success() {
@@ -216,9 +237,25 @@ impl Machine<'_> {
         let _ = fs::remove_file(&socket);
         let words = File::create(socket.with_extension(format!("{}.log", share.tag)))
             .context("make a file for what the sharing daemon says")?;
-        let daemon = Command::new(program)
+        // The daemon is root, and a guest too: what a guest must not write, the daemon cannot.
+        let mut source = share.source.clone();
+        let mut daemon = match share.access {
+            Access::Write => Command::new(program),
+            Access::Read => {
+                // Elsewhere, because the daemon's socket may lie below it.
+                source = socket.with_extension(format!("{}.ro", share.tag));
+                fs::create_dir_all(&source).context("make a directory to share")?;
+                let script = "mount --rbind \"$1\" \"$2\" && mount --options remount,bind,ro \"$2\" && \
+                              shift 2 && exec \"$@\"";
+                let mut daemon = Command::new("unshare");
+                daemon.args(["--mount", "sh", "-c", script, "share"]);
+                daemon.arg(&share.source).arg(&source).arg(program);
+                daemon
+            }
+        };
+        let daemon = daemon
             .arg(format!("--socket-path={}", socket.display()))
-            .args(["-o", &format!("source={}", share.source.display()), "-o", "cache=always"])
+            .args(["-o", &format!("source={}", source.display()), "-o", "cache=always"])
             .stdin(Stdio::null())
             .stdout(words.try_clone().context("duplicate a descriptor")?)
             .stderr(words)

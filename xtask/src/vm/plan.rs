@@ -12,7 +12,11 @@ use std::{
 
 use clap::ValueEnum;
 
-use super::{kernels::Role, machine::Share, programs::Program};
+use super::{
+    kernels::Role,
+    machine::{Access, Share},
+    programs::Program,
+};
 
 /// How many times slower than this machine a guest may be.
 const PATIENCE: u32 = 10;
@@ -43,8 +47,18 @@ pub(crate) enum Wanted<'w> {
 const CORE: [&str; 3] = ["fallback::", "guest::a_cpu", "guest::a_kernel"];
 
 /// The programs to whose tests it may matter how cgroups are laid out.
-const CGROUPS: [&str; 7] =
-    ["adopt", "adoption", "exhaustion", "fallback", "foreign", "privileges", "supervision"];
+const CGROUPS: [&str; 10] = [
+    "adopt",
+    "adoption",
+    "doctor",
+    "exhaustion",
+    "fallback",
+    "foreign",
+    "lifetime",
+    "load",
+    "privileges",
+    "supervision",
+];
 
 /// Its tests take one boot each, in this order, with a directory in common.
 const REBOOT: &str = "reboot";
@@ -62,12 +76,18 @@ struct LeftOut {
 const RESET: &str = "emulated, the moment in which the kernel resets a handshake that ends while its room is emptied lasts \
                      far longer (README, by nature)";
 
-const LEFT_OUT: [LeftOut; 10] = [
+const LEFT_OUT: [LeftOut; 11] = [
     LeftOut {
         program: "docs",
         test: None,
         on: |_| true,
         why: "it reads the repository, and is the same on every kernel",
+    },
+    LeftOut {
+        program: "foreign",
+        test: Some("an_event_that_is_told_twice_is_counted_once"),
+        on: |_| true,
+        why: RESET,
     },
     LeftOut {
         program: "guest",
@@ -139,6 +159,9 @@ const SERVERS: [(&str, &str); 6] = [
     ("tomcat", "/usr/share/tomcat10/bin/catalina.sh"),
 ];
 
+/// The programs whose tests are about those servers.
+const SERVED: [&str; 5] = ["foreign", "health", "rolls", "servers", "waiting"];
+
 /// The tests of one program that are run.
 pub(crate) struct Run<'p> {
     pub(crate) program: &'p Program,
@@ -171,6 +194,11 @@ pub(crate) fn choose<'p>(
             let is_wanted = match wanted {
                 Wanted::All => layout == Layout::Unified || CGROUPS.contains(&name),
                 Wanted::Core => CORE.iter().any(|start| full.starts_with(start)),
+                // The boots after the first are nothing without it.
+                Wanted::Containing(parts) if name == REBOOT => {
+                    let full = |test| format!("{name}::{test}");
+                    program.tests.iter().any(|test| parts.iter().any(|part| full(test).contains(part)))
+                }
                 Wanted::Containing(parts) => parts.iter().any(|part| full.contains(part)),
             };
             if is_wanted {
@@ -204,9 +232,9 @@ fn why_not(program: &str, test: &str, role: Role) -> Option<String> {
     if role == Role::Refused && test != REFUSED {
         return Some("dist-ctl refuses this kernel".to_owned());
     }
-    if program == "servers"
-        && let Some((_, file)) = SERVERS.iter().find(|(server, _)| test.contains(server))
-        && !Path::new(file).exists()
+    let is_absent = |(server, file): &&(&str, &str)| test.contains(server) && !Path::new(file).exists();
+    if SERVED.contains(&program)
+        && let Some((_, file)) = SERVERS.iter().find(is_absent)
     {
         return Some(format!("there is no {file} on this machine: cargo xtask test installs it"));
     }
@@ -230,6 +258,10 @@ pub(crate) fn text(layout: Layout, modules: &[String], shares: &[Share], runs: &
         line(format_args!("module {module}"));
     }
     for Share { tag, directory, access, .. } in shares {
+        let access = match access {
+            Access::Read => "ro",
+            Access::Write => "rw",
+        };
         line(format_args!("share {tag} {directory} {access}"));
     }
     for (name, value) in [
@@ -271,6 +303,29 @@ mod tests {
         ]
     }
 
+    /// One that is called otherwise now would be run, or not be, without a word.
+    #[test]
+    fn whatever_is_named_here_is_there() {
+        let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/tests");
+        let text = |program: &str| {
+            let file = tests.join(program).with_extension("rs");
+            std::fs::read_to_string(&file).unwrap_or_else(|error| panic!("{}: {error}", file.display()))
+        };
+        CGROUPS.iter().chain(&SERVED).chain(&[REBOOT]).for_each(|program| drop(text(program)));
+        for (program, start) in CORE.iter().map(|start| start.split_once("::").unwrap()) {
+            assert!(text(program).contains(&format!("fn {start}")), "{program}: {start}");
+        }
+        for LeftOut { program, test, .. } in &LEFT_OUT {
+            assert!(
+                text(program).contains(&format!("fn {}", test.unwrap_or_default())),
+                "{program}: {test:?}"
+            );
+        }
+        for (server, _) in SERVERS {
+            assert!(SERVED.iter().any(|program| text(program).contains(server)), "{server}");
+        }
+    }
+
     fn chosen(wanted: Wanted<'_>, role: Role, layout: Layout) -> (Vec<Vec<String>>, usize) {
         let programs = programs();
         let Choice { boots, left_out, .. } = choose(&programs, wanted, role, layout);
@@ -290,7 +345,14 @@ mod tests {
             ("all", Wanted::All, Role::Works, Unified, everything, 2),
             ("what is about cgroups", Wanted::All, Role::Works, Hybrid, &[&["fallback 1"]], 0),
             ("the core", Wanted::Core, Role::Works, Unified, &[&["fallback 1"]], 1),
-            ("by name", Wanted::Containing(&parts[0]), Role::Works, Unified, &[&["reboot 1"]], 0),
+            (
+                "by name",
+                Wanted::Containing(&parts[0]),
+                Role::Works,
+                Unified,
+                &[&["reboot 1"], &["reboot 1"]],
+                0,
+            ),
             ("too old", Wanted::All, Role::Refused, Unified, &[&["guest 1"]], 4),
             ("nothing", Wanted::Containing(&parts[1]), Role::Works, Unified, &[], 0),
         ] {

@@ -59,8 +59,8 @@ fn ask_doctor(plan: &Plan) -> Result<()> {
     let Some(run) = plan.runs.first() else { return Ok(()) };
     // The tests are in target/release/deps.
     let directory = run.program.ancestors().nth(2).context("a test's program is in target/release/deps")?;
-    let asked =
-        Command::new(directory.join("dist-ctl")).args(["doctor", "--json"]).stdin(Stdio::null()).output();
+    let mut doctor = Command::new(directory.join("dist-ctl"));
+    let asked = doctor.args(["doctor", "--json"]).stdin(Stdio::null()).stderr(Stdio::inherit()).output();
     let said = String::from_utf8(asked.context("run dist-ctl doctor")?.stdout)?;
     // No text in JSON goes over the end of a line.
     say(&format!("doctor: {}", said.lines().map(str::trim).collect::<String>()));
@@ -94,8 +94,10 @@ fn run_program(plan: &Plan, run: &Run) -> Result<Tally> {
     let status = loop {
         // Asked before the lines are read: then there are no more of them.
         let ended = child.try_wait().context("look at the program")?;
-        // Not until the pipe's end: something that a test left may hold it.
-        while let Ok(line) = lines.recv_timeout(PAUSE) {
+        // Not until the pipe's end: something that a test left may hold it, and may even talk.
+        while Instant::now() < deadline
+            && let Ok(line) = lines.recv_timeout(PAUSE)
+        {
             println!("{line}");
             match outcome(&line) {
                 Some((test, true)) if open.remove(test) => tally.passed += 1,

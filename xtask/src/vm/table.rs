@@ -1,4 +1,5 @@
-//! Which kernels dist-ctl works on: a table in Markdown of what `dist-ctl doctor --json` said on each.
+//! What `dist-ctl doctor --json` said on each kernel: whether that can be, and all of it as a table in
+//! Markdown.
 //!
 //! Pure. Takes the documents in the order of the columns, gives a table and below it what follows
 //! where something does not work. How a machine is set up is left out: that says nothing of its kernel.
@@ -9,6 +10,8 @@ use std::fmt::Write as _;
 
 use anyhow::{Context as _, Result, ensure};
 use serde::Deserialize;
+
+use super::kernels::Role;
 
 /// What the doctor said on one kernel, as far as the table has it.
 #[derive(Deserialize)]
@@ -27,6 +30,21 @@ struct Check {
     result: String,
     then: Option<String>,
     to_do: Option<String>,
+}
+
+/// What is wrong with a document from a kernel of which we know this.
+pub(crate) fn objection(document: &str, role: Role) -> Option<String> {
+    let report: Report = match serde_json::from_str(document) {
+        Ok(report) => report,
+        Err(error) => return Some(format!("its doctor printed no report ({error}): {document}")),
+    };
+    let said = |works: bool| if works { "works" } else { "does not work" };
+    if report.works != (role != Role::Refused) {
+        return Some(format!("its doctor says that dist-ctl {} there", said(report.works)));
+    }
+    let wakes = report.checks.iter().find(|check| check.name == "wake").map(|check| check.result == "works");
+    (report.works && wakes != Some(role == Role::Works))
+        .then(|| format!("its doctor says that wake {}", wakes.map_or("is nothing it knows", said)))
 }
 
 /// The table of these documents.
@@ -65,6 +83,8 @@ pub(crate) fn table(documents: &[impl AsRef<str>]) -> Result<String> {
         }
         text.push('\n');
     }
+    // Those of which the same is to be said stand together.
+    let mut without: Vec<(String, String, Vec<&str>)> = Vec::new();
     for check in checks {
         let failing = |report: &&Report| {
             report.checks.iter().any(|other| other.name == check.name && other.result == "fails")
@@ -74,13 +94,15 @@ pub(crate) fn table(documents: &[impl AsRef<str>]) -> Result<String> {
             (other.name == check.name).then_some(other.then.as_ref().zip(other.to_do.as_ref())).flatten()
         });
         if let Some((then, to_do)) = said {
-            let _ = write!(
-                text,
-                "\nWithout `{}` ({}): {then}. What to do: {to_do}.\n",
-                check.name,
-                on.join(", ")
-            );
+            let (on, said) = (on.join(", "), format!("{then}. What to do: {to_do}."));
+            match without.iter_mut().find(|(other, words, _)| *other == on && *words == said) {
+                Some((.., names)) => names.push(&check.name),
+                None => without.push((on, said, vec![&check.name])),
+            }
         }
+    }
+    for (on, said, names) in without {
+        let _ = write!(text, "\nWithout `{}` ({on}): {said}\n", names.join("`, `"));
     }
     Ok(text)
 }
@@ -166,6 +188,23 @@ mod tests {
              \n\
              Without `wake` (6.1.174): it limps. What to do: heal it.\n"
         );
+    }
+
+    #[test]
+    fn a_doctor_that_says_other_than_is_known_is_objected_to() {
+        let wake = |result: &str| [check("wake", "kernel", result)];
+        let [refused, wakes, silent] = [(false, "untried"), (true, "works"), (true, "fails")]
+            .map(|(works, result)| document("6.1", works, &wake(result)));
+        for (role, right, wrong) in [
+            (Role::Refused, &refused, [&wakes, &silent]),
+            (Role::Works, &wakes, [&refused, &silent]),
+            (Role::NeverWakes, &silent, [&refused, &wakes]),
+        ] {
+            assert_eq!(objection(right, role), None);
+            assert!(wrong.iter().all(|document| objection(document, role).is_some()), "{role:?}");
+            assert!(objection("", role).unwrap().contains("no report"));
+        }
+        assert!(objection(&document("6.1", true, &[]), Role::Works).is_some());
     }
 
     #[test]

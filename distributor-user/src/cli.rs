@@ -381,7 +381,8 @@ Example: before the first start, or when dist-ctl up does not start
   dist-ctl doctor
 
 It tries each thing with programs, sockets and a cgroup of its own, and touches nothing that runs.
-Exit status 0: dist-ctl works here. 1: it does not; the lines with FAILS say why, and what to do.";
+Exit status 0: dist-ctl works here, be it without what the lines with \"lacks\" say. 1: it does not; the
+lines with FAILS say why, and what to do.";
 
 /// Options that every command has stand behind its own in the help.
 const LAST: usize = 100;

@@ -39,7 +39,12 @@ fn close(pins: &Path, listen: &[ListenAddress], slot: u32) -> anyhow::Result<usi
         }
     })
     .context("ask the kernel for its sockets (sock_diag)")?;
-    match sock_diag::destroy(&its) {
+    destroy(&its)
+}
+
+/// Closes these, and gives how many were there still.
+pub fn destroy(connections: &[sock_diag::Socket]) -> anyhow::Result<usize> {
+    match sock_diag::destroy(connections) {
         Err(error) if error.raw_os_error() == Some(Errno::OPNOTSUPP.raw_os_error()) => {
             bail!("this kernel does not close connections for others (CONFIG_INET_DIAG_DESTROY)")
         }

@@ -33,7 +33,10 @@ use crate::{
     error, instance, logging,
 };
 
-pub use self::{examiner::examine, report::Report};
+pub use self::{
+    examiner::examine,
+    report::{Report, Shown},
+};
 
 /// What a check came to: what was found, or why it does not work.
 type Answer = Result<String, String>;
@@ -61,7 +64,7 @@ pub fn run(runtime_dir: &Path) -> anyhow::Result<Report> {
     for signal in [SIGHUP, SIGINT, SIGTERM] {
         signal_hook::flag::register(signal, Arc::clone(&stop)).context("catch signals")?;
     }
-    remove_what_is_left();
+    remove_what_is_left(runtime_dir);
     let mut place =
         Place { runtime_dir: runtime_dir.to_owned(), cgroup: None, examiner: None, lost_at: None };
     let mut report = Report::begin();
@@ -81,20 +84,33 @@ pub fn run(runtime_dir: &Path) -> anyhow::Result<Report> {
     Ok(report)
 }
 
+enum Remove {
+    Empty,
+    All,
+}
+
 /// What a doctor's cgroup and pins are called.
 fn name(process: u32) -> String {
     format!("{PREFIX}{process}")
 }
 
-/// Cgroups and pins of doctors that were killed.
-fn remove_what_is_left() {
-    let roots = cgroup::mount_point().ok().into_iter().chain(instance::bpffs().map(Path::to_owned));
-    for entry in roots.filter_map(|root| fs::read_dir(root).ok()).flatten().flatten() {
-        let name = entry.file_name();
-        let process = name.to_str().and_then(|name| name.strip_prefix(PREFIX));
-        if process.is_some_and(|process| !Path::new("/proc").join(process).exists()) {
-            // A cgroup's directory has files that nobody can remove, and goes with them.
-            let _ = fs::remove_dir(entry.path()).or_else(|_| fs::remove_dir_all(entry.path()));
+/// Cgroups, pins and directories of doctors that were killed.
+fn remove_what_is_left(runtime_dir: &Path) {
+    // A cgroup's directory has files that nobody can remove, and goes with them; only pins are in one that
+    // is not empty.
+    let cgroups = cgroup::mount_point().ok().map(|root| (root, Remove::Empty));
+    let pins = instance::bpffs().map(|root| (root.to_owned(), Remove::All));
+    let directories = (machine::nearest(runtime_dir).to_owned(), Remove::Empty);
+    for (root, remove) in cgroups.into_iter().chain(pins).chain([directories]) {
+        for entry in fs::read_dir(root).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let process = name.to_str().and_then(|name| name.strip_prefix(PREFIX)?.parse::<u32>().ok());
+            if process.is_some_and(|process| !Path::new("/proc").join(process.to_string()).exists()) {
+                let _ = match remove {
+                    Remove::Empty => fs::remove_dir(entry.path()),
+                    Remove::All => fs::remove_dir_all(entry.path()),
+                };
+            }
         }
     }
 }

@@ -17,7 +17,9 @@ use distributor_user::{
     cli::{Command, Form, Invocation},
     config::Config,
     control::{self, ASK_TIMEOUT, Response, TRIAL_TIMEOUT},
-    demo, distributor, doctor, error,
+    demo, distributor,
+    doctor::{self, Shown},
+    error,
     instance::{self, Instance},
     keeper,
     kernel::ProgramLog,
@@ -123,7 +125,8 @@ fn perform(invocation: &Invocation) -> anyhow::Result<ExitCode> {
             let report = doctor::run(directory)?;
             print(&match form {
                 Form::Json => serde_json::to_string_pretty(&report)? + "\n",
-                Form::Table => report.table(),
+                Form::Table if invocation.verbosity == Verbosity::Quiet => report.table(Shown::Wrong),
+                Form::Table => report.table(Shown::All),
             })?;
             return Ok(if report.works() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }

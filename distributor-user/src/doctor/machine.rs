@@ -27,7 +27,7 @@ use crate::{
 
 /// What dist-ctl uses, and what for is said where it fails. CAP_BPF and CAP_PERFMON are in
 /// CAP_SYS_ADMIN too (capabilities(7)).
-const USED: [(CapabilitySet, &str); 11] = [
+const USED: [(CapabilitySet, &str); 12] = [
     (CapabilitySet::BPF.union(CapabilitySet::SYS_ADMIN), "CAP_BPF"),
     (CapabilitySet::PERFMON.union(CapabilitySet::SYS_ADMIN), "CAP_PERFMON"),
     (CapabilitySet::NET_ADMIN, "CAP_NET_ADMIN"),
@@ -38,6 +38,7 @@ const USED: [(CapabilitySet, &str); 11] = [
     (CapabilitySet::SETGID, "CAP_SETGID"),
     (CapabilitySet::SETPCAP, "CAP_SETPCAP"),
     (CapabilitySet::SETUID, "CAP_SETUID"),
+    (CapabilitySet::SYS_NICE, "CAP_SYS_NICE"),
     (CapabilitySet::SYS_PTRACE, "CAP_SYS_PTRACE"),
 ];
 
@@ -70,14 +71,18 @@ fn lacking(has: CapabilitySet) -> Vec<&'static str> {
     USED.iter().filter(|(any, _)| !has.intersects(*any)).map(|(_, name)| *name).collect()
 }
 
-/// The nearest directory above that there is, or itself: nothing of an instance that runs is touched.
+/// Nothing of an instance that runs is touched.
 pub(super) fn runtime_dir(place: &mut Place) -> anyhow::Result<String> {
-    let wanted = &place.runtime_dir;
-    let there = wanted.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+    let there = nearest(&place.runtime_dir);
     let tried = there.join(name(std::process::id()));
     fs::create_dir(&tried).with_context(|| format!("make a directory in {}", there.display()))?;
     fs::remove_dir(&tried).with_context(|| format!("remove {}", tried.display()))?;
-    Ok(wanted.display().to_string())
+    Ok(place.runtime_dir.display().to_string())
+}
+
+/// The nearest directory above a path that there is, or itself.
+pub(super) fn nearest(path: &Path) -> &Path {
+    path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"))
 }
 
 pub(super) fn cgroup2(_: &mut Place) -> anyhow::Result<String> {
@@ -88,6 +93,12 @@ pub(super) fn cgroup(place: &mut Place) -> anyhow::Result<String> {
     let cgroup = Cgroup::at(cgroup::mount_point()?.join(name(std::process::id())));
     cgroup.create()?;
     place.cgroup = Some(cgroup);
+    Ok(String::new())
+}
+
+pub(super) fn cpu_pressure(place: &mut Place) -> anyhow::Result<String> {
+    let cgroup = place.cgroup.as_ref().context("there is no cgroup to try it with")?;
+    cgroup.cpu_pressure().context("read cpu.pressure")?;
     Ok(String::new())
 }
 

@@ -20,6 +20,8 @@ pub struct Report {
     version: &'static str,
     /// The kernel's release, as `uname -r` has it.
     kernel: String,
+    /// Which build of it, as `uname -v` has it: Debian's says what its release does not.
+    kernel_build: String,
     /// The machine's, as `uname -m` has it.
     architecture: String,
     /// dist-ctl works here: all that it needs does.
@@ -48,6 +50,13 @@ struct Checked {
     to_do: Option<&'static str>,
 }
 
+/// Which checks are in a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shown {
+    All,
+    Wrong,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 enum Outcome {
@@ -58,10 +67,11 @@ enum Outcome {
 
 impl Outcome {
     /// In the first column.
-    const fn word(self) -> &'static str {
+    const fn word(self, needed: bool) -> &'static str {
         match self {
             Self::Works => "works",
-            Self::Fails => "FAILS",
+            Self::Fails if needed => "FAILS",
+            Self::Fails => "lacks",
             Self::Untried => "untried",
         }
     }
@@ -71,11 +81,14 @@ impl Report {
     /// One of this kernel, in which nothing was tried yet.
     pub(super) fn begin() -> Self {
         let system = rustix::system::uname();
-        Self::of(system.release().to_string_lossy().into(), system.machine().to_string_lossy().into())
+        Self::of(
+            [system.release(), system.version(), system.machine()].map(|name| name.to_string_lossy().into()),
+        )
     }
 
-    fn of(kernel: String, architecture: String) -> Self {
-        Self { version: env!("CARGO_PKG_VERSION"), kernel, architecture, works: true, checks: Vec::new() }
+    fn of([kernel, kernel_build, architecture]: [String; 3]) -> Self {
+        let version = env!("CARGO_PKG_VERSION");
+        Self { version, kernel, kernel_build, architecture, works: true, checks: Vec::new() }
     }
 
     /// Whether dist-ctl works here.
@@ -120,19 +133,26 @@ impl Report {
         &mut self.checks[last]
     }
 
-    /// For people: a line for each check, and one more for what does not work; the verdict last.
-    pub fn table(&self) -> String {
-        let mut text =
-            format!("dist-ctl {} on Linux {} ({})\n\n", self.version, self.kernel, self.architecture);
+    /// For people: a line for each check, or only for those that do not work, and one more for what
+    /// follows; the verdict last.
+    pub fn table(&self, shown: Shown) -> String {
+        let mut text = format!(
+            "dist-ctl {} on Linux {} ({}), {}\n",
+            self.version, self.kernel, self.architecture, self.kernel_build
+        );
         let width = self.checks.iter().map(|checked| checked.name.len()).max().unwrap_or(0);
-        for checked in &self.checks {
+        let is_shown = |checked: &&Checked| shown == Shown::All || checked.result != Outcome::Works;
+        if self.checks.iter().any(|checked| is_shown(&checked)) {
+            text.push('\n');
+        }
+        for checked in self.checks.iter().filter(is_shown) {
             let detail = match (&checked.found, &checked.why, checked.because) {
                 (Some(found), ..) => format!(": {found}"),
                 (_, Some(why), _) => format!(": {why}"),
                 (.., Some(because)) => format!(": not without {because}"),
                 (None, None, None) => String::new(),
             };
-            let (result, name, what) = (checked.result.word(), checked.name, checked.what);
+            let (result, name, what) = (checked.result.word(checked.needed), checked.name, checked.what);
             // Writing to a text cannot fail.
             let _ = writeln!(text, "{result:7}  {name:width$}  {what}{detail}");
             if let (Some(then), Some(to_do)) = (checked.then, checked.to_do) {
@@ -183,7 +203,7 @@ mod tests {
     const LUXURY: Check = check("luxury", false, &[]);
 
     fn report() -> Report {
-        Report { version: "1.2.3", ..Report::of("6.1.0".into(), "x86_64".into()) }
+        Report { version: "1.2.3", ..Report::of(["6.1.0", "#1 SMP", "x86_64"].map(str::to_owned)) }
     }
 
     #[test]
@@ -193,8 +213,8 @@ mod tests {
         report.note(&SECOND, Ok(String::new()));
         assert!(report.works());
         assert_eq!(
-            report.table(),
-            "dist-ctl 1.2.3 on Linux 6.1.0 (x86_64)\n\
+            report.table(Shown::All),
+            "dist-ctl 1.2.3 on Linux 6.1.0 (x86_64), #1 SMP\n\
              \n\
              works    first       it does: /sys/fs/bpf\n\
              works    second-one  it does\n\
@@ -210,15 +230,24 @@ mod tests {
         report.note(&LUXURY, Err("the kernel said no".into()));
         assert!(report.works());
         assert_eq!(
-            report.table(),
-            "dist-ctl 1.2.3 on Linux 6.1.0 (x86_64)\n\
+            report.table(Shown::All),
+            "dist-ctl 1.2.3 on Linux 6.1.0 (x86_64), #1 SMP\n\
              \n\
              works    first   it does\n\
-             FAILS    luxury  it does: the kernel said no\n\
+             lacks    luxury  it does: the kernel said no\n\
              \x20        then: it limps; what to do: heal it\n\
              \n\
              dist-ctl works here, as said above without: luxury\n"
         );
+    }
+
+    #[test]
+    fn only_what_does_not_work_is_shown_if_that_is_asked_for() {
+        let mut report = report();
+        report.note(&FIRST, Ok(String::new()));
+        report.note(&LUXURY, Err("the kernel said no".into()));
+        let table = report.table(Shown::Wrong);
+        assert!(!table.contains("first") && table.contains("lacks    luxury"), "{table}");
     }
 
     #[test]
@@ -230,7 +259,7 @@ mod tests {
         assert_eq!(report.obstacle(&THIRD), Some("first"));
         assert_eq!(report.obstacle(&LUXURY), None);
         assert!(!report.works());
-        let table = report.table();
+        let table = report.table(Shown::All);
         assert!(table.contains("untried  second-one  it does: not without first\n"), "{table}");
         assert!(table.ends_with("\ndist-ctl does not work here, for want of: first\n"), "{table}");
     }
@@ -242,7 +271,7 @@ mod tests {
         report.note(&LUXURY, Err("the process that tried it ended: signal: 9".into()));
         report.skip(&FIRST, "luxury");
         report.skip(&SECOND, "luxury");
-        let table = report.table();
+        let table = report.table(Shown::All);
         assert!(table.ends_with("\ndist-ctl does not work here, for want of: luxury\n"), "{table}");
     }
 
@@ -254,7 +283,7 @@ mod tests {
         assert_eq!(
             serde_json::to_value(&report).unwrap(),
             serde_json::json!({
-                "version": "1.2.3", "kernel": "6.1.0", "architecture": "x86_64", "works": false,
+                "version": "1.2.3", "kernel": "6.1.0", "kernel_build": "#1 SMP", "architecture": "x86_64", "works": false,
                 "checks": [
                     { "name": "first", "what": "it does", "about": "kernel", "needed": true,
                       "result": "fails", "found": null, "why": "no", "because": null,

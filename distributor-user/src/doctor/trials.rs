@@ -2,14 +2,15 @@
 //!
 //! Each is one function: it tries one thing, and gives what was found or why it does not work. What
 //! a later one needs it leaves on the [`Bench`]; all of that is gone when the examiner ends. Ports
-//! are the kernel's choice, and no program is attached to anything but what was made here.
+//! are such as nobody uses, and no program is attached to anything but what was made here.
 #![forbid(unsafe_code)]
 
 use std::{
-    fs, io,
+    fs,
+    io::{self, Read as _},
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     os::{
-        fd::{AsFd, AsRawFd as _, OwnedFd},
+        fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
         unix::process::parent_id,
     },
     path::{Path, PathBuf},
@@ -31,7 +32,7 @@ use super::name;
 use crate::{
     address::ListenAddress,
     bell::{self, Moves},
-    instance,
+    closer, instance,
     kernel::{self, Trial, remember_wakes, remembered_wakes},
     launch::Identity,
     launcher,
@@ -92,13 +93,18 @@ pub(super) fn ipv6(_: &mut Bench) -> anyhow::Result<String> {
 }
 
 fn connect_to(address: SocketAddr) -> anyhow::Result<String> {
+    connection(address).map(|_| String::new())
+}
+
+/// A listener at this address, and both ends of a connection to it: the client's first.
+fn connection(address: SocketAddr) -> anyhow::Result<(Socket, Socket, Socket)> {
     let listener = bound(address, Shares::No)?;
     listener.listen(1)?;
     let address = listener.local_addr()?;
     let client = Socket::new(address.domain(), Type::STREAM, None)?;
     client.connect_timeout(&address, PATIENCE).context("connect")?;
-    accept(&listener)?.context("it did not arrive")?;
-    Ok(String::new())
+    let server = accept(&listener)?.context("it did not arrive")?;
+    Ok((listener, client, server))
 }
 
 pub(super) fn enter_cgroup(bench: &mut Bench) -> anyhow::Result<String> {
@@ -275,19 +281,38 @@ pub(super) fn tag(bench: &mut Bench) -> anyhow::Result<String> {
 
 pub(super) fn list_sockets(bench: &mut Bench) -> anyhow::Result<String> {
     let (trial, steered) = steered(bench)?;
-    let client = steered.client.local_addr()?.as_socket();
+    let found = listed(steered.address, &steered.client, Some(trial.tags()?))?;
+    ensure!(found.cgroup.is_some(), "a connection is listed without its cgroup");
+    ensure!(found.tag.is_some_and(|tag| tag.slot == CHOSEN), "a connection is listed without its tag");
+    Ok(String::new())
+}
+
+/// What the kernel says of the other end of this client's connection.
+fn listed(
+    address: ListenAddress,
+    client: &Socket,
+    tags: Option<BorrowedFd<'_>>,
+) -> anyhow::Result<sock_diag::Socket> {
+    let client = client.local_addr()?.as_socket();
     let mut found = None;
-    let tags = Some(trial.tags()?);
-    sock_diag::sockets(&[steered.address], States::Connections, tags, |socket| {
+    sock_diag::sockets(&[address], States::Connections, tags, |socket| {
         if Some(socket.remote) == client {
             found = Some(socket);
         }
     })
     .context("ask for the sockets")?;
-    let found = found.context("a connection is not listed")?;
-    ensure!(found.cgroup.is_some(), "a connection is listed without its cgroup");
-    ensure!(found.tag.is_some_and(|tag| tag.slot == CHOSEN), "a connection is listed without its tag");
-    Ok(String::new())
+    found.context("a connection is not listed")
+}
+
+/// Both ends are ours here, and the client hears of it as any client does.
+pub(super) fn close(_: &mut Bench) -> anyhow::Result<String> {
+    let (listener, client, _server) = connection(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
+    closer::destroy(&[listed(address_of(&listener)?, &client, None)?])?;
+    client.set_read_timeout(Some(PATIENCE))?;
+    match (&client).read(&mut [0]) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(String::new()),
+        read => bail!("it is not closed: {read:?}"),
+    }
 }
 
 pub(super) fn count(bench: &mut Bench) -> anyhow::Result<String> {

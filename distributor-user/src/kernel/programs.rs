@@ -272,7 +272,7 @@ pub(super) fn said(error: ProgramError) -> anyhow::Error {
     match why(io_error, "") {
         Some(sentence) => anyhow!(sentence),
         None if io_error.kind() == io::ErrorKind::InvalidInput => {
-            anyhow!("the kernel refused it: {io_error} (needs Linux 5.15 or later)")
+            anyhow!("the kernel refused it: {io_error} (needs Linux 6.1 or later)")
         }
         None => anyhow!("the kernel refused it: {io_error}"),
     }

@@ -148,8 +148,8 @@ impl Roll {
         (done, self.items.iter().filter(counts).count())
     }
 
-    /// Has further servers restarted, after the others. True if there are any that were not there.
-    pub fn extend(&mut self, items: impl IntoIterator<Item = Item>) -> bool {
+    /// Has further servers restarted, after the others. Gives those that were not there.
+    pub fn extend(&mut self, items: impl IntoIterator<Item = Item>) -> &[Item] {
         let before = self.items.len();
         for item in items {
             let is_there = |it: &Item| it.server == item.server && it.before >= item.before;
@@ -157,7 +157,7 @@ impl Roll {
                 self.items.push(item);
             }
         }
-        self.items.len() > before
+        &self.items[before..]
     }
 
     /// What it was to do with this server, and has not done, is not wanted any more.

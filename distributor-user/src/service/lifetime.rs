@@ -61,11 +61,13 @@ impl Service {
         match &mut self.roll {
             // It comes after what somebody has asked for.
             Some(roll) if !roll.is_over() && roll.asked => {}
-            Some(roll) if !roll.is_over() => self.roll_changed |= roll.extend(items),
+            Some(roll) if !roll.is_over() => {
+                let added = roll.extend(items);
+                tell(added);
+                self.roll_changed |= !added.is_empty();
+            }
             _ => {
-                for Item { server, why, .. } in &items {
-                    info!("server {server} {}: it is to be replaced", why.as_deref().unwrap_or_default());
-                }
+                tell(&items);
                 self.begin_roll(Roll::new(moment::now(), false, self.config.roll, items, now));
             }
         }
@@ -161,4 +163,10 @@ fn life(entry: &Entry, run: &Running, load: &Load) -> Option<Life> {
         connections: run.had(load),
         memory: entry.ageing.memory,
     })
+}
+
+fn tell(items: &[Item]) {
+    for Item { server, why, .. } in items {
+        info!("server {server} {}: it is to be replaced", why.as_deref().unwrap_or_default());
+    }
 }

@@ -631,7 +631,7 @@ fn built(name: &str) -> String {
 }
 
 /// As many of these tests at a time as the machine can bear: a JVM takes a CPU for itself
-/// while it starts.
+/// while it starts, and so do hundreds of clients.
 pub fn heavy() -> MutexGuard<'static, ()> {
     static HEAVY: Mutex<()> = Mutex::new(());
     HEAVY.lock().unwrap_or_else(std::sync::PoisonError::into_inner)

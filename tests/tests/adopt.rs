@@ -86,7 +86,7 @@ fn an_adopted_server_is_checked_like_the_others_and_is_never_killed_when_it_hang
     let host = Host::new();
     let own = Own::start(&host);
     let mut app = App::of(&host, 1);
-    app.server = "stall_after = \"300ms\"\nhang_kill = \"300ms\"".to_owned();
+    app.server = "stall_after = \"1s\"\nhang_kill = \"300ms\"".to_owned();
     app.tables = "[service.app.check]\ntype = \"tcp\"\ninterval = \"50ms\"".to_owned();
     let up = waiting(&host, app);
     up.run(&["adopt", "app", "--pid", &own.pid(), "--name", "old"]).expect_done();
@@ -412,8 +412,11 @@ fn a_server_with_workers_is_adopted_through_any_of_them_and_outlives_that_one() 
     thread::sleep(seconds(0.3));
     up.wait_ready();
     // The master dies, and its workers serve on.
-    let workers = master.children();
-    assert_eq!(workers.len(), 2);
+    let workers = wait_for("another worker", seconds(10.0), || {
+        let workers = master.children();
+        (workers.len() == 2 && !workers.contains(&worker) && workers.iter().all(|worker| worker.runs()))
+            .then_some(workers)
+    });
     master.signal(Signal::KILL);
     wait_for("another process of it", seconds(10.0), || {
         let pid = up.service().server("app/old").pid?;
@@ -455,8 +458,11 @@ fn a_server_in_a_shell_is_adopted_by_the_shell_and_given_back() {
     assert!(is_shared(pid));
     up.stop();
     assert!(!is_shared(pid), "it has its address for itself");
-    client::connect(V4).expect("it serves on");
-    server.kill(seconds(5.0));
+    let served = client::connect(V4).expect("it serves on");
+    wait_until_eq("that he is greeted", seconds(10.0), true, || client::is_greeted(&served));
+    for process in server.children().into_iter().chain([server]) {
+        process.kill(seconds(5.0));
+    }
     own.0.wait().expect("the shell ends");
 }
 

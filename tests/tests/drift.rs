@@ -71,7 +71,7 @@ fn assert_refused() {
 #[test]
 fn a_count_that_is_too_high_is_found_and_repaired_and_the_limit_is_exact_again() {
     let host = Host::new();
-    let up = up(&host, &limited(&host, 1, 5).refusing(), &lasting(0.3));
+    let up = up(&host, &limited(&host, 1, 5).refusing(), &lasting(1.0));
     let mut held = client::hold(V4, 3);
     wait_checks(&up, 3);
     assert_eq!((drift(&up).found, drift(&up).unavailable), (0, None));
@@ -126,7 +126,7 @@ fn a_wrong_count_of_the_service_is_found_and_repaired_and_its_limit_is_exact_aga
 #[test]
 fn a_count_that_is_too_low_is_found_and_repaired_and_the_limit_is_exact_again() {
     let host = Host::new();
-    let up = up(&host, &limited(&host, 1, 5).refusing(), &lasting(0.3));
+    let up = up(&host, &limited(&host, 1, 5).refusing(), &lasting(1.0));
     let held = [client::hold(V4, 3), client::hold(V6, 2)];
 
     Counts::of(&up).add_to_slot_with(5, -5);
@@ -173,7 +173,7 @@ fn a_wrong_number_of_those_who_wait_is_found_and_repaired() {
 #[test]
 fn whoever_waits_gets_the_place_that_a_repair_frees() {
     let host = Host::new();
-    let up = up(&host, &limited(&host, 1, 2), &lasting(0.3));
+    let up = up(&host, &limited(&host, 1, 2), &lasting(1.0));
     let held = client::hold(V4, 1);
     Counts::of(&up).add_to_slot_with(1, 1);
     let waiting = client::connect(V4).expect("it waits");

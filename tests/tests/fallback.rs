@@ -19,9 +19,7 @@ fn connections_wait_for_the_first_server_to_be_ready() {
     let host = Host::new();
     let go = host.path_text("go");
     let up = host.start(&App::with(&host, 2, &["--listen", "[::]:8080", "--listen-when", &go]));
-    let waiting: Vec<TcpStream> = (0..20)
-        .map(|number| client::connect(if number % 2 == 0 { V4 } else { V6 }).expect("a place in the room"))
-        .collect();
+    let waiting = client::stand(&[V4, V6], 20);
     let service = up.service();
     assert_eq!(service.states(), ["starting", "starting"]);
     assert_eq!(service.waiting.now, 20);
@@ -107,7 +105,7 @@ fn the_queue_of_a_server_that_dies_goes_to_the_other() {
 fn clients_that_leave_while_they_wait_are_forgotten() {
     let host = Host::new();
     let up = host.start(&App::with(&host, 1, &["--never-listen"]));
-    let mut waiting: Vec<TcpStream> = (0..30).map(|_| client::connect(V4).expect("a place")).collect();
+    let mut waiting = client::stand(&[V4], 30);
     wait_until_eq("waiting", seconds(5.0), 30, || up.service().waiting.now);
     for stream in waiting.drain(..10) {
         client::reset(stream).expect("reset");
@@ -125,8 +123,8 @@ fn a_connection_that_was_reset_while_it_waited_is_not_handed_over() {
     let host = Host::new();
     let go = host.path_text("go");
     let up = host.start(&App::with(&host, 1, &["--listen", "[::]:8080", "--listen-when", &go]));
-    let dead = client::connect(V4).expect("a place");
-    let alive = client::connect(V4).expect("a place");
+    let mut both = client::stand(&[V4], 2);
+    let (alive, dead) = (both.remove(1), both.remove(0));
     client::reset(dead).expect("reset");
     host.write("go", "");
     up.wait_ready();
@@ -230,8 +228,8 @@ fn as_many_wait_as_may_and_the_next_is_refused_at_once() {
     let mut app = App::with(&host, 1, &["--never-listen"]);
     app.waiting = Some("capacity = 16".to_owned());
     let up = host.start(&app);
-    let waiting: Vec<TcpStream> =
-        (0..16).map(|_| client::connect(V4).expect("a place in the list")).collect();
+    let waiting = client::stand(&[V4], 16);
+    wait_until_eq("waiting", seconds(5.0), 16, || up.service().waiting.now);
     let error = client::connect(V4).expect_err("the list is full");
     assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "refused, and not left without an answer");
     let service = up.service();

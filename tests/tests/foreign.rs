@@ -475,7 +475,7 @@ while True:
 
 /// nginx's workers share the master's listener: one by one they are given, and all are found.
 #[test]
-fn a_shared_listener_is_found_once_through_any_worker() {
+fn a_listener_that_nginx_shares_is_found_once_through_any_worker() {
     let host = Host::new();
     let group = Group::make(&host);
     let elsewhere = group.place.cgroup.child("elsewhere");

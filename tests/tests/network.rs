@@ -206,12 +206,18 @@ fn long_requests_and_answers_cross_links_of_every_mtu() {
     assert!(client.iter().chain(&host).all(|told| *told > 0), "client {client:?}, host {host:?}");
 }
 
-/// Loses the first segment of each connection that has just these flags, as often as it counts.
+/// Loses the first segment of each connection that has just these flags, as often as it counts. Of
+/// connections that begin from now on: of earlier ones something may be under way.
 fn first_with(flags: u8, lost: &Arc<AtomicU64>) -> impl FnMut(Segment) -> bool + Send + 'static {
-    let (mut seen, lost) = (HashSet::new(), Arc::clone(lost));
+    let (mut begun, mut seen, lost) = (HashSet::new(), HashSet::new(), Arc::clone(lost));
     move |segment| {
-        let first = segment.flags & (flag::SYN | flag::ACK | flag::FIN | flag::RST | flag::PSH) == flags
-            && seen.insert((segment.from, segment.to));
+        let its = segment.flags & (flag::SYN | flag::ACK | flag::FIN | flag::RST | flag::PSH);
+        let (way, back) = ((segment.from, segment.to), (segment.to, segment.from));
+        if its == flag::SYN {
+            begun.insert(way);
+        }
+        let is_new = begun.contains(&way) || begun.contains(&back);
+        let first = its == flags && is_new && seen.insert(way);
         lost.fetch_add(first.into(), Ordering::Relaxed);
         first
     }

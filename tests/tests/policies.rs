@@ -240,7 +240,7 @@ fn source_hash_moves_only_the_clients_of_the_server_that_goes() {
     let before = served(loopback_clients(500));
     let first = up.process("app/3");
     first.kill(seconds(5.0));
-    let second = wait_for("its next instance", seconds(5.0), || {
+    let second = wait_for("its next instance", seconds(20.0), || {
         up.process_if_any("app/3").filter(|process| *process != first)
     });
     up.wait_ready();

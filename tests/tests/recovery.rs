@@ -356,7 +356,8 @@ fn stand_in_line(run: &Run<'_>) -> io::Result<()> {
     let address = line_address();
     let mut held = (0..2).map(|_| Client::open(address)).collect::<io::Result<Vec<_>>>()?;
     while run.goes_on() {
-        let streams = (0..IN_LINE).map(|_| client::connect(address)).collect::<io::Result<_>>()?;
+        let come = || (0..IN_LINE).map(|_| client::connect(address)).collect::<io::Result<_>>();
+        let streams = client::on_one_cpu(come)?;
         let mut line = Line::behind(held, streams)?;
         for place in 0..IN_LINE {
             thread::sleep(Duration::from_millis(2));
@@ -416,16 +417,16 @@ fn kill_servers(run: &Run<'_>, mut random: Random) -> io::Result<()> {
 #[test]
 fn a_stop_that_was_asked_for_goes_on_whoever_is_killed() {
     let host = Host::new();
-    let app = App { server: "drain_timeout = \"1s\"\n".into(), ..App::of(&host, 2) };
+    let app = App { server: "drain_timeout = \"10s\"\n".into(), ..App::of(&host, 2) };
     let up = host.up(&app);
     let held = client::hold(V4, 4);
     let ended = thread::scope(|scope| {
         let down = scope.spawn(|| up.run(&["down"]));
         wait_for("the stop", seconds(10.0), || up.log().contains("stops: ").then_some(()));
         up.distributor().kill(seconds(5.0));
+        drop(held);
         down.join().expect("it ends")
     });
     ended.expect_done();
     assert!(up.has_stopped().success());
-    drop(held);
 }

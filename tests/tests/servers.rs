@@ -214,8 +214,9 @@ fn a_killed_nginx_master_is_replaced_though_its_workers_live() {
     let host = Host::new();
     let up = host.up(&App::running(2, real::nginx(&host, 2, Nginx::Shared, Daemon::Off)));
     let master = up.process("app/1");
+    // It listens before it has any.
+    wait_until_eq("the workers", seconds(10.0), 2, || master.children().len());
     let workers = master.children();
-    assert_eq!(workers.len(), 2);
     // The workers go on accepting from the old listener, and are nobody's children.
     master.kill(seconds(5.0));
     let replaced = tests::wait::wait_for("a new master", seconds(20.0), || {

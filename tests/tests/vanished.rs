@@ -57,9 +57,13 @@ fn pins_that_are_removed_under_load_are_made_again_and_nothing_is_lost() {
     };
     let before = names();
     let ((), served) = under_load(4, |load| {
+        // Who makes them again meanwhile would have their directory stay.
+        let distributor = up.distributor();
+        distributor.freeze(seconds(5.0));
         fs::remove_dir_all(&pins).expect("remove the pins");
-        wait_until_eq("the pins", seconds(5.0), before.clone(), names);
-        wait_for("it to be said", seconds(5.0), || {
+        distributor.signal(Signal::CONT);
+        wait_until_eq("the pins", seconds(10.0), before.clone(), names);
+        wait_for("it to be said", seconds(10.0), || {
             up.log().contains("were gone and are there again").then_some(())
         });
         // Which has everything.

@@ -24,7 +24,7 @@ use tests::{
     process::Signal,
     real::{self, Daemon, Nginx},
     status::Waiting,
-    wait::{fewer, lasting, patience, seconds, stays, wait_for, wait_until_eq},
+    wait::{fewer, lasting, seconds, stays, wait_for, wait_until_eq},
 };
 
 const OTHER: &str = "127.0.0.1:9090";
@@ -195,11 +195,7 @@ fn in_bursts_whoever_was_connected_before_another_began_is_served_before_it() {
         for number in 0..each {
             let began = clock.elapsed();
             let address = if (thread + number) % 2 == 0 { V4 } else { V6 };
-            // Where everything is slow, some handshakes are not over when their clients believe so.
-            let stream = match patience() > 1.0 {
-                true => client::on_one_cpu(|| client::connect(address))?,
-                false => client::connect(address)?,
-            };
+            let stream = client::on_one_cpu(|| client::connect(address))?;
             came.lock().expect("nobody panics").push((began, clock.elapsed(), stream));
         }
         Ok(())
@@ -248,16 +244,15 @@ fn limits_are_exact_while_200_threads_wait_and_leave_in_every_way() {
         for server in &service.servers {
             assert_eq!(server.connections_max, u64::from(limit), "{}", server.name);
         }
-        let [direct, waited, served, left, dead] = service.outcomes([
-            "established",
-            "established_waiting",
-            "handed_over",
-            "closed_waiting",
-            "moved_dead",
-        ]);
+        let [direct, waited, served, left] =
+            service.outcomes(["established", "established_waiting", "handed_over", "closed_waiting"]);
         assert_eq!(direct + waited, all as u64, "limit {limit}: {:?}", service.outcomes);
         assert_eq!(served + left, waited, "limit {limit}: {:?}", service.outcomes);
-        assert!(served > 0 && dead >= left, "limit {limit}: {:?}", service.outcomes);
+        assert!(served > 0, "limit {limit}: {:?}", service.outcomes);
+        // The last of them are moved when their rooms are looked at again.
+        wait_for("the dead to be moved", seconds(5.0), || {
+            (up.service().outcome("moved_dead") >= left).then_some(())
+        });
         assert_eq!(service.outcome("closed"), direct + served, "limit {limit}: {:?}", service.outcomes);
         assert_eq!(service.outcomes(["refused_capacity", "word_contended"]), [0, 0]);
     }
@@ -331,10 +326,10 @@ fn sixteen_thousand_may_wait_and_are_served_in_order() {
 
 #[test]
 fn whoever_waited_too_long_is_reset() {
-    let timeout = seconds(0.3);
+    let timeout = seconds(1.0);
     let host = Host::new();
     let mut app = limited(&host, 1, 1);
-    app.waiting = Some(format!("timeout = \"{}\"", lasting(0.3)));
+    app.waiting = Some(format!("timeout = \"{}\"", lasting(1.0)));
     let up = host.up(&app);
     let held = client::hold(V4, 1);
     let start = Instant::now();
@@ -360,7 +355,7 @@ fn whoever_waited_too_long_is_reset() {
 fn whoever_waited_too_long_is_told_so_and_leaves_the_list_at_once() {
     let host = Host::new();
     let mut app = limited(&host, 1, 1);
-    app.waiting = Some(format!("capacity = 3\ntimeout = \"{}\"\nreply = {BUSY:?}", lasting(0.3)));
+    app.waiting = Some(format!("capacity = 3\ntimeout = \"{}\"\nreply = {BUSY:?}", lasting(1.0)));
     let up = host.up(&app);
     let held = client::hold(V4, 1);
     let mut line = client::stand(&[V4, V6], 3);
@@ -372,12 +367,12 @@ fn whoever_waited_too_long_is_told_so_and_leaves_the_list_at_once() {
         stream.read_to_string(&mut told).unwrap_or_else(|error| panic!("number {number}: {error}"));
         assert_eq!(told, BUSY, "number {number}");
     }
+    let service = up.service();
+    assert_eq!(service.outcomes(["dismissed", "closed_waiting"]), [3, 0]);
+    assert_eq!(service.waiting.timed_out, 3);
     // They have not closed, and are in nobody's way.
     let more = client::stand(&[V4], 3);
-    wait_waiting(&up, 3);
-    let service = up.service();
-    assert_eq!(service.outcomes(["dismissed", "refused_capacity", "closed_waiting"]), [3, 0, 0]);
-    assert_eq!(service.waiting.timed_out, 3);
+    assert_eq!(up.service().outcome("refused_capacity"), 0);
     drop((held, line, more));
 }
 
@@ -614,7 +609,9 @@ fn whoever_comes_while_the_distributor_is_stopped_gets_a_free_place() {
             _ => {
                 stream.set_read_timeout(Some(client::patience())).expect("set a timeout");
                 streams.push(stream);
-                None
+                // One of them may have got the place, and not be greeted in time.
+                let late = (5..streams.len()).find(|number| client::is_greeted(&streams[*number]))?;
+                Some(Client::greeted(streams.remove(late)).expect("a greeting"))
             }
         }
     });
@@ -715,10 +712,12 @@ fn the_lists_of_two_services_do_not_mix() {
     let (a, b) = (V4, SocketAddr::new(V6.ip(), 9090));
     let (held_a, held_b) = (client::hold(a, 1), client::hold(b, 1));
     let (mut line_a, mut line_b) = (Vec::new(), Vec::new());
-    for _ in 0..30 {
-        line_a.push(client::connect(a).expect("a place in line"));
-        line_b.push(client::connect(b).expect("a place in line"));
-    }
+    client::on_one_cpu(|| {
+        for _ in 0..30 {
+            line_a.push(client::connect(a).expect("a place in line"));
+            line_b.push(client::connect(b).expect("a place in line"));
+        }
+    });
     let waiting = || {
         let status = up.status();
         ["a", "b"].map(|name| status.service(name).waiting.now)
@@ -784,6 +783,7 @@ fn status_tells_who_waits_how_long_and_what_became_of_them() {
     let held = client::hold(V4, 1);
     let start = Instant::now();
     let mut streams = client::stand(&[V4, V6], 4);
+    wait_waiting(&up, 4);
     client::connect(V4).expect_err("the list is full");
     let young = wait_for("somebody to be the oldest", seconds(5.0), || {
         Some(waiting(&up).oldest_seconds).filter(|oldest| *oldest > 0.0)

@@ -132,7 +132,9 @@ fn a_connection_that_was_reset_while_it_waited_is_not_handed_over() {
     let service = up.service();
     let ways = ["wait_no_server", "wait_turn", "handed_over", "moved_dead", "closed_waiting"];
     assert_eq!(service.outcomes(ways), [1, 1, 1, 1, 1]);
-    assert_eq!(host.inside("1").accepted, 1);
+    // And a bell, where the kernel needs one.
+    let accepted = host.inside("1").accepted;
+    assert!((1..=1 + service.outcome("bell")).contains(&accepted), "{accepted}: {:?}", service.outcomes);
     up.wait_connections(&[0]);
 }
 

@@ -263,9 +263,9 @@ fn nobody_leaves_the_last_room_before_there_is_another() {
 /// Ready rooms at rest, the current one included.
 const IDLE: usize = 32;
 
-/// The next who is served, if that is soon.
+/// The next who is served, if that is soon: long before whoever waits is sent away.
 fn wait_for_turn(line: &mut Line) -> Option<usize> {
-    line.is_stirring(seconds(3.0)).then(|| line.serve().expect("served"))
+    line.is_stirring(seconds(1.0).max(Duration::from_secs(3))).then(|| line.serve().expect("served"))
 }
 
 /// The kernel's map that says whose each listener is, and so how many there may be.
@@ -320,7 +320,7 @@ fn a_bell_that_cannot_be_rung_is_rung_later() {
     let distributor = up.distributor();
     take_descriptors(distributor);
     line.free();
-    let rung = line.is_stirring(seconds(3.0));
+    let rung = line.is_stirring(seconds(1.0));
     give_descriptors_back(distributor);
     wait_until_eq("bells", seconds(10.0), 1, || up.service().outcome("bell"));
     assert_eq!(line.serve().expect("served"), 0, "heard before the bell: {rung}");

@@ -189,6 +189,9 @@ pub(crate) fn choose<'p>(
     for program in programs {
         let name = program.name.as_str();
         let (mut run, mut reasons) = (Run { program, tests: Vec::new() }, Vec::new());
+        let is_named = |test: &String, parts: &[String]| {
+            parts.iter().any(|part| format!("{name}::{test}").contains(part.as_str()))
+        };
         for test in &program.tests {
             let full = format!("{name}::{}", test);
             let is_wanted = match wanted {
@@ -196,10 +199,9 @@ pub(crate) fn choose<'p>(
                 Wanted::Core => CORE.iter().any(|start| full.starts_with(start)),
                 // The boots after the first are nothing without it.
                 Wanted::Containing(parts) if name == REBOOT => {
-                    let full = |test| format!("{name}::{test}");
-                    program.tests.iter().any(|test| parts.iter().any(|part| full(test).contains(part)))
+                    program.tests.iter().any(|test| is_named(test, parts))
                 }
-                Wanted::Containing(parts) => parts.iter().any(|part| full.contains(part)),
+                Wanted::Containing(parts) => is_named(test, parts),
             };
             if is_wanted {
                 match why_not(name, test, role) {

@@ -153,38 +153,30 @@ mod tests {
 
     #[test]
     fn each_kernel_has_a_column_and_what_fails_is_explained_below() {
-        let old = document(
-            "5.10.0",
-            false,
-            &[
-                check("root", "machine", "fails"),
-                check("select", "kernel", "fails"),
-                check("wake", "kernel", "untried"),
-            ],
-        );
-        let silent = document(
-            "6.1.174",
-            true,
-            &[
-                check("root", "machine", "works"),
-                check("select", "kernel", "works"),
-                check("wake", "kernel", "fails"),
-            ],
-        );
-        let new = document(
-            "6.1.176",
-            true,
-            &[check("select", "kernel", "works"), check("wake", "kernel", "works")],
-        );
+        let documents = [
+            ("5.10.0", false, ["fails", "fails", "fails", "untried"]),
+            ("6.1.174", true, ["works", "works", "works", "fails"]),
+            ("6.1.176", true, ["works", "works", "works", "works"]),
+        ]
+        .map(|(kernel, works, [root, select, track, wake])| {
+            let checks = [
+                check("root", "machine", root),
+                check("select", "kernel", select),
+                check("track", "kernel", track),
+                check("wake", "kernel", wake),
+            ];
+            document(kernel, works, &checks)
+        });
         assert_eq!(
-            table(&[old, silent, new]).unwrap(),
+            table(&documents).unwrap(),
             "| | 5.10.0 | 6.1.174 | 6.1.176 |\n\
              |---|---|---|---|\n\
              | **dist-ctl works** | **no** | **yes** | **yes** |\n\
              | `select`: select is there | **no** | yes | yes |\n\
+             | `track`: track is there | **no** | yes | yes |\n\
              | `wake`: wake is there (optional) | untried | **no** | yes |\n\
              \n\
-             Without `select` (5.10.0): it limps. What to do: heal it.\n\
+             Without `select`, `track` (5.10.0): it limps. What to do: heal it.\n\
              \n\
              Without `wake` (6.1.174): it limps. What to do: heal it.\n"
         );

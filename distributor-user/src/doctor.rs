@@ -13,7 +13,7 @@ mod report;
 mod trials;
 
 use std::{
-    fs,
+    fs, io,
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -84,11 +84,6 @@ pub fn run(runtime_dir: &Path) -> anyhow::Result<Report> {
     Ok(report)
 }
 
-enum Remove {
-    Empty,
-    All,
-}
-
 /// What a doctor's cgroup and pins are called.
 fn name(process: u32) -> String {
     format!("{PREFIX}{process}")
@@ -96,20 +91,18 @@ fn name(process: u32) -> String {
 
 /// Cgroups, pins and directories of doctors that were killed.
 fn remove_what_is_left(runtime_dir: &Path) {
-    // A cgroup's directory has files that nobody can remove, and goes with them; only pins are in one that
-    // is not empty.
-    let cgroups = cgroup::mount_point().ok().map(|root| (root, Remove::Empty));
-    let pins = instance::bpffs().map(|root| (root.to_owned(), Remove::All));
-    let directories = (machine::nearest(runtime_dir).to_owned(), Remove::Empty);
+    // Only pins are in a directory that is not empty: a cgroup's files go with it.
+    let empty: fn(PathBuf) -> io::Result<()> = fs::remove_dir;
+    let cgroups = cgroup::mount_point().ok().map(|root| (root, empty));
+    let pins = instance::bpffs().map(|root| (root.to_owned(), fs::remove_dir_all as _));
+    let directories = (machine::nearest(runtime_dir).to_owned(), empty);
     for (root, remove) in cgroups.into_iter().chain(pins).chain([directories]) {
         for entry in fs::read_dir(root).into_iter().flatten().flatten() {
             let name = entry.file_name();
             let process = name.to_str().and_then(|name| name.strip_prefix(PREFIX)?.parse::<u32>().ok());
             if process.is_some_and(|process| !Path::new("/proc").join(process.to_string()).exists()) {
-                let _ = match remove {
-                    Remove::Empty => fs::remove_dir(entry.path()),
-                    Remove::All => fs::remove_dir_all(entry.path()),
-                };
+                // Another one may be faster.
+                let _ = remove(entry.path());
             }
         }
     }

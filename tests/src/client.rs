@@ -145,14 +145,20 @@ pub fn stand(addresses: &[SocketAddr], count: usize) -> Vec<TcpStream> {
     on_one_cpu(|| connect_in_turn(addresses, count))
 }
 
-/// Does something on one CPU, the same for all who ask.
+/// Does something on one CPU, the same for all who ask. See [`on_cpu`].
+pub fn on_one_cpu<T>(work: impl FnOnce() -> T) -> T {
+    on_cpu(0, work)
+}
+
+/// Does something on one of the CPUs that there are, by a number that may be larger.
 ///
 /// The last segment of a handshake waits for its turn on the CPU that sent it, also when the client
 /// believes to be connected. A segment from another CPU can be faster, and then that client came first.
-pub fn on_one_cpu<T>(work: impl FnOnce() -> T) -> T {
+pub fn on_cpu<T>(number: usize, work: impl FnOnce() -> T) -> T {
     let all = sched_getaffinity(None).expect("read the mask of CPUs");
+    let number = number % all.count() as usize;
     let mut one = CpuSet::new();
-    one.set((0..CpuSet::MAX_CPU).find(|cpu| all.is_set(*cpu)).expect("there is a CPU"));
+    one.set((0..CpuSet::MAX_CPU).filter(|cpu| all.is_set(*cpu)).nth(number).expect("there is a CPU"));
     sched_setaffinity(None, &one).expect("stay on one CPU");
     let done = work();
     sched_setaffinity(None, &all).expect("run on all CPUs again");

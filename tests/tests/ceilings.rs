@@ -181,11 +181,14 @@ fn a_limit_of_the_service_is_exact_while_100_threads_wait_and_leave_in_every_way
                     .map_err(|error| io::Error::other(format!("connection {number}, {ending:?}: {error}")))
             })
         });
+        // On each CPU one may have left the service whose server is still to count it down.
+        let leaving = thread::available_parallelism().expect("there are CPUs").get() as u64;
         while !clients.is_finished() {
-            // In one word. Those of the servers may be read while one has left and its server's is still to
-            // say so.
-            let counted = up.service().limits().connections.expect("they are counted");
+            let service = up.service();
+            let counted = service.limits().connections.expect("they are counted");
+            let counts = service.connections();
             assert!(counted <= 4, "the kernel counts {counted}");
+            assert!(counts.iter().sum::<u64>() <= 4 + leaving, "the kernel counts {counts:?}");
         }
         clients.join().expect("no client panics").expect("every connection goes as meant");
     });
@@ -338,6 +341,8 @@ fn who_comes_faster_than_the_rate_waits_for_a_token_in_order() {
     let up = host.up(&app(&host, 1, "rate = 20\nburst = 5\nover = \"wait\""));
     let start = Instant::now();
     let begun = client::stand(&[V4], 45);
+    // The others have to wait.
+    let direct = 5 + (start.elapsed().as_secs_f64() * 20.0) as u64 + 1;
     let mut line = Line::behind(Vec::new(), begun).expect("stand in line");
     for number in 0..45usize {
         assert_eq!(line.serve().expect("each is served"), number);
@@ -347,7 +352,7 @@ fn who_comes_faster_than_the_rate_waits_for_a_token_in_order() {
     let service = up.service();
     assert!(service.outcome("wait_service_rate") >= 1, "{service:#?}");
     assert_eq!(service.outcome("refused_service_rate"), 0);
-    assert!(service.outcome("handed_over") >= 10, "{service:#?}");
+    assert!(service.outcome("handed_over") + direct >= 45, "{direct} at most did not wait: {service:#?}");
     assert_eq!(service.waiting.now, 0);
 }
 

@@ -52,7 +52,7 @@ fn queued_and_half_open_connections_of_a_killed_server_are_served_by_others() {
     assert_eq!(service.outcomes(["moved", "move_failed", "moved_dead"]), [100, 0, 0]);
     let [half, parked] = service.outcomes(["moved_half_open", "parked_half_open"]);
     // (Whose SYN comes again before his SYN-ACK does is asked about twice.)
-    assert!(half >= 20 && parked == 0, "{half}, {parked}");
+    assert!((20..=40).contains(&half) && parked == 0, "{half}, {parked}");
     assert_eq!(service.connections().iter().sum::<u64>(), 120);
     drop(served);
     up.wait_ready();
@@ -120,7 +120,7 @@ fn limits_are_kept_when_a_queue_moves() {
 }
 
 /// From the kill to an answer of the next instance, with a client that waits in between. The
-/// server's own start is measured by starting it alone.
+/// server's own start is measured by starting it alone, each time, so that both are as the machine is.
 #[test]
 fn a_new_instance_serves_within_100_ms_beyond_its_own_start() {
     const ROUNDS: usize = 9;
@@ -128,8 +128,9 @@ fn a_new_instance_serves_within_100_ms_beyond_its_own_start() {
     let mut app = App::of(&host, 1);
     app.server = "restart = { delay = \"10ms\", healthy_after = \"1ms\" }".to_owned();
     let up = host.up(&app);
-    let mut taken: Vec<Duration> = (0..ROUNDS)
+    let (mut taken, mut own): (Vec<Duration>, Vec<Duration>) = (0..ROUNDS)
         .map(|_| {
+            let own = own_start(&host);
             let victim = up.process("app/1");
             let start = Instant::now();
             victim.signal(tests::process::Signal::KILL);
@@ -140,38 +141,32 @@ fn a_new_instance_serves_within_100_ms_beyond_its_own_start() {
             let taken = start.elapsed();
             drop(next);
             up.wait_ready();
-            taken
+            (taken, own)
         })
-        .collect();
+        .unzip();
     taken.sort_unstable();
-    let own = own_start(&host);
-    // The best: the machine does other things as well.
-    let best = taken[0];
-    let most = own + Duration::from_millis(100).mul_f64(patience());
+    own.sort_unstable();
     println!("from kill to served: {taken:?}; the server's own start: {own:?}");
-    assert!(best < most, "{best:?} of {taken:?}, and the server alone starts in {own:?}");
+    // The medians: the machine does other things as well.
+    let (median, alone) = (taken[ROUNDS / 2], own[ROUNDS / 2]);
+    let most = alone + Duration::from_millis(100).mul_f64(patience());
+    assert!(median < most, "{median:?} of {taken:?}, and the server alone starts in {alone:?}");
 }
 
 /// How long the test server takes to serve when it is started alone.
 fn own_start(host: &Host) -> Duration {
     let server = host.test_server();
     let address = "127.0.0.1:7070".parse().expect("an address");
-    let mut taken: Vec<Duration> = (0..3)
-        .map(|_| {
-            let start = Instant::now();
-            let mut child = std::process::Command::new(&server)
-                .args(["--listen", "127.0.0.1:7070"])
-                .spawn()
-                .expect("start the test server");
-            wait_for("the server alone", seconds(5.0), || Client::open(address).ok());
-            let taken = start.elapsed();
-            tests::process::signal_child(&child, tests::process::Signal::KILL);
-            let _ = child.wait();
-            taken
-        })
-        .collect();
-    taken.sort_unstable();
-    taken[1]
+    let start = Instant::now();
+    let mut child = std::process::Command::new(&server)
+        .args(["--listen", "127.0.0.1:7070"])
+        .spawn()
+        .expect("start the test server");
+    wait_for("the server alone", seconds(5.0), || Client::open(address).ok());
+    let taken = start.elapsed();
+    tests::process::signal_child(&child, tests::process::Signal::KILL);
+    let _ = child.wait();
+    taken
 }
 
 #[test]

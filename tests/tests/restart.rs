@@ -179,6 +179,7 @@ fn a_new_instance_that_is_not_ready_in_time_ends_the_restart() {
     let ended = restart(&up, &["app/1"]);
     assert_eq!(ended.code, Some(1), "{ended}");
     assert!(ended.stderr.contains("waits for a listener on [::]:8080"), "{ended}");
+    assert!(ended.stdout.contains("its new instance is not ready yet"), "{ended}");
     assert_eq!(up.process("app/1"), before);
     assert_eq!(instances(&up), [("app/1".to_owned(), 1)]);
     chosen.set_held(false);

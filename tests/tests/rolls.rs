@@ -117,7 +117,7 @@ fn no_request_fails_while_nginx_is_restarted() {
     let _alone = heavy();
     let host = Host::new();
     let up = host.up(&app(2, real::nginx(&host, 2, Nginx::Shared, Daemon::Off), 1.5));
-    rolls("nginx", &up, 3);
+    rolls("nginx", &up, 4);
 }
 
 #[test]
